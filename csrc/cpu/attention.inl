@@ -1,0 +1,259 @@
+// Forward and backward of one group, written once for all instruction sets and both kinds of arithmetic.
+//
+// A tile of up to 64 query rows meets the keys in blocks of 64. All scores of the tile are kept, so the softmax is
+// the exact one of a whole row and the backward needs no statistics of the forward.
+
+template <class Operands, class Stored>
+struct Attention {
+  typedef typename Operands::Element Element;
+  static constexpr int64_t kDepth = Operands::kDepth;
+
+  static void gather(const Stored** pointers, const void* base, int64_t stride, const Group& group, int64_t first,
+                     int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = group.rows ? group.rows[first + r] : first + r;
+      pointers[r] = static_cast<const Stored*>(base) + row * stride;
+    }
+  }
+
+  static Stored* out_row(const Group& group, int64_t r) {
+    const int64_t row = group.rows ? group.rows[r] : r;
+    return static_cast<Stored*>(group.out) + row * group.out_stride;
+  }
+
+  static int64_t gather_keys(const Stored** pointers, const Group& group, int64_t block, bool values) {
+    const int64_t first = block * kBlockKeys;
+    const int64_t left = group.key_count() - first;
+    const int64_t count = left < kBlockKeys ? left : kBlockKeys;
+    for (int64_t j = 0; j < count; ++j) pointers[j] = key_row<Stored>(group, first + j, values);
+    return count;
+  }
+
+  static int64_t columns_of(const Group& group, int64_t block) {
+    const int64_t left = group.key_count() - block * kBlockKeys;
+    return left >= kBlockKeys ? kBlockKeys : (left + 15) / 16 * 16;
+  }
+
+  // The blocks that any row of the tile sees.
+  struct Range {
+    int64_t begin, end;
+  };
+  static Range visible_blocks(const Group& group, int64_t first, int64_t count) {
+    if (!group.key_begin) return {0, group.block_count()};
+    int64_t low = group.key_begin[first], high = group.key_end[first];
+    for (int64_t r = first + 1; r < first + count; ++r) {
+      low = group.key_begin[r] < low ? group.key_begin[r] : low;
+      high = group.key_end[r] > high ? group.key_end[r] : high;
+    }
+    return {low / kBlockKeys, (high + kBlockKeys - 1) / kBlockKeys};
+  }
+
+  // Replaces the scores of one row by its softmax weights; weights of keys that the row does not see are 0.
+  // Returns the log of the sum of exponentials.
+  static float softmax_row(const Group& group, float* scores, int64_t row, int64_t r, Range blocks) {
+    const int64_t begin = group.key_begin ? group.key_begin[row] : 0;
+    const int64_t end = group.key_begin ? group.key_end[row] : group.key_count();
+    const Vec lowest = splat(-3.0e38f);
+    Vec largest = lowest;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      float* s = scores + (b * kTileRows + r) * kBlockKeys;
+      const bool whole = begin <= b * kBlockKeys && (b + 1) * kBlockKeys <= end;
+      for (int64_t j = 0; j < kBlockKeys; j += kLanes) {
+        Vec x = load(s + j);
+        if (!whole) {
+          const VecInt key = lane_numbers() + static_cast<int32_t>(b * kBlockKeys + j);
+          x = ((key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end))) ? x : lowest;
+          store(s + j, x);
+        }
+        largest = maximum(largest, x);
+      }
+    }
+    const float top = max_lanes(largest);
+    Vec sums = {};
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      float* s = scores + (b * kTileRows + r) * kBlockKeys;
+      for (int64_t j = 0; j < kBlockKeys; j += kLanes) {
+        const Vec x = load(s + j);
+        const Vec e = x == lowest ? Vec{} : exp_nonpositive((x - splat(top)) * splat(group.scale));
+        store(s + j, e);
+        sums += e;
+      }
+    }
+    const float total = sum_lanes(sums);
+    const Vec inverse = splat(1.0f / total);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      float* s = scores + (b * kTileRows + r) * kBlockKeys;
+      for (int64_t j = 0; j < kBlockKeys; j += kLanes) store(s + j, load(s + j) * inverse);
+    }
+    return top * group.scale + __builtin_logf(total);
+  }
+
+  static void store_rows(const Group& group, const float* values, int64_t first, int64_t count, float factor) {
+    const int64_t width = group.width;
+    for (int64_t r = 0; r < count; ++r) {
+      Stored* out = out_row(group, first + r);
+      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(values + r * width + d) * splat(factor));
+    }
+  }
+
+  struct Scratch {
+    char* next;
+    template <class T>
+    T* take(int64_t count) {
+      T* p = reinterpret_cast<T*>(next);
+      next += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+      return p;
+    }
+  };
+
+  static void forward(const Group& group, void* memory) {
+    const int64_t width = group.width, blocks = group.block_count(), packed = kBlockKeys * width / kDepth;
+    Scratch scratch{static_cast<char*>(memory)};
+    Element* keys = scratch.template take<Element>(blocks * packed);
+    Element* values = scratch.template take<Element>(blocks * packed);
+    Element* queries = scratch.template take<Element>(packed);
+    float* scores = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
+    float* sums = scratch.template take<float>(kTileRows * width);
+    float* converted = scratch.template take<float>(kTileRows * kBlockKeys);
+    const Stored* pointers[kBlockKeys];
+
+    for (int64_t b = 0; b < blocks && group.row_count > 0; ++b) {
+      const int64_t count = gather_keys(pointers, group, b, false);
+      Operands::pack_transposed(keys + b * packed, pointers, count, width);
+      gather_keys(pointers, group, b, true);
+      Operands::pack_stacked(values + b * packed, pointers, count, width);
+    }
+    for (int64_t first = 0; first < group.row_count; first += kTileRows) {
+      const int64_t left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
+      const Range range = visible_blocks(group, first, count);
+      gather(pointers, group.q, group.q_stride, group, first, count);
+      Operands::pack_left(queries, pointers, count, width);
+      for (int64_t b = range.begin; b < range.end; ++b)
+        gemm(count, columns_of(group, b), width / kDepth, queries, width / kDepth, 1, keys + b * packed, kBlockKeys,
+             scores + b * kTileRows * kBlockKeys, kBlockKeys, false);
+      for (int64_t r = 0; r < count; ++r) {
+        const float lse = softmax_row(group, scores, first + r, r, range);
+        if (group.lse) group.lse[(group.rows ? group.rows[first + r] : first + r) * group.lse_stride] = lse;
+      }
+      for (int64_t b = range.begin; b < range.end; ++b) {
+        const Element* weights = Operands::by_row(converted, scores + b * kTileRows * kBlockKeys);
+        gemm(count, width, columns_of(group, b) / kDepth, weights, Operands::kByRowStride, 1, values + b * packed,
+             width, sums, width, b > range.begin);
+      }
+      store_rows(group, sums, first, count, group.out_scale);
+    }
+  }
+
+  // Turns weights and their gradients into the gradients of the scores (in `grads`) and returns the sum over the
+  // rows of weight * gradient, which is the gradient of out_scale.
+  static double score_gradients(const Group& group, const float* weights, float* grads, int64_t count, Range blocks) {
+    double total = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      Vec products = {};
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const int64_t at = (b * kTileRows + r) * kBlockKeys;
+        for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
+          products += load(weights + at + j) * load(grads + at + j);
+      }
+      const float mean = sum_lanes(products);
+      total += mean;
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const int64_t at = (b * kTileRows + r) * kBlockKeys;
+        for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
+          store(grads + at + j, load(weights + at + j) * (load(grads + at + j) - splat(mean)));
+      }
+    }
+    return total;
+  }
+
+  static void store_keys(const Group& group, const float* dk, const float* dv, int64_t block) {
+    const int64_t first = block * kBlockKeys, width = group.width, key_count = group.key_count();
+    const Vec dk_factor = splat(group.scale * group.out_scale), dv_factor = splat(group.out_scale);
+    for (int64_t j = 0; j < kBlockKeys && first + j < key_count; ++j) {
+      const bool second = first + j >= group.segments[0].count;
+      const KeySegment& segment = group.segments[second ? 1 : 0];
+      const int64_t at = (first + j - (second ? group.segments[0].count : 0)) * segment.d_stride;
+      Stored *dk_out = static_cast<Stored*>(segment.dk) + at, *dv_out = static_cast<Stored*>(segment.dv) + at;
+      for (int64_t d = 0; d < width; d += kLanes) {
+        store(dk_out + d, load(dk + j * width + d) * dk_factor);
+        store(dv_out + d, load(dv + j * width + d) * dv_factor);
+      }
+    }
+  }
+
+  static double backward(const Group& group, void* memory) {
+    const int64_t width = group.width, blocks = group.block_count(), packed = kBlockKeys * width / kDepth;
+    Scratch scratch{static_cast<char*>(memory)};
+    Element* keys_t = scratch.template take<Element>(blocks * packed);
+    Element* values_t = scratch.template take<Element>(blocks * packed);
+    Element* keys = scratch.template take<Element>(blocks * packed);
+    float* dk = scratch.template take<float>(blocks * kBlockKeys * width);
+    float* dv = scratch.template take<float>(blocks * kBlockKeys * width);
+    Element* q_left = scratch.template take<Element>(packed);
+    Element* g_left = scratch.template take<Element>(packed);
+    // Without pairs, rows look the same on both sides of a product.
+    Element* q_stacked = kDepth == 1 ? q_left : scratch.template take<Element>(packed);
+    Element* g_stacked = kDepth == 1 ? g_left : scratch.template take<Element>(packed);
+    float* scores = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
+    float* grads = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
+    float* dq = scratch.template take<float>(kTileRows * width);
+    float* converted = scratch.template take<float>(3 * kTileRows * kBlockKeys);
+    const Stored* pointers[kBlockKeys];
+    double out_scale_grad = 0;
+
+    // Rows that see all keys fill every block with their first tile; otherwise sums start from zero.
+    const bool clear = group.key_begin || group.row_count == 0;
+    if (clear) __builtin_memset(dk, 0, blocks * kBlockKeys * width * sizeof(float));
+    if (clear) __builtin_memset(dv, 0, blocks * kBlockKeys * width * sizeof(float));
+    for (int64_t b = 0; b < blocks && group.row_count > 0; ++b) {
+      const int64_t count = gather_keys(pointers, group, b, false);
+      Operands::pack_transposed(keys_t + b * packed, pointers, count, width);
+      Operands::pack_stacked(keys + b * packed, pointers, count, width);
+      gather_keys(pointers, group, b, true);
+      Operands::pack_transposed(values_t + b * packed, pointers, count, width);
+    }
+    for (int64_t first = 0; first < group.row_count; first += kTileRows) {
+      const int64_t left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
+      const Range range = visible_blocks(group, first, count);
+      gather(pointers, group.q, group.q_stride, group, first, count);
+      Operands::pack_left(q_left, pointers, count, width);
+      if (q_stacked != q_left) Operands::pack_stacked(q_stacked, pointers, count, width);
+      gather(pointers, group.grad, group.grad_stride, group, first, count);
+      Operands::pack_left(g_left, pointers, count, width);
+      if (g_stacked != g_left) Operands::pack_stacked(g_stacked, pointers, count, width);
+      for (int64_t b = range.begin; b < range.end; ++b) {
+        const int64_t columns = columns_of(group, b), at = b * kTileRows * kBlockKeys, depth = width / kDepth;
+        gemm(count, columns, depth, q_left, depth, 1, keys_t + b * packed, kBlockKeys, scores + at, kBlockKeys, false);
+        gemm(count, columns, depth, g_left, depth, 1, values_t + b * packed, kBlockKeys, grads + at, kBlockKeys,
+             false);
+      }
+      for (int64_t r = 0; r < count; ++r) softmax_row(group, scores, first + r, r, range);
+      out_scale_grad += score_gradients(group, scores, grads, count, range);
+      for (int64_t b = range.begin; b < range.end; ++b) {
+        const int64_t columns = columns_of(group, b), at = b * kTileRows * kBlockKeys;
+        const int64_t row_depth = (count + kDepth - 1) / kDepth;
+        clear_odd_row(scores + at, grads + at, count);
+        const Element* weights_down = Operands::by_column(converted, scores + at);
+        const Element* grads_down = Operands::by_column(converted + kTileRows * kBlockKeys, grads + at);
+        const Element* grads_along = Operands::by_row(converted + 2 * kTileRows * kBlockKeys, grads + at);
+        gemm(columns, width, row_depth, weights_down, 1, kBlockKeys, g_stacked, width, dv + b * kBlockKeys * width,
+             width, clear || first > 0);
+        gemm(columns, width, row_depth, grads_down, 1, kBlockKeys, q_stacked, width, dk + b * kBlockKeys * width,
+             width, clear || first > 0);
+        gemm(count, width, columns / kDepth, grads_along, Operands::kByRowStride, 1, keys + b * packed, width, dq,
+             width, b > range.begin);
+      }
+      store_rows(group, dq, first, count, group.scale * group.out_scale);
+    }
+    for (int64_t b = 0; b < blocks; ++b)
+      store_keys(group, dk + b * kBlockKeys * width, dv + b * kBlockKeys * width, b);
+    return out_scale_grad;
+  }
+
+  // Pairs of rows are multiplied together: the partner of the last row of an odd count must be zero.
+  static void clear_odd_row(float* weights, float* grads, int64_t count) {
+    if (kDepth == 1 || count % 2 == 0) return;
+    __builtin_memset(weights + count * kBlockKeys, 0, kBlockKeys * sizeof(float));
+    __builtin_memset(grads + count * kBlockKeys, 0, kBlockKeys * sizeof(float));
+  }
+};

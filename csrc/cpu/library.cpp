@@ -1,0 +1,36 @@
+// The CPU library: the schemas of all ops (the CUDA library only adds implementations) and the choice of kernels.
+#include "../include/tensors.h"
+#include "attention_kernel.h"
+
+namespace flamingo {
+
+// level: an Isa to use from now on, or -1. Returns the one in use. For tests of every instruction set.
+int64_t cpu_isa(int64_t level) {
+  if (level >= 0) {
+    STD_TORCH_CHECK(level <= static_cast<int64_t>(cpu::best_isa()), "this processor does not run instruction set ",
+                    level);
+    cpu::select_isa(static_cast<cpu::Isa>(level));
+  }
+  return static_cast<int64_t>(cpu::selected_isa());
+}
+
+STABLE_TORCH_LIBRARY(flamingo, m) {
+  m.def(
+      "masked_cross_attention(Tensor q, Tensor k, Tensor v, Tensor media_index, Tensor? first_media, "
+      "Tensor? out_scale, float scale) -> Tensor");
+  m.def(
+      "masked_cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor media_index, "
+      "Tensor? first_media, Tensor? out_scale, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "resampler_attention(Tensor q, Tensor k_features, Tensor v_features, Tensor k_latents, Tensor v_latents, "
+      "Tensor cu_media, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "resampler_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k_features, "
+      "Tensor v_features, Tensor k_latents, Tensor v_latents, Tensor cu_media, float scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_isa(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flamingo, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+}  // namespace flamingo

@@ -1,0 +1,235 @@
+"""Real images for the quickstart: two handwritten digits side by side, as webdataset shards.
+
+    python launch_scripts/prepare_digits.py --output DIR [--seed 0]
+
+scikit-learn's 1,797 digits (8x8, inside the package) are split into train, validation and test images; of the 100
+ordered pairs of digits some belong to validation and test alone. A picture is a 32x32 RGB PNG of two digits of 16x16;
+its caption is "a handwritten three and an eight".
+
+    train/pairs, train/documents, train/text                  seen pairs, train digits, varied by small distortions
+    {validation,test}/held_out, .../held_out_pairs            digits of the split; seen pairs, or the split's pairs
+    {validation,test}/documents                               three images a document; seen pairs, digits of the split
+
+The text holds sentences about other things, counting, and captions of all 100 pairs alike, the held-out ones included:
+the language model may know every sentence, only the images that go with the held-out ones are never seen in training.
+Documents are in MMC4's layout, with ``image_info`` in an arbitrary order, as in real data.
+
+Every folder gets its shards and ``manifest.npz``. Runs in seconds, gives the same bytes for the same seed, and does
+nothing when the folder was finished with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from webdataset import ShardWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+from launch_scripts.digit_sentences import caption, sentence
+from trainer import index
+
+SIZE = 32  # side of a picture, in pixels
+STAMP = "finished.json"
+VERSION = 1
+SAMPLES_PER_SHARD = 1000
+
+Pair = tuple[int, int]
+Members = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything. Changing any of it (or the seed) makes the data anew."""
+
+    seed: int = 0
+    train_digits: int = 1300
+    validation_digits: int = 150
+    train_pairs: int = 80
+    validation_pairs: int = 8
+    pairs: int = 12_000
+    documents: int = 6_000
+    sentences: int = 20_000
+    evaluation: int = 300
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Split:
+    """digits: indices into scikit-learn's images, by digit. pairs: those that only this split shows."""
+
+    digits: tuple[NDArray[np.int64], ...]
+    pairs: tuple[Pair, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    return prepare(arguments.output, Settings(seed=arguments.seed))
+
+
+def prepare(output: Path, settings: Settings) -> int:
+    """Writes everything below ``output``; returns an exit code."""
+    stamp = output / STAMP
+    if stamp.exists() and json.loads(stamp.read_text()) == asdict(settings):
+        print(f"{output}: finished before with the same settings")
+        return 0
+    stamp.unlink(missing_ok=True)
+    start = time.monotonic()
+    splits = split(settings)
+    seen = splits["train"].pairs
+    train = Pictures(splits["train"].digits, distort=True)
+    work: list[tuple[str, int, Callable[[np.random.Generator, int], Iterable[Members]]]] = [
+        ("train/pairs", settings.pairs, partial(pairs, pictures=train, choices=seen)),
+        ("train/documents", settings.documents, partial(documents, pictures=train, choices=seen, images=(2, 3))),
+        ("train/text", settings.sentences, sentences),
+    ]
+    for name in ("validation", "test"):
+        own, held = Pictures(splits[name].digits, distort=False), splits[name].pairs
+        work += [
+            (f"{name}/held_out", settings.evaluation, partial(pairs, pictures=own, choices=seen)),
+            (f"{name}/held_out_pairs", settings.evaluation, partial(pairs, pictures=own, choices=held)),
+            (f"{name}/documents", settings.evaluation, partial(documents, pictures=own, choices=seen, images=(3, 3))),
+        ]
+    for number, (name, count, make) in enumerate(work):
+        code = write(output / name, make(np.random.default_rng([settings.seed, number]), count))
+        if code:
+            return code
+        print(f"  {name}: {count:,} samples, {time.monotonic() - start:.1f} s", flush=True)
+    stamp.write_text(json.dumps(asdict(settings)))
+    return 0
+
+
+def split(settings: Settings) -> dict[str, Split]:
+    """Digit images and ordered pairs of digits, each into train, validation and test without overlap.
+
+    Pairs are drawn until every digit stands on the left and on the right of some train pair: what a held-out pair
+    asks for is a new combination, not a digit at a place where it was never seen.
+    """
+    rng = np.random.default_rng(settings.seed)
+    target = load_digits().target
+    order = rng.permutation(len(target))
+    cuts = np.split(order, np.cumsum([settings.train_digits, settings.validation_digits]))
+    every = [(left, right) for left in range(10) for right in range(10)]
+    while True:
+        mixed = [every[i] for i in rng.permutation(100)]
+        first, second = settings.train_pairs, settings.train_pairs + settings.validation_pairs
+        parts = (mixed[:first], mixed[first:second], mixed[second:])
+        if all(len({pair[side] for pair in parts[0]}) == 10 for side in (0, 1)):
+            break
+    return {
+        name: Split(tuple(cut[target[cut] == digit] for digit in range(10)), tuple(part))
+        for name, cut, part in zip(("train", "validation", "test"), cuts, parts, strict=True)
+    }
+
+
+class Pictures:
+    """Draws pictures of pairs from some of the digit images."""
+
+    def __init__(self, digits: Sequence[NDArray[np.int64]], *, distort: bool) -> None:
+        self._images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16  # [1797, 1, 8, 8], 0 to 1
+        self._digits, self._distort = digits, distort
+
+    def draw(self, rng: np.random.Generator, wanted: Sequence[Pair]) -> list[bytes]:
+        """A PNG for each pair."""
+        chosen = [rng.choice(self._digits[pair[side]]) for side in (0, 1) for pair in wanted]
+        half = SIZE // 2
+        images = self._images[np.array(chosen)]
+        if self._distort:
+            grid = F.affine_grid(_distortions(rng, len(chosen)), [len(chosen), 1, half, half], align_corners=False)
+            large = F.grid_sample(images, grid, align_corners=False)
+        else:
+            large = F.interpolate(images, (half, half), mode="bilinear", align_corners=False)
+        canvas = torch.zeros(len(wanted), SIZE, SIZE)
+        canvas[:, half // 2 : half // 2 + half] = torch.cat([large[: len(wanted), 0], large[len(wanted) :, 0]], 2)
+        pixels = (canvas * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        return [_png(one) for one in pixels]
+
+
+def _distortions(rng: np.random.Generator, count: int) -> Tensor:
+    """[count, 2, 3] affine maps: small rotations (0.2 rad), scales and shears (0.12, 0.15) and shifts (0.15)."""
+    u = torch.from_numpy(rng.uniform(-1, 1, (6, count))).float()
+    angle, x_scale, y_scale, shear = 0.2 * u[0], 1 + 0.12 * u[1], 1 + 0.12 * u[2], 0.15 * u[3]
+    x_row = torch.stack([x_scale * angle.cos(), shear - y_scale * angle.sin(), 0.15 * u[4]], 1)
+    y_row = torch.stack([x_scale * angle.sin(), y_scale * angle.cos(), 0.15 * u[5]], 1)
+    return torch.stack([x_row, y_row], 1)
+
+
+def _png(grey: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(grey).convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _draw_pairs(rng: np.random.Generator, count: int, choices: Sequence[Pair]) -> list[Pair]:
+    return [choices[i] for i in rng.integers(0, len(choices), count)]
+
+
+def pairs(rng: np.random.Generator, count: int, pictures: Pictures, choices: Sequence[Pair]) -> Iterator[Members]:
+    """Image-text samples: ``png``, ``txt``."""
+    wanted = _draw_pairs(rng, count, choices)
+    for pair, image in zip(wanted, pictures.draw(rng, wanted), strict=True):
+        yield {"png": image, "txt": caption(*pair).encode()}
+
+
+def documents(
+    rng: np.random.Generator, count: int, pictures: Pictures, choices: Sequence[Pair], images: tuple[int, int]
+) -> Iterator[Members]:
+    """Interleaved samples: ``json`` (MMC4) and ``0.png``, ``1.png``, ...; from images[0] to images[1] of them."""
+    sizes = rng.integers(images[0], images[1] + 1, count)
+    wanted = _draw_pairs(rng, int(sizes.sum()), choices)
+    drawn = pictures.draw(rng, wanted)
+    start = 0
+    for size in map(int, sizes):
+        info: list[dict[str, Any]] = []
+        members: Members = {}
+        for place in map(int, rng.permutation(size)):
+            name = f"{len(info)}.png"
+            info.append({"image_name": name, "matched_text_index": place, "matched_sim": 1.0})
+            members[name] = drawn[start + place]
+        texts = [caption(*pair) for pair in wanted[start : start + size]]
+        members["json"] = json.dumps({"text_list": texts, "image_info": info}).encode()
+        start += size
+        yield members
+
+
+def sentences(rng: np.random.Generator, count: int) -> Iterator[Members]:
+    """Text samples: ``txt``, one sentence."""
+    for _ in range(count):
+        yield {"txt": sentence(rng).encode()}
+
+
+def write(folder: Path, samples: Iterable[Members]) -> int:
+    """Shards and manifest of one folder; the same bytes for the same samples. Returns the index's exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.tar*"):
+        old.unlink()
+    pattern = str(folder.resolve()).replace("%", "%%") + "/%05d.tar"
+    reproducible = {"encoder": False, "mtime": 0, "user": "", "group": ""}
+    with ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, verbose=0, **reproducible) as writer:
+        for number, members in enumerate(samples):
+            writer.write({"__key__": f"{number:06d}", **members})
+    return index.main(["--output", str(folder / "manifest.npz"), "--processes", "1", str(folder / "*.tar")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

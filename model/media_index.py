@@ -1,0 +1,69 @@
+"""Which medium each token sees, as pure functions of the token ids (paper, sections 2.4 and A.3.1).
+
+A medium is a row of the flat list of media of a batch, in the order in which their ``<image>`` tokens stand; -1 is no
+medium. ``document_ids`` marks packed documents: a run of equal numbers is a document, and nothing is seen across runs.
+Shapes: all tensors are [L] or [B, L], int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_MEDIUM = -1
+
+
+def preceding(input_ids: Tensor, image_id: int, document_ids: Tensor | None = None) -> Tensor:
+    """phi of the paper: the last medium at or before each token of its document; an ``<image>`` sees its own."""
+    at_or_before, offset, _ = _count(input_ids, image_id)
+    before_document = _before_document(input_ids, image_id, document_ids)
+    return torch.where(at_or_before > before_document, offset + at_or_before - 1, NO_MEDIUM)
+
+
+def following(input_ids: Tensor, image_id: int, document_ids: Tensor | None = None) -> Tensor:
+    """The next medium strictly after each token of its document (the paper's ``p_next``); none after the last one."""
+    at_or_before, offset, total = _count(input_ids, image_id)
+    until_end = total.expand_as(at_or_before)
+    if document_ids is not None:
+        ends = torch.ones_like(input_ids, dtype=torch.bool)
+        ends[..., :-1] = document_ids[..., 1:] != document_ids[..., :-1]
+        at_ends = torch.where(ends, at_or_before, torch.iinfo(torch.int64).max)
+        until_end = at_ends.flip(-1).cummin(-1).values.flip(-1)
+    return torch.where(at_or_before < until_end, offset + at_or_before, NO_MEDIUM)
+
+
+def first_media(media_index: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """The first medium of what each token sees, when that is all of its document up to ``media_index``; -1 for none."""
+    none = torch.iinfo(torch.int64).max
+    seen = torch.where(media_index < 0, none, media_index)
+    if document_ids is None:
+        lowest = seen.amin(-1, keepdim=True).expand_as(seen)
+    else:
+        number = torch.zeros_like(media_index)
+        number[..., 1:] = (document_ids[..., 1:] != document_ids[..., :-1]).cumsum(-1)
+        lowest = torch.full_like(seen, none).scatter_reduce(-1, number, seen, "amin").gather(-1, number)
+    return torch.where(media_index < 0, NO_MEDIUM, lowest)
+
+
+def documents_from_positions(position_ids: Tensor) -> Tensor:
+    """``document_ids`` of packed rows, from position ids that restart at 0 with each document."""
+    return (position_ids == 0).cumsum(-1)
+
+
+def _count(input_ids: Tensor, image_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Media at or before each token of its row; media in the rows before, [..., 1]; media in the row, [..., 1]."""
+    at_or_before = (input_ids == image_id).cumsum(-1)
+    total = at_or_before[..., -1:]
+    offset = total.flatten().cumsum(0).view_as(total) - total
+    return at_or_before, offset, total
+
+
+def _before_document(input_ids: Tensor, image_id: int, document_ids: Tensor | None) -> Tensor:
+    """Media of its row that stand before each token's document."""
+    if document_ids is None:
+        return torch.zeros_like(input_ids)
+    is_image = (input_ids == image_id).long()
+    starts = torch.zeros_like(input_ids, dtype=torch.bool)
+    starts[..., 1:] = document_ids[..., 1:] != document_ids[..., :-1]
+    before = is_image.cumsum(-1) - is_image
+    return torch.where(starts, before, 0).cummax(-1).values

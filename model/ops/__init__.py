@@ -1,0 +1,111 @@
+"""The two attentions that decide a Flamingo's speed: fused where a kernel exists, plain torch everywhere else.
+
+`masked_cross_attention` is what text does with media, `resampler_attention` what a perceiver resampler does with the
+features of one medium. Shape suffixes: T text rows, M media, N latents, R latent queries, S features, H heads,
+D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.ops import checks, reference
+from model.ops.dispatch import OpStatus, get_backend, set_backend, status, use_fused
+from model.ops.library import autocast_inputs, unit_last_stride
+
+__all__ = [
+    "OpStatus",
+    "get_backend",
+    "masked_cross_attention",
+    "resampler_attention",
+    "set_backend",
+    "status",
+]
+
+
+def masked_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    media_index: Tensor,
+    gate: Tensor | None = None,
+    *,
+    first_media: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from each text row to the latents of the media that it may see (Flamingo, section 2.4).
+
+    Args:
+        q: `[T, H, D]` queries of the text rows, batch and length flattened.
+        k: `[M, N, H, D]` keys, N latents of each medium; strided views (a slice of a fused projection) are fine.
+        v: `[M, N, H, D]` values.
+        media_index: `[T]` int64 or int32, the row of `k` and `v` that a text row sees; -1: none, output exactly 0.
+        gate: `[1]`; the output is multiplied by `tanh(gate)`. Valid when the output projection has no bias.
+        first_media: `[T]`; a text row sees all media `first_media[t]..media_index[t]`. None: only the last of them.
+        scale: of the scores; default `D ** -0.5`.
+        backend: "fused" or "reference" to force one; None: what `set_backend` and `FLAMINGO_OPS` say.
+
+    Returns:
+        `[T, H, D]` in the type of `q` (of autocast, where that is on).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit the others, by name. On CUDA a `media_index` out of range
+            is a device-side assertion.
+        RuntimeError: `backend="fused"` where no kernel can be used.
+    """
+    q, k, v = autocast_inputs(q.device.type, q, k, v)
+    checks.masked_cross_attention(q, k, v, media_index, gate, first_media, scale)
+    if use_fused("masked_cross_attention", q, backend):
+        out_scale = None if gate is None else torch.tanh(gate.float()).view(1)
+        return torch.ops.flamingo.masked_cross_attention(  # type: ignore[no-any-return]
+            *map(unit_last_stride, (q, k, v)),
+            media_index.contiguous(),
+            None if first_media is None else first_media.contiguous(),
+            out_scale,
+            q.shape[-1] ** -0.5 if scale is None else scale,
+        )
+    return reference.masked_cross_attention(q, k, v, media_index, gate, first_media_T=first_media, scale=scale)
+
+
+def resampler_attention(
+    q: Tensor,
+    k_features: Tensor,
+    v_features: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    cu_media: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from the latents of each medium to its features and to the latents (Flamingo, section 2.2).
+
+    Args:
+        q: `[M, R, H, D]` queries made from the latents of each medium.
+        k_features: `[S, H, D]` keys of the features of all media, one medium after the other.
+        v_features: `[S, H, D]` values of the features.
+        k_latents: `[M, R, H, D]` keys made from the latents; never concatenated with those of the features.
+        v_latents: `[M, R, H, D]` values made from the latents.
+        cu_media: `[M + 1]` int64 or int32; medium m owns the features `cu_media[m]:cu_media[m + 1]`.
+        scale: of the scores; default `D ** -0.5`.
+        backend: "fused" or "reference" to force one; None: what `set_backend` and `FLAMINGO_OPS` say.
+
+    Returns:
+        `[M, R, H, D]` in the type of `q` (of autocast, where that is on).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit the others, by name.
+        RuntimeError: `backend="fused"` where no kernel can be used.
+    """
+    q, k_features, v_features, k_latents, v_latents = autocast_inputs(
+        q.device.type, q, k_features, v_features, k_latents, v_latents
+    )
+    checks.resampler_attention(q, k_features, v_features, k_latents, v_latents, cu_media, scale)
+    if use_fused("resampler_attention", q, backend):
+        inputs = map(unit_last_stride, (q, k_features, v_features, k_latents, v_latents))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, _ = torch.ops.flamingo.resampler_attention(*inputs, cu_media.contiguous(), scale)
+        return out  # type: ignore[no-any-return]
+    return reference.resampler_attention(q, k_features, v_features, k_latents, v_latents, cu_media, scale=scale)

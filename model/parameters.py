@@ -1,0 +1,88 @@
+"""Which parameters train, which are frozen, and the proof that the frozen ones are the same as they were."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def no_gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The ``gather`` of parameters that are not partitioned."""
+    return nullcontext()
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that never change, by name, in the model's order; tied ones appear once."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also while ZeRO-3 has it partitioned (its own shape is [0] then)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, str]:
+    """sha256 of every frozen parameter and persistent buffer, by name.
+
+    Each covers name, type, shape and bytes, and is the same whether or not the parameters are partitioned. Under
+    ZeRO-3 every rank has to call this, for each gather is a collective; one parameter is whole at a time.
+    """
+    digests = {}
+    for name, parameter in frozen_parameters(model).items():
+        with gather([parameter]):
+            digests[name] = _digest(name, parameter.detach())
+    for name, buffer in _persistent_buffers(model):
+        digests[name] = _digest(name, buffer)
+    return digests
+
+
+def frozen_fingerprint(model: nn.Module, gather: Gather = no_gather) -> str:
+    """One sha256 over all of ``frozen_digests``."""
+    return combine_digests(frozen_digests(model, gather))
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """The fingerprint of digests."""
+    lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def explain_difference(expected: Mapping[str, str], found: Mapping[str, str], most: int = 5) -> str:
+    """In words, which frozen tensors differ; "" when none does."""
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "different": [name for name in expected if name in found and expected[name] != found[name]],
+    }
+    parts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:most])}{more}")
+    return "; ".join(parts)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    header = f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
+    digest = hashlib.sha256(header)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

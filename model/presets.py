@@ -1,0 +1,98 @@
+"""The paper's three models as configs (paper, table 1 and section 3), a tiny one, and OpenFlamingo's variant.
+
+The language models stand for Chinchilla, which is not public: Llama's architecture with a feed-forward of three times
+the width has 4 + 3 * 3 = 13 D^2 weights a block, as many as a block of Chinchilla's (4 attention projections, one of
+relative positions, a feed-forward of four times the width). That reproduces the paper's 1.4, 7.1 and 70 B. The 9B's
+counts fit 32 blocks with 8 cross-attentions, not the 40 and 10 of the paper's table; the preset follows the counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.config import (
+    CrossAttentionConfig,
+    FlamingoConfig,
+    LanguageModelConfig,
+    PerceiverResamplerConfig,
+    VisionEncoderConfig,
+)
+
+_VOCABULARY = 32_000
+_CONTEXT = 2048
+# Head width 128 (the paper's first version) gives 193.6 M weights, its table's 194 M; 96 would give 174.7 M.
+_RESAMPLER = PerceiverResamplerConfig(layers=6, width=1536, heads=16, head_width=128, latents=64, frames=8)
+_VISION = VisionEncoderConfig(name="timm:dm_nfnet_f6", image_size=320, feature_block=-1, feature_norm=False)
+
+
+def _chinchilla(blocks: int, width: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": _VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": _CONTEXT,
+        "tie_word_embeddings": True,
+    }
+
+
+def _paper(name: str, blocks: int, width: int, heads: int, every: int) -> FlamingoConfig:
+    return FlamingoConfig(
+        preset=name,
+        vision=_VISION,
+        resampler=_RESAMPLER,
+        cross_attention=CrossAttentionConfig(every=every, offset=0, head_width=128),
+        language_model=LanguageModelConfig(architecture=_chinchilla(blocks, width, heads)),
+    )
+
+
+def _debug() -> FlamingoConfig:
+    return FlamingoConfig(
+        preset="debug",
+        vision=VisionEncoderConfig(name="timm:test_nfnet", image_size=64, feature_norm=False),
+        resampler=PerceiverResamplerConfig(layers=2, width=64, heads=2, head_width=32, latents=8, frames=4),
+        cross_attention=CrossAttentionConfig(every=2, head_width=32),
+        language_model=LanguageModelConfig(architecture=_chinchilla(4, 64, 2) | {"vocab_size": 512}),
+    )
+
+
+_PRESETS = {
+    "debug": _debug(),
+    "3b": _paper("3b", 24, 2048, 16, every=1),
+    "9b": _paper("9b", 32, 4096, 32, every=4),
+    "80b": _paper("80b", 80, 8192, 64, every=7),
+}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str) -> FlamingoConfig:
+    """A config by name. The presets' language models are random and have no tokenizer: replace ``language_model``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return _PRESETS[name]
+
+
+def openflamingo(language_model: LanguageModelConfig, every: int) -> FlamingoConfig:
+    """OpenFlamingo's model around a language model, with its ``cross_attn_every_n_layers``.
+
+    Its released checkpoints read OpenAI's CLIP features before the final norm, as open_clip gave them up to version
+    2.20; OpenAI's weights need the approximate GELU, which open_clip now has under a name of its own.
+    """
+    return FlamingoConfig(
+        preset="openflamingo",
+        vision=VisionEncoderConfig(name="ViT-L-14-quickgelu", pretrained="openai", feature_norm=False),
+        resampler=PerceiverResamplerConfig(
+            layers=6, width=None, heads=8, head_width=64, latents=64, frames=1, activation="gelu"
+        ),
+        cross_attention=CrossAttentionConfig(
+            every=every, offset=every - 1, heads=8, head_width=64, activation="gelu", media_norm=False
+        ),
+        language_model=language_model,
+    )

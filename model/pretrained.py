@@ -1,0 +1,193 @@
+"""A trained Flamingo as a folder: what was trained, and what the frozen rest has to be.
+
+``model.safetensors`` (trained tensors only), ``config.json``, ``frozen.json`` (a digest of every frozen tensor) and
+``tokenizer/``. The frozen weights themselves stay where they came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.config import DType, FlamingoConfig
+from model.factory import build_flamingo, build_tokenizer, torch_dtype
+from model.flamingo import Flamingo
+from model.parameters import combine_digests, explain_difference, frozen_digests, full_shape, trainable_parameters
+from model.tokens import FlamingoTokenizer, SpecialTokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+_LOCAL = "local-dir:"
+
+
+def save_pretrained(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: FlamingoConfig,
+    *,
+    tokens: SpecialTokenIds,
+    dtype: DType | torch.dtype,
+    frozen: Mapping[str, str],
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write an export; one process calls it.
+
+    Args:
+        folder: made if need be.
+        state: the trained tensors by their names in ``trainable_parameters``, of any floating type.
+        config: of the model. Local paths in it that are not absolute are rewritten relative to ``folder``.
+        tokens: ids of the special tokens.
+        dtype: that the model was trained in; the digests hold for it.
+        frozen: ``frozen_digests`` of the model.
+        seed: that the model was built with; it decides frozen parts that were not loaded from anywhere.
+        tokenizer: written beside, with the new tokens.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(whole, folder / "model.safetensors")
+    config = _map_paths(config, lambda path: _relative_to(path, folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        config = replace(config, language_model=replace(config.language_model, tokenizer="tokenizer"))
+    ids = {name: getattr(tokens, name) for name in SpecialTokenIds.__dataclass_fields__}
+    description = {
+        "format": _FORMAT,
+        "dtype": str(torch_dtype(dtype)).removeprefix("torch."),
+        "seed": seed,
+        "tokens": ids,
+        "frozen_fingerprint": combine_digests(frozen),
+        "model": asdict(config),
+    }
+    (folder / "frozen.json").write_text(json.dumps(frozen, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def save_flamingo(
+    folder: str | Path, model: Flamingo, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """``save_pretrained`` of a model that lies whole in this process."""
+    trained = trainable_parameters(model)
+    save_pretrained(
+        folder,
+        trained,
+        model.config,
+        tokens=model.tokens,
+        dtype=next(iter(trained.values())).dtype,
+        frozen=frozen_digests(model),
+        seed=seed,
+        tokenizer=tokenizer,
+    )
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    dtype: DType | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify_frozen: bool = True,
+) -> Flamingo:
+    """A model from an export, in evaluation mode.
+
+    Args:
+        folder: of ``save_pretrained``.
+        dtype: None takes the type that it was trained in. Another one is converted to after the frozen weights were
+            verified, so that they are exactly the trained ones.
+        verify_frozen: whether other frozen weights than those of the training are an error.
+
+    Raises:
+        ValueError: not an export, or its frozen weights differ; the message names them.
+    """
+    folder = Path(folder)
+    description, config = _read_description(folder)
+    tokens = SpecialTokenIds(**description["tokens"])
+    model = build_flamingo(config, tokens, dtype=description["dtype"], seed=description["seed"])
+    if verify_frozen:
+        expected = json.loads((folder / "frozen.json").read_text())
+        difference = explain_difference(expected, frozen_digests(model))
+        if difference:
+            raise ValueError(
+                f"the frozen weights are not those that {folder} was trained with ({difference}). Point "
+                f"language_model and vision in {folder}/config.json to those, or give verify_frozen=False"
+            )
+    load_trained(model, load_file(folder / "model.safetensors"))
+    if dtype is not None:
+        cast_parameters(model, torch_dtype(dtype))
+    return model.to(device).eval()
+
+
+def tokenizer_of(folder: str | Path) -> FlamingoTokenizer:
+    """The tokenizer of an export. Raises: ValueError when the folder is none."""
+    return build_tokenizer(_read_description(Path(folder))[1])
+
+
+def _read_description(folder: Path) -> tuple[dict[str, Any], FlamingoConfig]:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not an exported Flamingo: it has no config.json")
+    description = json.loads((folder / "config.json").read_text())
+    if description.get("format") != _FORMAT:
+        raise ValueError(f"{folder}/config.json has format {description.get('format')!r}; this version reads {_FORMAT}")
+    return description, _map_paths(FlamingoConfig.from_dict(description["model"]), lambda path: _resolve(path, folder))
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy trained tensors into a model that is not partitioned.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    trained = trainable_parameters(model)
+    missing, unexpected = sorted(trained.keys() - state.keys()), sorted(state.keys() - trained.keys())
+    shapes = [
+        f"{name} {list(state[name].shape)} instead of {list(full_shape(parameter))}"
+        for name, parameter in trained.items()
+        if name in state and tuple(state[name].shape) != full_shape(parameter)
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the tensors do not fit the model's config: {len(missing)} missing {missing[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the type of all parameters. Not ``model.to``: that would also round the LM's rotary frequencies."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _map_paths(config: FlamingoConfig, change: Callable[[str], str]) -> FlamingoConfig:
+    vision, language_model = config.vision, config.language_model
+    if vision.name.startswith(_LOCAL):
+        vision = replace(vision, name=_LOCAL + change(vision.name.removeprefix(_LOCAL)))
+    if vision.pretrained is not None:
+        vision = replace(vision, pretrained=change(vision.pretrained))
+    if language_model.name is not None:
+        language_model = replace(language_model, name=change(language_model.name))
+    if language_model.tokenizer is not None:
+        language_model = replace(language_model, tokenizer=change(language_model.tokenizer))
+    return replace(config, vision=vision, language_model=language_model)
+
+
+def _relative_to(path: str, folder: Path) -> str:
+    """A relative path that exists, as seen from ``folder``; anything else (absolute, a hub's name) stays."""
+    return path if Path(path).is_absolute() or not Path(path).exists() else os.path.relpath(path, folder)
+
+
+def _resolve(path: str, folder: Path) -> str:
+    """What exists as seen from ``folder`` is meant so; anything else stays."""
+    return str(folder / path) if (folder / path).exists() else path

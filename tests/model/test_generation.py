@@ -1,0 +1,186 @@
+"""Generation on top of Hugging Face's, with media."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import factory
+from model.config import CrossAttentionConfig
+from model.flamingo import Flamingo
+from model.generation import generate
+from model.tokens import SpecialTokenIds
+from tests.model.builders import BEYOND, EOS, FAMILIES, INSIDE, random_media, random_text, tiny_flamingo
+
+IMAGE, END = BEYOND.image_id, BEYOND.end_of_chunk_id
+PROMPTS = [[1, IMAGE, 5, 6, END, IMAGE, 7], [1, 9], [1, IMAGE], [1, 4, IMAGE, 8, 11, 12, END, 13, IMAGE, IMAGE, 10, 14]]
+COUNTS = [2, 0, 1, 3]
+
+
+def one_by_one(model: Flamingo, media: Tensor, **settings: Any) -> list[list[int]]:
+    texts, start = [], 0
+    for prompt, count in zip(PROMPTS, COUNTS, strict=True):
+        own = media[start : start + count] if count else None
+        texts += generate(model, [prompt], own, [count], **settings)
+        start += count
+    return texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_gives_the_same_as_its_prompts_one_by_one(family: str) -> None:
+    model = tiny_flamingo(family, gates=1.0, seed=1)
+    media = random_media(6)
+    settings = {"max_new_tokens": 8, "stop_ids": [EOS]}
+    batch = generate(model, PROMPTS, media, COUNTS, **settings)
+    assert batch == one_by_one(model, media, **settings)
+    assert len({tuple(text) for text in batch}) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_search_is_the_argmax_of_the_whole_model(family: str) -> None:
+    """No cache, no padding: the media index is rebuilt from scratch for every token."""
+    model = tiny_flamingo(family, gates=1.0, seed=2)
+    prompt, media = PROMPTS[0], random_media(2)
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            logits = model(torch.tensor([ids]), media=media).logits[0, -1]
+            logits[IMAGE] = -torch.inf
+            ids.append(int(logits.argmax()))
+    expected = ids[len(prompt) :]
+    if EOS in expected:
+        expected = expected[: expected.index(EOS)]
+    assert generate(model, [prompt], media, [2], max_new_tokens=8, stop_ids=[EOS]) == [expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "gpt2"])
+def test_beam_search_in_a_batch(family: str) -> None:
+    model = tiny_flamingo(family, gates=1.0, seed=3)
+    media = random_media(6)
+    settings = {"max_new_tokens": 6, "num_beams": 3}
+    batch = generate(model, PROMPTS, media, COUNTS, **settings)
+    assert batch == one_by_one(model, media, **settings)
+    assert batch != generate(model, PROMPTS, media, COUNTS, max_new_tokens=6)
+
+
+def test_beams_find_a_text_at_least_as_likely() -> None:
+    model = tiny_flamingo(gates=1.0, seed=4)
+    media = random_media(2)
+
+    def log_probability(text: list[int]) -> float:
+        ids = torch.tensor([PROMPTS[0] + text])
+        labels = torch.full_like(ids, -100)
+        labels[0, len(PROMPTS[0]) :] = torch.tensor(text)
+        with torch.no_grad():
+            return -model(ids, labels=labels, media=media).loss.item()
+
+    texts = [
+        generate(model, PROMPTS[:1], media, [2], max_new_tokens=4, num_beams=beams, stop_ids=[0], min_new_tokens=4)[0]
+        for beams in (1, 8)
+    ]
+    assert log_probability(texts[1]) > log_probability(texts[0])
+
+
+def test_sampling() -> None:
+    model = tiny_flamingo(gates=1.0)
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
+
+    def sample(seed: int, **more: Any) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return generate(model, PROMPTS, random_media(6), COUNTS, **settings | more)
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+    greedy = generate(model, PROMPTS, random_media(6), COUNTS, max_new_tokens=12)
+    assert sample(0, top_k=1) == sample(1, top_k=1) == greedy
+
+
+def test_media_matter_for_every_new_token() -> None:
+    """The second token of a text still sees the image: a peer's cache lost it there."""
+    model = tiny_flamingo(gates=1.0)
+    seen: list[Tensor] = []
+    block = model.cross_attention[0].attention
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    generate(model, [[1, IMAGE, 5]], random_media(1), [1], max_new_tokens=4, stop_ids=[0], min_new_tokens=4)
+    assert [output.shape[1] for output in seen] == [3, 1, 1, 1]
+    assert all(output.any(-1)[:, -1].all() for output in seen)
+
+
+def test_keys_and_values_are_computed_once() -> None:
+    model = tiny_flamingo(gates=1.0)
+    calls = []
+    model.cross_attention[0].attention.key_value.register_forward_hook(lambda *args: calls.append("key_value"))
+    model.vision_encoder.register_forward_hook(lambda *args: calls.append("vision"))
+    generate(model, PROMPTS, random_media(6), COUNTS, max_new_tokens=5, num_beams=2)
+    assert calls == ["vision", "key_value"]
+
+
+@pytest.mark.parametrize("attend", ["one", "all"])
+def test_earlier_media_of_the_prompt(attend: str) -> None:
+    """In mode "one", keys of the first image are not read by the tokens after the second."""
+    cross_attention = CrossAttentionConfig(every=9, head_width=8, heads=4, attend=attend)
+    model = tiny_flamingo(gates=1.0, cross_attention=cross_attention)
+    outputs: list[Tensor] = []
+    model.cross_attention[0].attention.register_forward_hook(lambda module, args, output: outputs.append(output[:, -1]))
+    for seed in (0, 1):
+        media = random_media(2)
+        media[0] = random_media(1, seed=seed)[0]
+        generate(model, [[1, IMAGE, 5, IMAGE, 6]], media, [2], max_new_tokens=1)
+    assert torch.equal(outputs[0], outputs[1]) == (attend == "one")
+
+
+@pytest.mark.parametrize("tokens", [BEYOND, INSIDE], ids=["beyond", "inside"])
+def test_it_stops_at_the_end_of_chunk_and_never_writes_an_image(tokens: SpecialTokenIds) -> None:
+    model = tiny_flamingo("gemma3", tokens, gates=1.0)
+    image_row, end_row = model.language_model.output_rows
+    with torch.no_grad():  # both would be written often
+        image_row.weight.mul_(4)
+        end_row.weight.mul_(4)
+    torch.manual_seed(0)
+    prompts = random_text(12, 4).tolist()
+    texts = generate(model, prompts, None, [0] * 12, max_new_tokens=20, do_sample=True, stop_ids=[0])
+    written = [token for text in texts for token in text]
+    assert tokens.end_of_chunk_id in written
+    assert tokens.image_id not in written
+    texts = generate(model, prompts, None, [0] * 12, max_new_tokens=20, do_sample=True)
+    assert not any(tokens.end_of_chunk_id in text or EOS in text for text in texts)
+    assert min(len(text) for text in texts) < 20
+
+
+def test_without_media_it_is_the_text_model() -> None:
+    model = tiny_flamingo(gates=1.0)
+    with_blind_media = generate(model, [[1, 5, 6]], random_media(1)[:0], [0], max_new_tokens=5)
+    assert generate(model, [[1, 5, 6]], None, [0], max_new_tokens=5) == with_blind_media
+    # an <image> token in a prompt without media is just a token
+    assert len(generate(model, [[1, IMAGE, 6]], None, [1], max_new_tokens=5)) == 1
+
+
+def test_the_language_models_own_generation_defaults_do_not_matter() -> None:
+    expected = generate(tiny_flamingo(), [[1, 5, 6]], None, [0], max_new_tokens=9)
+    build = factory.build_language_model
+
+    def sampled(*args: Any) -> Any:
+        lm = build(*args)
+        lm.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, min_length=50)
+        return lm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "build_language_model", sampled)
+        model = tiny_flamingo()
+    assert generate(model, [[1, 5, 6]], None, [0], max_new_tokens=9) == expected
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    model = tiny_flamingo()
+    media = random_media(2)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, [[1], []], None, [0, 0], max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 0 has 1 image tokens, but media_per_prompt says 2"):
+        generate(model, [[1, IMAGE]], media, [2], max_new_tokens=2)
+    with pytest.raises(ValueError, match="media has 2 rows, but media_per_prompt adds up to 1"):
+        generate(model, [[1, IMAGE]], media, [1], max_new_tokens=2)
+    with pytest.raises(ValueError, match="2 prompts but media_per_prompt has 1"):
+        generate(model, [[1, IMAGE], [1]], media, [1], max_new_tokens=2)

@@ -1,0 +1,59 @@
+"""The summed cross-entropy against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import loss as loss_module
+from model.loss import label_positions, summed_cross_entropy
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 9])
+def test_value_and_gradient(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_ROWS", 4)
+    logits = (5 * torch.randn(rows, 11)).requires_grad_()
+    labels = torch.randint(0, 11, (rows,))
+    weight = 0.37
+    (expected,) = torch.autograd.grad(weight * F.cross_entropy(logits, labels, reduction="sum"), logits)
+    total = summed_cross_entropy(logits, labels)
+    (found,) = torch.autograd.grad(weight * total, logits)
+    torch.testing.assert_close(total, F.cross_entropy(logits, labels, reduction="sum"))
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradcheck() -> None:
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (5,))
+    assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits)
+
+
+def test_low_precision_logits_are_summed_in_float32() -> None:
+    logits = torch.randn(4000, 50).bfloat16().requires_grad_()
+    labels = torch.randint(0, 50, (4000,))
+    total = summed_cross_entropy(logits, labels)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, F.cross_entropy(logits.float(), labels, reduction="sum"), rtol=1e-5, atol=0)
+    total.backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_columns_that_nobody_has_get_no_gradient() -> None:
+    logits = torch.randn(3, 6)
+    logits[:, 4] = -torch.inf
+    logits.requires_grad_()
+    total = summed_cross_entropy(logits, torch.tensor([0, 1, 5]))
+    total.backward()
+    assert total.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[:, 4].any()
+
+
+def test_label_positions() -> None:
+    labels = torch.tensor([[9, 1, -100, 2], [-100, -100, 3, -100]])
+    positions, targets = label_positions(labels)
+    assert positions.tolist() == [0, 2, 5]
+    assert targets.tolist() == [1, 2, 3]

@@ -1,0 +1,178 @@
+"""The frozen tower: which features, which normalisation, and what is left of open_clip's model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.config import VisionEncoderConfig
+from model.vision_encoder import VisionEncoder, build_tower
+from tests.model.builders import IMAGE_SIZE, random_media, tower_folder, write_tower
+
+CONFIG = VisionEncoderConfig(name=f"local-dir:{tower_folder()}")
+
+
+def encoder(config: VisionEncoderConfig = CONFIG, dtype: torch.dtype = torch.float32) -> VisionEncoder:
+    return VisionEncoder(build_tower(config).to(dtype), config)
+
+
+def whole_clip() -> nn.Module:
+    return open_clip.create_model(CONFIG.name).eval()
+
+
+def normalized(media: Tensor) -> Tensor:
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    return (media.flatten(0, 1) / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def test_last_features_after_the_norm_are_open_clips_tokens() -> None:
+    clip, media = whole_clip(), random_media(2, frames=3)
+    clip.visual.output_tokens = True
+    with torch.no_grad():
+        _, tokens = clip.visual(normalized(media))
+    found = encoder()(media)
+    assert found.shape == (2, 3, 4, 24)
+    torch.testing.assert_close(found, tokens.view(2, 3, 4, 24))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("block", [-1, -2, 0, 2])
+def test_features_of_a_block_before_the_norm(block: int) -> None:
+    clip, media = whole_clip(), random_media(2)
+    outputs = []
+    clip.visual.transformer.resblocks[block].register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        clip.visual(normalized(media))
+    found = encoder(replace(CONFIG, feature_block=block, feature_norm=False))(media)
+    torch.testing.assert_close(found[:, 0], outputs[0][:, 1:])  # without the class token
+
+
+def test_only_what_leads_to_the_features_is_kept() -> None:
+    whole = {name for name, _ in whole_clip().visual.named_parameters()}
+    kept = {name.removeprefix("tower.") for name, _ in encoder().named_parameters()}
+    assert whole - kept == {"proj"}
+    early = encoder(replace(CONFIG, feature_block=-2, feature_norm=False))
+    kept = {name.removeprefix("tower.") for name, _ in early.named_parameters()}
+    gone = whole - kept
+    assert {name.split(".")[0] for name in gone} == {"proj", "ln_post", "transformer"}
+    assert {".".join(name.split(".")[1:3]) for name in gone if "transformer" in name} == {"resblocks.2"}
+    assert all(parameter.ndim > 0 and not parameter.requires_grad for parameter in early.parameters())
+
+
+def test_uint8_and_fractions_are_the_same_pixels() -> None:
+    media = random_media(2)
+    tower = encoder()
+    torch.testing.assert_close(tower(media), tower(media / 255))
+
+
+def test_casting_does_not_round_the_statistics() -> None:
+    cast = encoder().to(torch.bfloat16)
+    torch.testing.assert_close(cast.normalize(random_media(2).flatten(0, 1)), normalized(random_media(2)))
+    assert cast(random_media(2)).dtype == torch.bfloat16
+    assert "statistics_bits" not in cast.state_dict()
+
+
+def test_it_stays_in_evaluation_mode() -> None:
+    tower = encoder()
+    parent = nn.ModuleList([tower]).train()
+    assert parent.training
+    assert not any(module.training for module in tower.modules())
+
+
+def test_width_and_features_are_known_without_running() -> None:
+    tower = encoder()
+    assert (tower.width, tower.features, tower.image_size) == (24, 4, IMAGE_SIZE)
+
+
+def test_another_image_size_interpolates_the_position_embeddings() -> None:
+    tower = encoder(replace(CONFIG, image_size=32))
+    assert (tower.image_size, tower.features) == (32, 16)
+    assert tower(random_media(1, size=32)).shape == (1, 1, 16, 24)
+
+
+def test_timm_nfnet() -> None:
+    """The paper's kind of tower: the flattened grid after the last convolution, rows first."""
+    config = VisionEncoderConfig(name="timm:test_nfnet", image_size=96, feature_norm=False)
+    tower = encoder(config)
+    media = random_media(2, frames=2, size=96)
+    found = tower(media)
+    trunk = timm.create_model("test_nfnet", num_classes=0).eval()
+    missing, unexpected = trunk.load_state_dict(tower.tower.state_dict(), strict=False)
+    assert not missing
+    assert not unexpected
+    grids = []
+    trunk.final_conv.register_forward_hook(lambda module, args, output: grids.append(output))
+    with torch.no_grad():
+        trunk(tower.normalize(media.flatten(0, 1)))
+    assert tower.mean == trunk.pretrained_cfg["mean"]
+    grid = grids[0]
+    assert found.shape == (2, 2, 9, tower.width)
+    torch.testing.assert_close(found[1, 0, 5], grid[2, :, 1, 2])
+    assert encoder(replace(config, image_size=160)).features == 25
+
+
+def test_timm_vision_transformer() -> None:
+    config = VisionEncoderConfig(name="timm:test_vit", feature_block=-2)
+    tower = encoder(config)
+    assert tower(random_media(1, size=tower.image_size)).shape == (1, 1, tower.features, tower.width)
+
+
+def test_timm_weights_come_from_safetensors(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    trunk = timm.create_model("test_nfnet", num_classes=0, global_pool="")
+    save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
+    config = VisionEncoderConfig(
+        name="timm:test_nfnet", pretrained=str(tmp_path / "trunk.safetensors"), image_size=64, feature_norm=False
+    )
+    for name, tensor in encoder(config).tower.state_dict().items():
+        assert torch.equal(tensor, trunk.state_dict()[name])
+
+
+def test_open_clip_weights_come_from_a_safetensors_file(tmp_path: Path) -> None:
+    write_tower(tmp_path, seed=5)
+    weights = load_file(tmp_path / "open_clip_model.safetensors")
+    tower = encoder(VisionEncoderConfig(name=f"local-dir:{tmp_path}"))
+    assert torch.equal(tower.tower.conv1.weight, weights["visual.conv1.weight"])
+
+
+def test_a_residual_network_of_open_clip_has_no_pooling_left() -> None:
+    with torch.device("meta"):
+        tower = encoder(VisionEncoderConfig(name="RN50", feature_norm=False))
+    assert (tower.features, tower.width) == (49, 2048)
+    assert not any("attnpool" in name for name, _ in tower.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (VisionEncoderConfig(name="local-dir:nowhere"), "no open_clip_config.json"),
+        (VisionEncoderConfig(name="no-such-tower"), "no-such-tower"),
+        (VisionEncoderConfig(name="ViT-B-32", pretrained="no-such-tag"), "no-such-tag"),
+        (VisionEncoderConfig(name="timm:no_such_tower"), "no_such_tower"),
+        (VisionEncoderConfig(name="timm:test_nfnet", pretrained="weights.pt"), "safetensors"),
+        (replace(CONFIG, feature_block=7), "feature_block"),
+    ],
+)
+def test_what_cannot_be_built_is_a_clear_error(config: VisionEncoderConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder(config)
+
+
+def test_a_pickled_file_is_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="safetensors"):
+        build_tower(VisionEncoderConfig(name="ViT-B-32", pretrained=str(tmp_path / "weights.pt")))
+
+
+def test_media_of_a_wrong_shape_are_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="media, frames, 3"):
+        encoder()(random_media(1)[0])
+    with pytest.raises(ValueError, match=r"32 x 32 pixels.*built for 16.*vision\.image_size"):
+        encoder()(random_media(1, size=32))

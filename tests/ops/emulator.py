@@ -1,0 +1,208 @@
+"""Runs the CUDA kernels on the CPU: builds csrc/emulator and calls it with tensors, as the CUDA binding would."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).parents[2] / "csrc"
+COPIES = {"at once": 0, "as late as allowed": 1, "by chance": 2}
+TYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class _Index(ctypes.Structure):
+    _fields_ = [("data", _POINTER), ("wide", _INT)]
+
+
+class _AttentionParams(ctypes.Structure):  # AttentionParams of csrc/cuda/params.h, field by field; so are the others
+    _fields_ = [
+        *((name, _POINTER) for name in ("q", "grad", "o", "out", "dq", "lse", "delta", "partial", "out_scale")),
+        *((name, _INT64) for name in ("q_row", "q_head", "grad_row", "grad_head")),
+        ("rows", _INT),
+        ("heads", _INT),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _CrossAttentionParams(_AttentionParams):
+    _fields_ = [
+        *((name, _POINTER) for name in ("k", "v", "dk", "dv")),
+        *((name, _INT64) for name in ("k_medium", "k_latent", "k_head", "v_medium", "v_latent", "v_head")),
+        ("media", _INT),
+        ("latents", _INT),
+        ("last_media", _Index),
+        ("first_media", _Index),
+        ("row_begin", _POINTER),
+        ("row_end", _POINTER),
+    ]
+
+
+class _ResamplerParams(_AttentionParams):
+    _fields_ = [
+        *((name, _POINTER) for name in ("k_features", "v_features", "k_latents", "v_latents")),
+        *((name, _POINTER) for name in ("dk_features", "dv_features", "dk_latents", "dv_latents")),
+        *((f"{x}_features_{y}", _INT64) for x in "kv" for y in ("row", "head")),
+        *((f"{x}_latents_{y}", _INT64) for x in "kv" for y in ("row", "head")),
+        ("media", _INT),
+        ("latents", _INT),
+        ("features", _INT),
+        ("cu_media", _Index),
+    ]
+
+
+class Site(NamedTuple):
+    """A barrier or a wait in the kernels' source."""
+
+    number: int
+    kind: str
+    file: str
+    line: int
+
+
+class EmulationError(Exception):
+    """The kernel hung, failed an assertion or used a wrong address."""
+
+
+def why_unavailable() -> str | None:
+    """None if the emulator can be built here, else the reason."""
+    if not CSRC.exists():
+        return "csrc/ is not part of this tree"
+    import platform
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "the emulator switches stacks in x86-64 assembly"
+    return None if shutil.which("g++") else "no g++ to build the emulator"
+
+
+def build(folder: Path, csrc: Path = CSRC, *, one_width: bool = False) -> Emulator:
+    """Compile the emulator and the kernels of `csrc` into `folder`; one_width: bfloat16 of width 64 alone."""
+    library = folder / "libemulator.so"
+    command = ["g++", "-std=c++17", "-O1" if one_width else "-O2", "-shared", "-fPIC", "-DFLAMINGO_EMULATOR", "-w"]
+    command += ["-DFLAMINGO_EMULATE_ONE"] if one_width else []
+    sources = [str(csrc / "emulator" / name) for name in ("simt.cpp", "run_kernels.cpp")]
+    result = subprocess.run([*command, "-o", str(library), *sources], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"the emulator does not compile: {result.stderr[-2000:]}")
+    return Emulator(library)
+
+
+class Emulator:
+    """The compiled kernels; every call may choose a seed, a policy for copies, and a site to switch off."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name in ("emulator_failure", "emulator_site_kind", "emulator_site_file"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.emulator_configure.argtypes = [ctypes.c_uint64, _INT, _INT]
+        for resampler, params in enumerate((_CrossAttentionParams, _ResamplerParams)):
+            assert self._library.emulator_params_bytes(resampler) == ctypes.sizeof(params)
+        self.seed, self.copies, self.skipped_site = 0, "by chance", -1
+
+    def sites(self) -> list[Site]:
+        """Barriers and waits that have run so far, in the order of their first use."""
+        library = self._library
+        return [
+            Site(
+                i,
+                library.emulator_site_kind(i).decode(),
+                Path(library.emulator_site_file(i).decode()).name,
+                library.emulator_site_line(i),
+            )
+            for i in range(library.emulator_site_count())
+        ]
+
+    def cross_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        media_index: Tensor,
+        first_media: Tensor | None,
+        out_scale: Tensor | None,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Output, dq, dk, dv and the gradient of out_scale; shapes as in `model.ops.masked_cross_attention`."""
+        rows, heads, width = q.shape
+        media, latents = k.shape[:2]
+        blocks = max(-(-rows // 64), media * -(-latents // 64))
+        out, dq, dk, dv = (_garbage(x.shape, q.dtype) for x in (q, q, k, v))
+        partial = torch.zeros(blocks * heads, 4)
+        begin, end = torch.full((media,), -7, dtype=torch.int32), torch.full((media,), -7, dtype=torch.int32)
+        p = _CrossAttentionParams(
+            media=media,
+            latents=latents,
+            last_media=_index(media_index),
+            first_media=_index(first_media),
+            row_begin=begin.data_ptr(),
+            row_end=end.data_ptr(),
+            partial=partial.data_ptr(),
+            out_scale=None if out_scale is None else out_scale.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            dk=dk.data_ptr(),
+            dv=dv.data_ptr(),
+            **{f"{n}_{d}": x.stride(i) for n, x in (("k", k), ("v", v)) for i, d in enumerate(_KEY_STRIDES)},
+        )
+        keep = _fill_rows(p, q, grad, out, dq, rows)
+        p.scale = width**-0.5
+        self._run("emulate_cross_attention", q, p)
+        del keep
+        return out, dq, dk, dv, partial.sum()
+
+    def resampler(
+        self, q: Tensor, k_features: Tensor, v_features: Tensor, k_latents: Tensor, v_latents: Tensor,
+        cu_media: Tensor, grad: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Output and the gradients of the five tensors; shapes as in `model.ops.resampler_attention`."""
+        media, latents, _, width = q.shape
+        inputs = {"k_features": k_features, "v_features": v_features, "k_latents": k_latents, "v_latents": v_latents}
+        grads = {name: _garbage(x.shape, q.dtype) for name, x in inputs.items()}
+        out, dq = _garbage(q.shape, q.dtype), _garbage(q.shape, q.dtype)
+        p = _ResamplerParams(
+            media=media, latents=latents, features=k_features.shape[0], cu_media=_index(cu_media), o=out.data_ptr()
+        )
+        for name, x in inputs.items():
+            setattr(p, name, x.data_ptr())
+            setattr(p, f"d{name}", grads[name].data_ptr())
+            setattr(p, f"{name}_row", x.stride(-3))
+            setattr(p, f"{name}_head", x.stride(-2))
+        keep = _fill_rows(p, q.flatten(0, 1), grad.flatten(0, 1), out, dq, media * latents)
+        p.scale = width**-0.5
+        self._run("emulate_resampler", q, p)
+        del keep
+        return out, dq, *grads.values()
+
+    def _run(self, function: str, q: Tensor, p: ctypes.Structure) -> None:
+        self._library.emulator_configure(self.seed, COPIES[self.copies], self.skipped_site)
+        for backward in (0, 1):
+            if getattr(self._library, function)(TYPES[q.dtype], q.shape[-1], backward, ctypes.byref(p)):
+                raise EmulationError(self._library.emulator_failure().decode())
+
+
+_KEY_STRIDES = ("medium", "latent", "head")
+
+
+def _garbage(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def _index(x: Tensor | None) -> _Index:
+    return _Index(None, 0) if x is None else _Index(x.data_ptr(), int(x.dtype == torch.int64))
+
+
+def _fill_rows(p: Any, q: Tensor, grad: Tensor, out: Tensor, dq: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Fields of AttentionParams; returns the buffers that must outlive the call."""
+    lse, delta = (torch.full((rows, q.shape[-2]), float("nan")) for _ in range(2))
+    p.q, p.grad, p.out, p.dq, p.lse, p.delta = (x.data_ptr() for x in (q, grad, out, dq, lse, delta))
+    p.q_row, p.q_head = q.stride(0), q.stride(1)
+    p.grad_row, p.grad_head = grad.stride(0), grad.stride(1)
+    p.rows, p.heads = rows, q.shape[-2]
+    return lse, delta

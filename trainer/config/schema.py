@@ -1,0 +1,314 @@
+"""Every setting of a run, as dataclasses: the one schema of YAML, command line, documentation and code.
+
+``trainer.config.loader`` reads YAML, applies dotted overrides (tyro) and validates with pydantic; nothing else in the
+project parses settings. Units are in the names or in the docstrings; sizes named ``batch_size`` are always global
+(over all ranks), so that the number of processes never changes what is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import Field
+
+from model.config import DType, FlamingoConfig
+
+_FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+
+Positive = Annotated[int, Gt(0)]
+NonNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Probability = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class SourceBase:
+    """What every source of samples has.
+
+    name: used in metrics (``loss/<name>``) and in the order's seed; changing it changes the order.
+    manifest: the file that ``python -m trainer.index`` wrote.
+    weight: lambda of the paper; the gradient of the update is the weighted sum over all sources.
+    batch_size: sequences of this source in one update, over all ranks.
+    micro_batch_size: sequences per rank in one forward; None takes ``batch_size / world size`` (one micro-step).
+    max_tokens: longer sequences are cut.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    name: str
+    manifest: Path
+    batch_size: Positive
+    weight: PositiveFloat = 1.0
+    micro_batch_size: Positive | None = None
+    max_tokens: Positive = 256
+
+
+@dataclass(frozen=True)
+class ImageTextSource(SourceBase):
+    """``<BOS><image>caption<EOC>``: one image member and one ``.txt`` member a sample (paper, appendix A.3.2).
+
+    max_tokens: the paper uses 32 or 64 for pairs.
+    space_prefix_probability: a single space is prepended to the caption that often (the paper: 0.5).
+    end_of_sequence: append ``<EOS>`` after ``<EOC>``, as the paper does; it is trained on when it is there.
+    """
+
+    type: Literal["image_text"] = "image_text"
+    max_tokens: Positive = 64
+    space_prefix_probability: Probability = 0.0
+    end_of_sequence: bool = False
+
+
+@dataclass(frozen=True)
+class InterleavedSource(SourceBase):
+    """Documents in MMC4's format: ``text_list`` and ``image_info`` (paper, appendix A.3.1).
+
+    max_images: the first this many images of the window are used (the paper: 5).
+    window: "random" start over the document's tokens (the paper) or "start".
+    p_next: how often the document's text belongs to the following image instead of the preceding (the paper: 0.5).
+    min_similarity: images below are dropped, in the unit of the data's ``matched_sim`` (MMC4: 0 to 1); None keeps all.
+    space_prefix_probability: the texts after images get a space in front that often, drawn once a document.
+    """
+
+    type: Literal["interleaved"] = "interleaved"
+    max_images: Positive = 5
+    window: Literal["random", "start"] = "random"
+    p_next: Probability = 0.0
+    min_similarity: float | None = None
+    space_prefix_probability: Probability = 0.0
+
+
+@dataclass(frozen=True)
+class TextSource(SourceBase):
+    """Text only (``.txt`` members): ``<BOS>text<BOS>text...``, cut or padded to ``max_tokens``.
+
+    samples_per_row: that many consecutive samples are concatenated to a row.
+    """
+
+    type: Literal["text"] = "text"
+    samples_per_row: Positive = 1
+
+
+Source = Annotated[ImageTextSource | InterleavedSource | TextSource, Field(discriminator="type")]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The stream. Global batch t is a pure function of (manifests, these settings, seed, t).
+
+    sources: what is trained on; every update visits all of them.
+    seed: of the order, of windows and of all other draws from the data.
+    lanes: into how many lanes a source's order is cut; each gives equally many samples to every batch, and the number
+        of processes has to divide it. None takes each source's batch size: one sample a lane and update.
+    window: samples permuted together within a lane. block: consecutive samples of a shard read at once.
+    workers: loader processes a rank; 0 loads in the training process.
+    prefetch: updates that each worker prepares ahead.
+    image_fit: how an image becomes the tower's square: "pad" keeps the aspect and pads with the mean colour (the
+        paper), "crop" resizes the short side and crops the centre (open_clip), "stretch" ignores the aspect.
+    max_pixels: images whose header says more are skipped before they are decoded.
+    ledger: write ``ledger/rank-N.jsonl``, one line a sample that an applied step consumed.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    sources: tuple[Source, ...]
+    seed: int = 0
+    lanes: Positive | None = None
+    window: Positive = 1000
+    block: Positive = 250
+    workers: NonNegative = 0
+    prefetch: Positive = 2
+    image_fit: Literal["pad", "crop", "stretch"] = "pad"
+    max_pixels: Positive = 178_956_970
+    ledger: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (paper: betas and eps are absent there; weight decay 0.1, 0 on the resampler).
+
+    name: "adamw" is torch's fused one, "cpu_adam" DeepSpeed's for optimiser state that is offloaded, "apex_fused_adam"
+        NVIDIA apex's, where it is installed.
+    lr: the peak of the schedule. betas, eps, weight_decay: AdamW's own.
+    gate_lr_multiplier: multiplies the learning rate of the tanh gates.
+    no_decay_resampler: the paper's rule; norms, gates, biases and embeddings never decay.
+    clip_grad_norm: the global norm that the gradient of the whole update is clipped to.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    name: Literal["adamw", "cpu_adam", "apex_fused_adam"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    no_decay_resampler: bool = True
+    gate_lr_multiplier: PositiveFloat = 1.0
+    clip_grad_norm: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up from 0 over ``warmup_steps``, then ``decay`` down to ``final_lr_ratio`` at the last step."""
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    warmup_steps: NonNegative = 5000
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    final_lr_ratio: Probability = 0.0
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where ZeRO keeps partitioned parameters or optimiser state.
+
+    device: "none" is the GPU itself. path: a folder on the drive, for nvme only.
+    pin_memory: page-locked host memory: faster copies, and the memory cannot be swapped out.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+    path: Path | None = None
+    pin_memory: bool = False
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """ZeRO settings; all other keys of DeepSpeed's json follow from the other sections.
+
+    zero_stage: 1 partitions the optimiser state, 2 also the gradients, 3 also the parameters, frozen ones included.
+    raw: a json (file or mapping) merged over the generated one; keys that contradict another section are refused.
+    timeout_seconds: how long a collective waits for a process that does not come.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    zero_stage: Literal[1, 2, 3] = 3
+    offload_param: OffloadConfig = field(default_factory=OffloadConfig)
+    offload_optimizer: OffloadConfig = field(default_factory=OffloadConfig)
+    raw: dict[str, Any] | Path | None = None
+    timeout_seconds: PositiveFloat = 1800.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``every`` and ``keep_every`` in steps; the last ``keep_last`` are kept, and every ``keep_every``-th for good."""
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    every: Positive = 1000
+    keep_last: Positive = 3
+    keep_every: Positive | None = None
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """metrics.jsonl is always written; the others are choices.
+
+    console_every: steps between console lines; skipped updates and the last one always get theirs.
+    tensorboard: event files in the run folder. wandb_project: where wandb logs to; None does not use it.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    console_every: Positive = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop.
+
+    steps: updates of the whole run. seed: of new weights and of dropout.
+    dtype: of activations, gradients and frozen weights; what is trained has float32 copies in the optimiser.
+    loss_normalization: "token_mean" divides each source's summed loss by its trained tokens in the global batch;
+        "token_sum" by its sequences, as in the paper (a sum over tokens).
+    max_skipped_in_a_row: that many non-finite updates one after another abort the run.
+    activation_checkpointing: recompute each language-model block (with its cross-attention) in the backward.
+    threads: torch threads a process on the CPU; None leaves torch's own choice.
+    ops: implementation of the fused attention ops: "auto" takes the fastest that is there, "fused" insists on it.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    steps: Positive
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    loss_normalization: Literal["token_mean", "token_sum"] = "token_mean"
+    max_skipped_in_a_row: Positive = 10
+    activation_checkpointing: bool = False
+    threads: Positive | None = None
+    ops: Literal["auto", "reference", "fused"] = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all three trainers share (``trainer.train``, ``pretrain_lm``, ``pretrain_vision``).
+
+    run_dir: the folder of everything the run writes. It resumes from what is in there.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    run_dir: Path
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(frozen=True)
+class FlamingoRunConfig(RunConfig):
+    """``trainer.train``."""
+
+    task: Literal["flamingo"] = "flamingo"
+    model: FlamingoConfig = field(default_factory=FlamingoConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingConfig:
+    """A byte-level BPE of ``vocabulary`` entries, trained on the first ``samples`` texts of the first source.
+
+    end_of_text: the token that begins, ends and pads.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    vocabulary: Positive = 500
+    samples: Positive = 4000
+    end_of_text: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class LanguageModelRunConfig(RunConfig):
+    """``trainer.pretrain_lm``. ``architecture`` is a Hugging Face config with its ``model_type``."""
+
+    task: Literal["language_model"] = "language_model"
+    architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+
+
+@dataclass(frozen=True)
+class ContrastiveRunConfig(RunConfig):
+    """``trainer.pretrain_vision``.
+
+    architecture: an open_clip model config (embed_dim, vision_cfg, text_cfg) or the name of one.
+    tokenizer: folder of a Hugging Face tokenizer for the captions; None takes open_clip's own for ``architecture``.
+    mask_duplicate_captions: equal captions in a batch are not each other's negatives.
+    """
+
+    task: Literal["contrastive"] = "contrastive"
+    architecture: dict[str, Any] | str = "ViT-B-32"
+    tokenizer: Path | None = None
+    mask_duplicate_captions: bool = True
+
+
+__all__ = [name for name in globals() if name.endswith(("Config", "Source", "Base"))] + ["DType"]

@@ -1,0 +1,154 @@
+"""A mapping against the dataclasses: every error with its dotted path and, for a misspelt key, a suggestion.
+
+pydantic does the checking; this module turns its errors into sentences that name settings as the user wrote them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from trainer.config.yaml_file import KeyPath
+
+T = TypeVar("T")
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as it is written on the command line."""
+    return ".".join(map(str, path))
+
+
+def validate(values: dict[str, Any], schema: type[T]) -> tuple[T | None, dict[KeyPath, str]]:
+    """The settings as ``schema``'s dataclasses, or None and the message for each wrong key path."""
+    try:
+        return TypeAdapter(schema).validate_python(values), {}
+    except ValidationError as error:
+        problems: dict[KeyPath, str] = {}
+        for item in error.errors(include_url=False):
+            path = _plain_path(item["loc"], values, item["type"])
+            message = _message(item, path, values, schema)
+            if path in problems and message not in problems[path]:
+                message = f"{problems[path]}; or: {message}"  # the members of a union each say what they expect
+            problems[path] = message
+        return None, problems
+
+
+def _plain_path(location: tuple[str | int, ...], values: Any, kind: str) -> KeyPath:
+    """pydantic's location without the names of union members, which are in no file."""
+    path: list[str | int] = []
+    node: Any = values
+    for position, segment in enumerate(location):
+        in_mapping = isinstance(node, dict) and segment in node
+        in_list = isinstance(node, list | tuple) and isinstance(segment, int) and segment < len(node)
+        if in_mapping or in_list:
+            node = node[segment]
+        elif not (kind == "missing" and position == len(location) - 1):
+            continue
+        path.append(segment)
+    return tuple(path)
+
+
+def _message(item: Any, path: KeyPath, values: dict[str, Any], schema: type) -> str:
+    kind, shown = item["type"], repr(item["input"])
+    match kind:
+        case "unexpected_keyword_argument" | "no_such_attribute" | "extra_forbidden":
+            return f"there is no such setting{_suggestion(path, values, schema)}"
+        case "missing" | "missing_argument":
+            return "is required and missing"
+        case "union_tag_not_found":
+            return f"needs a type: one of {item['ctx'].get('expected_tags', _tags(path, values, schema))}"
+        case "union_tag_invalid":
+            tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+            options = [option.strip("'") for option in expected.split(", ")]
+            return f"type {tag!r} is not one of {expected}{_did_you_mean(tag, options)}"
+        case "literal_error":
+            expected = item["ctx"]["expected"]
+            options = [option.strip("'") for option in expected.replace(" or ", ", ").split(", ")]
+            return f"{shown} is not one of {expected}{_did_you_mean(str(item['input']), options)}"
+        case "dataclass_type" | "dict_type":
+            return f"must be a mapping of settings, not {shown}"
+    text = item["msg"][0].lower() + item["msg"][1:]
+    return f"{text}, not {shown}" if len(shown) < 100 else text
+
+
+def _tags(path: KeyPath, values: dict[str, Any], schema: type) -> str:
+    names = [tag for cls in _classes_at(path, values, schema) for tag in _literal_values(cls)]
+    return ", ".join(map(repr, names))
+
+
+def _suggestion(path: KeyPath, values: dict[str, Any], schema: type) -> str:
+    """What the unknown key was probably meant to be: a neighbour that is spelt alike, or its namesake elsewhere."""
+    name = str(path[-1])
+    known = sorted({f.name for cls in _classes_at(path[:-1], values, schema) for f in fields(cls)})
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {dotted((*path[:-1], close[0]))}?"
+    elsewhere = [other for other in setting_paths(schema) if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _did_you_mean(text: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(text, options, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def setting_paths(schema: type) -> Iterator[str]:
+    """The dotted path of every setting; the elements of a list are written as 0."""
+    for name, classes, is_leaf, in_list in _members(schema):
+        if is_leaf:
+            yield name
+        for cls in classes:
+            for below in setting_paths(cls):
+                yield f"{name}.0.{below}" if in_list else f"{name}.{below}"
+
+
+def _members(schema: type) -> Iterator[tuple[str, list[type], bool, bool]]:
+    hints = get_type_hints(schema, include_extras=False)
+    for entry in fields(schema):
+        classes, is_leaf, in_list = _dataclasses_in(hints[entry.name])
+        yield entry.name, classes, is_leaf, in_list
+
+
+def _dataclasses_in(hint: Any) -> tuple[list[type], bool, bool]:
+    """The dataclasses that a type hint allows, whether it allows anything else, whether they are in a tuple."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _dataclasses_in(get_args(hint)[0])
+    if origin in (Union, types.UnionType):
+        parts = [_dataclasses_in(part) for part in get_args(hint)]
+        return [cls for part in parts for cls in part[0]], all(part[1] for part in parts), any(p[2] for p in parts)
+    if origin is tuple:
+        classes, is_leaf, _ = _dataclasses_in(get_args(hint)[0])
+        return classes, is_leaf, bool(classes)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint], False, False
+    return [], True, False
+
+
+def _classes_at(path: KeyPath, values: Any, schema: type) -> list[type]:
+    """The dataclasses that may stand at a key path; a ``type`` in the values narrows a union to one."""
+    classes: list[type] = [schema]
+    node: Any = values
+    for segment in path:
+        try:
+            node = node[segment]
+        except (KeyError, IndexError, TypeError):
+            node = None
+        if isinstance(segment, str):
+            entries = [entry for parent in classes for entry in _members(parent)]
+            classes = [cls for name, members, _, _ in entries if name == segment for cls in members]
+        if isinstance(node, dict) and "type" in node:
+            narrowed = [cls for cls in classes if node["type"] in _literal_values(cls)]
+            classes = narrowed or classes
+    return classes
+
+
+def _literal_values(cls: type) -> tuple[Any, ...]:
+    return get_args(get_type_hints(cls).get("type", Any))

@@ -1,0 +1,39 @@
+"""What can go wrong with data, and what happens then.
+
+A ``SampleError`` is about the bytes of one sample: the loader counts it and takes a substitute. A ``ShardError`` is
+about storage (missing, changed or damaged shards): it stops the run, for substituting there would hide that data are
+lost. A setting that does not fit is a plain ``ValueError`` that names the setting.
+
+Errors cross from loader processes to the training process, so they have to pickle.
+"""
+
+from __future__ import annotations
+
+from trainer.errors import TrainerError
+
+
+class DataError(TrainerError, RuntimeError):
+    """Whatever the stream raises on its own account."""
+
+
+class ShardError(DataError):
+    """A shard, sidecar or manifest that is missing, has changed or is damaged."""
+
+
+class TooManyBadSamplesError(DataError):
+    """A sample and all of its substitutes failed."""
+
+
+class SampleError(DataError):
+    """One sample cannot be used.
+
+    reason: a short identifier, the unit of counting (``skipped`` in metrics.jsonl). detail: for a person.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return SampleError, (self.reason, self.detail)

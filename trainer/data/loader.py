@@ -1,0 +1,129 @@
+"""The stream as the training loop sees it: updates, each a list of micro-batches in the order of the sources."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from trainer.config.schema import DataConfig
+from trainer.data.batch import Batch
+from trainer.data.errors import DataError
+from trainer.data.manifest import load_manifest
+from trainer.data.micro_batches import MicroBatch, MicroBatches, Skipped, start_worker
+from trainer.data.plan import plan_update
+from trainer.data.sequences import Builder
+from trainer.data.state import data_state
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step consumes on this rank."""
+
+    step: int
+    micro_batches: list[Batch]
+
+
+def micro_batches_per_update(config: DataConfig, world_size: int) -> int:
+    """Of all sources together, on each rank. Raises ValueError when sizes do not fit."""
+    return sum(plan.micro_batches for plan in plan_update(config, world_size))
+
+
+class UpdateLoader:
+    """Iterates over the updates from start_step up to stop_step (exclusive); each iteration starts anew.
+
+    builders: by source name. media_shape: [frames, 3, height, width] of the dummy medium. Loader processes
+    (``data.workers``) only change who makes a micro-batch, never which or when it comes. A sample that cannot be used
+    is replaced by its substitute, counted in ``Batch.skipped`` and logged at the first time of each reason.
+    Raises ValueError (settings), ShardError and TooManyBadSamplesError (data).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        builders: Mapping[str, Builder],
+        *,
+        pad_id: int,
+        media_shape: tuple[int, int, int, int],
+        rank: int,
+        world_size: int,
+        start_step: int,
+        stop_step: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self.config, self.start_step, self.stop_step = config, start_step, stop_step
+        missing = [source.name for source in config.sources if source.name not in builders]
+        if missing:
+            raise ValueError(f"no builder for the sources {', '.join(missing)}")
+        self.manifests = tuple(load_manifest(source.manifest) for source in config.sources)
+        self._dataset = MicroBatches(
+            config,
+            builders,
+            self.manifests,
+            pad_id=pad_id,
+            media_shape=media_shape,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._pin_memory = pin_memory
+        self._logged: set[str] = set()
+
+    @property
+    def micro_batches_per_update(self) -> int:
+        """The same for every rank and step."""
+        return self._dataset.micro_batches_per_update
+
+    def __len__(self) -> int:
+        """Updates."""
+        return max(0, self.stop_step - self.start_step)
+
+    def __iter__(self) -> Iterator[Update]:
+        each = self.micro_batches_per_update
+        stream = iter(self._stream(range(self.start_step * each, self.stop_step * each)))
+        try:
+            for step in range(self.start_step, self.stop_step):
+                yield Update(step, [self._checked(next(stream)) for _ in range(each)])
+        finally:
+            # Ends the workers now: left to the garbage collector, each waits out torch's timeout of 5 s.
+            del stream
+
+    def state(self, step: int) -> dict[str, Any]:
+        """``data_state`` after ``step`` updates."""
+        return data_state(self.config, self.manifests, step)
+
+    def _checked(self, made: MicroBatch | DataError) -> Batch:
+        if isinstance(made, DataError):
+            raise made
+        self._log(made.skipped)
+        return made.batch
+
+    def _stream(self, indices: range) -> DataLoader[MicroBatch | DataError]:
+        workers = self.config.workers
+        return DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            prefetch_factor=self.config.prefetch * self.micro_batches_per_update if workers else None,
+            pin_memory=self._pin_memory,
+            worker_init_fn=start_worker,
+        )
+
+    def _log(self, skipped: tuple[Skipped, ...]) -> None:
+        for one in skipped:
+            if one.reason not in self._logged:
+                self._logged.add(one.reason)
+                _LOG.warning(
+                    "sample replaced (%s) source=%s shard=%s index=%d key=%r: %s; more of this reason are only counted",
+                    one.reason,
+                    one.sample.source,
+                    one.sample.shard,
+                    one.sample.index,
+                    one.sample.key,
+                    one.detail,
+                )

@@ -1,0 +1,124 @@
+"""Micro-batch i of a rank, as a map-style dataset: any process can make any of them, in any order, alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from trainer.config.schema import DataConfig
+from trainer.data.batch import Batch, SampleId, Sequence, collate
+from trainer.data.errors import DataError, SampleError, TooManyBadSamplesError
+from trainer.data.manifest import Manifest
+from trainer.data.order import Location, SourceOrder, lanes_of
+from trainer.data.plan import build_orders, plan_update
+from trainer.data.reader import ShardReader
+from trainer.data.sequences import Builder, join, sample_rng
+
+SUBSTITUTES = 16  # with half of all samples bad, sixteen in a row happen once in 65,000
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be used, and why."""
+
+    reason: str
+    detail: str
+    sample: SampleId
+
+
+class MicroBatch(NamedTuple):
+    """A batch and what was replaced in it."""
+
+    batch: Batch
+    skipped: tuple[Skipped, ...]
+
+
+class MicroBatches(Dataset[MicroBatch | DataError]):
+    """Index ``step * micro_batches_per_update + number`` -> MicroBatch, or the error that stops the stream.
+
+    The numbers of an update run through the sources in their order, and through each source's micro-batches.
+    The error is returned, since torch would raise another one around it, with a worker's traceback as its message.
+    Raises ValueError when sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        builders: Mapping[str, Builder],
+        manifests: SequenceOf[Manifest],
+        *,
+        pad_id: int,
+        media_shape: tuple[int, int, int, int],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.config, self.builders, self.pad_id, self.media_shape = config, builders, pad_id, media_shape
+        self.plans = plan_update(config, world_size)
+        self.orders = build_orders(config, self.plans, manifests)
+        self.readers = tuple(ShardReader(manifest) for manifest in manifests)
+        self._lanes = [lanes_of(rank, world_size, plan.lanes) for plan in self.plans]
+        self._slots = [(number, micro) for number, plan in enumerate(self.plans) for micro in range(plan.micro_batches)]
+
+    @property
+    def micro_batches_per_update(self) -> int:
+        """Of all sources together; the same for every rank and step."""
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> MicroBatch | DataError:
+        try:
+            return self._micro_batch(index)
+        except DataError as error:
+            return error
+
+    def _micro_batch(self, index: int) -> MicroBatch:
+        step, number = divmod(index, len(self._slots))
+        source, micro = self._slots[number]
+        plan = self.plans[source]
+        skipped: list[Skipped] = []
+        rows = []
+        for row in range(micro * plan.micro_batch_size, (micro + 1) * plan.micro_batch_size):
+            lane = self._lanes[source][row // plan.rows_per_lane]
+            first = (step * plan.rows_per_lane + row % plan.rows_per_lane) * plan.samples_per_row
+            parts = [self._sample(source, lane, first + offset, skipped) for offset in range(plan.samples_per_row)]
+            rows.append(join(parts, plan.source.max_tokens))
+        batch = collate(
+            rows,
+            source=plan.source.name,
+            pad_id=self.pad_id,
+            media_shape=self.media_shape,
+            skipped=Counter(one.reason for one in skipped),
+        )
+        return MicroBatch(batch, tuple(skipped))
+
+    def _sample(self, source: int, lane: int, position: int, skipped: list[Skipped]) -> Sequence:
+        order = self.orders[source]
+        location: Location | None = order.at(lane, position)
+        failed = 0
+        while location is not None and failed <= SUBSTITUTES:
+            sample, members = self._read(source, order, location)
+            try:
+                return self.builders[order.name](members, sample, sample_rng(self.config.seed, sample))
+            except SampleError as error:
+                skipped.append(Skipped(error.reason, error.detail, sample))
+            location = order.substitute(lane, position, failed)
+            failed += 1
+        reasons = ", ".join(f"{one.sample.shard}[{one.sample.index}] {one.reason}" for one in skipped[-failed:][:3])
+        raise TooManyBadSamplesError(
+            f"source {order.name!r}: {failed} samples in a row cannot be used ({reasons}, ...): are these data of the "
+            "type that the source's settings say?"
+        )
+
+    def _read(self, source: int, order: SourceOrder, location: Location) -> tuple[SampleId, dict[str, bytes]]:
+        reader = self.readers[source]
+        key, members = reader.read(location.shard, location.index)
+        url = reader.manifest.url(location.shard)
+        return SampleId(order.name, location.epoch, url, location.index, key), members
+
+
+def start_worker(worker: int) -> None:
+    """For torch's DataLoader: processes next to each other share the cores, so each gets one thread."""
+    torch.set_num_threads(1)

@@ -1,0 +1,185 @@
+"""Which sample stands where: global batch t as a pure function of (samples per shard, settings, seed, t).
+
+Every shard is cut into blocks of consecutive samples. An epoch's order is a permutation of the blocks, cut into V lanes
+of equal length; inside a lane, windows of S samples are permuted. An update takes the same number of samples from every
+lane, and a rank owns V / R neighbouring lanes, so the number of ranks never changes what an update consists of. The
+fewer than V samples that do not fill the lanes rest for an epoch; a random rotation makes them others each time.
+
+All randomness is ``Philox`` keyed by a hash of (version, seed, source, epoch, ...), used through its raw stream: numpy
+promises the stream of a bit generator for ever, but not that of ``Generator.permutation``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+ORDER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A sample: ``shard`` counts in the manifest, ``index`` in the shard."""
+
+    epoch: int
+    shard: int
+    index: int
+
+
+class _Epoch(NamedTuple):
+    blocks: NDArray[np.uint32]  # [blocks] in the epoch's order
+    ends: NDArray[np.int64]  # [blocks] samples up to and with each of them
+    rotation: int
+
+
+class _Window(NamedTuple):
+    epoch: int
+    number: int
+    shards: NDArray[np.uint32]
+    indices: NDArray[np.uint32]
+
+
+def stable_key(*parts: object) -> int:
+    """128 bits of blake2b over a canonical spelling of the parts: the same on every machine and in every version."""
+    text = json.dumps([ORDER_VERSION, *parts], separators=(",", ":"), ensure_ascii=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def philox(*parts: object) -> np.random.Philox:
+    """A counter-based generator whose key is ``stable_key(*parts)``."""
+    return np.random.Philox(key=stable_key(*parts))
+
+
+def allowed_world_sizes(lanes: int) -> list[int]:
+    """The numbers of ranks that divide the lanes."""
+    return [size for size in range(1, lanes + 1) if lanes % size == 0]
+
+
+def lanes_of(rank: int, world_size: int, lanes: int) -> range:
+    """The neighbouring lanes of a rank. Raises ValueError when the world size does not divide the lanes."""
+    if lanes % world_size:
+        allowed = ", ".join(map(str, allowed_world_sizes(lanes)))
+        raise ValueError(
+            f"world size {world_size} does not divide data.lanes = {lanes} (it defaults to the source's batch_size); "
+            f"possible world sizes: {allowed}"
+        )
+    each = lanes // world_size
+    return range(rank * each, (rank + 1) * each)
+
+
+class SourceOrder:
+    """The order of one source. Random access in any order of asking; only caches are kept between calls.
+
+    name, seed: part of every key. samples_per_shard: [shards]. lanes: V. samples_per_update: over all lanes (G), a
+    multiple of V. block, window: samples.
+    Raises ValueError, which names the setting, when the source is too small or the numbers do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples_per_shard: ArrayLike,
+        *,
+        seed: int,
+        lanes: int,
+        samples_per_update: int,
+        block: int = 250,
+        window: int = 1000,
+    ) -> None:
+        counts = np.asarray(samples_per_shard, np.int64)
+        self.name, self.seed, self.lanes, self.block, self.window = name, seed, lanes, block, window
+        self.samples = int(counts.sum())
+        self.samples_per_lane = self.samples // lanes
+        if samples_per_update % lanes:
+            raise ValueError(
+                f"source {name!r}: {samples_per_update} samples an update are not a multiple of data.lanes = {lanes}: "
+                "choose a batch_size that is, or other lanes"
+            )
+        if self.samples_per_lane == 0:
+            raise ValueError(
+                f"source {name!r} has {self.samples} samples, fewer than its {lanes} lanes: set data.lanes to at most "
+                f"{max(1, self.samples)} (it defaults to the source's batch_size), or give it more samples"
+            )
+        self.per_lane = samples_per_update // lanes
+        self._first_block = np.concatenate([[0], np.cumsum(-(-counts // block))])
+        self._counts = counts
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: dict[int, _Window] = {}
+
+    def samples_of(self, update: int, lanes: Sequence[int] | None = None) -> list[list[Location]]:
+        """The samples of an update, a list for each of ``lanes`` (all by default)."""
+        chosen = range(self.lanes) if lanes is None else lanes
+        first = update * self.per_lane
+        return [[self.at(lane, first + offset) for offset in range(self.per_lane)] for lane in chosen]
+
+    def at(self, lane: int, position: int) -> Location:
+        """The ``position``-th sample that a lane ever gives; positions run on through the epochs."""
+        window, offset = self._locate(lane, position)
+        return Location(window.epoch, int(window.shards[offset]), int(window.indices[offset]))
+
+    def substitute(self, lane: int, position: int, attempt: int) -> Location | None:
+        """Another sample of the same window for one that cannot be used: a different one for each ``attempt``.
+
+        Returns None when the window has no further one.
+        """
+        window, offset = self._locate(lane, position)
+        others = len(window.shards) - 1
+        if attempt >= others:
+            return None
+        start = stable_key(self.seed, self.name, "substitute", lane, position) % others
+        chosen = (offset + 1 + (start + attempt) % others) % (others + 1)
+        return Location(window.epoch, int(window.shards[chosen]), int(window.indices[chosen]))
+
+    def _locate(self, lane: int, position: int) -> tuple[_Window, int]:
+        if not 0 <= lane < self.lanes or position < 0:
+            raise IndexError(f"source {self.name!r}: no lane {lane} of {self.lanes}, or position {position} < 0")
+        epoch, within = divmod(position, self.samples_per_lane)
+        number, offset = divmod(within, self.window)
+        window = self._windows.get(lane)
+        if window is None or (window.epoch, window.number) != (epoch, number):
+            window = self._windows[lane] = self._make_window(epoch, lane, number)
+        return window, offset
+
+    def _make_window(self, epoch: int, lane: int, number: int) -> _Window:
+        order = self._epoch(epoch)
+        first = lane * self.samples_per_lane + number * self.window
+        length = min(self.window, self.samples_per_lane - number * self.window)
+        shuffled = _permutation(philox(self.seed, self.name, epoch, lane, number), length)
+        positions = (first + order.rotation + shuffled) % self.samples
+        place = np.searchsorted(order.ends, positions, side="right")
+        blocks = order.blocks[place].astype(np.int64)
+        shards = np.searchsorted(self._first_block, blocks, side="right") - 1
+        block_in_shard = blocks - self._first_block[shards]
+        sizes = np.minimum(self.block, self._counts[shards] - block_in_shard * self.block)
+        in_block = positions - (order.ends[place] - sizes)
+        indices = block_in_shard * self.block + in_block
+        return _Window(epoch, number, shards.astype(np.uint32), indices.astype(np.uint32))
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        order = self._epochs.get(epoch)
+        if order is None:
+            generator = philox(self.seed, self.name, epoch)
+            rotation = int(generator.random_raw()) % self.samples
+            blocks = _permutation(generator, int(self._first_block[-1])).astype(np.uint32)
+            order = self._epochs[epoch] = _Epoch(blocks, np.cumsum(self._block_sizes()[blocks]), rotation)
+            if len(self._epochs) > 2:  # an update may straddle two epochs
+                self._epochs.popitem(last=False)
+        return order
+
+    def _block_sizes(self) -> NDArray[np.int64]:
+        sizes = np.full(int(self._first_block[-1]), self.block, np.int64)
+        used = np.flatnonzero(self._counts)
+        sizes[self._first_block[used + 1] - 1] = (self._counts[used] - 1) % self.block + 1
+        return sizes
+
+
+def _permutation(generator: np.random.Philox, length: int) -> NDArray[np.int64]:
+    """Sorting random keys: a pure function of the raw stream. Ties (2^-64 a pair) keep their order."""
+    return np.argsort(generator.random_raw(length), kind="stable")

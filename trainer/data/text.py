@@ -1,0 +1,26 @@
+"""Text only: ``<BOS>text``, which the loader joins to rows of ``samples_per_row`` (``trainer.data.sequences.join``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.data.batch import SampleId, Sequence
+from trainer.data.decode import text_member
+from trainer.data.sequences import make_sequence
+from trainer.data.text_encoding import TextEncoding
+
+
+@dataclass(frozen=True)
+class TextBuilder:
+    """One ``.txt`` member. Everything is trained: inside a row, the next ``<BOS>`` says that the text is over."""
+
+    encoding: TextEncoding
+    max_tokens: int = 256
+
+    def __call__(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> Sequence:
+        """Raises SampleError: those of the text, and special_token."""
+        ids = [self.encoding.bos_id, *self.encoding.plain(text_member(members))][: self.max_tokens]
+        return make_sequence(ids, [False] * len(ids), (), sample, image_id=None)

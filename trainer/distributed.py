@@ -1,0 +1,127 @@
+"""Processes: who am I, how do all ranks agree. Works under the deepspeed launcher, mpirun, srun, and without any."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+# srun sets none of the variables that torch reads.
+_SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run. ``device`` is this process's own."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def initialize(timeout_seconds: float, threads: int | None = None) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and say who we are.
+
+    timeout_seconds: how long a collective may wait for a rank that does not come; keep it short, for when one rank
+        raises the others wait that long.
+    threads: torch threads of this process; None leaves torch's own choice.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _complete_environment()
+    # DeepSpeed builds this op for minutes at its first initialisation on CPU, and only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_seconds), verbose=False)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _complete_environment() -> None:
+    """Fill in what torch.distributed needs and the launcher did not set; a plain ``python`` run becomes a world of 1."""
+    environment = os.environ
+    launched_by_mpi = "OMPI_COMM_WORLD_SIZE" in environment or "PMI_SIZE" in environment
+    if "SLURM_PROCID" in environment and "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        for name, slurm_name in _SLURM_VARIABLES.items():
+            environment.setdefault(name, environment[slurm_name])
+        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        environment.setdefault("MASTER_PORT", "29500")
+    elif "RANK" not in environment and not launched_by_mpi:  # under MPI DeepSpeed itself asks mpi4py
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment.update(alone)
+
+
+def shut_down() -> None:
+    """Leave the process group; safe to call when it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """The sums over all ranks, in one all-reduce, in float64 so that counts and losses stay exact."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on at least one rank: every rank-dependent decision is agreed with this first."""
+    value = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def from_main(value: Any, world: World) -> Any:
+    """Rank 0's value on every rank (small picklable objects between our own processes)."""
+    box = [value if world.is_main else None]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def raise_together(error: Exception | None, world: World) -> None:
+    """Raise on every rank if any rank failed, so that nobody waits in a collective for one that is gone.
+
+    Raises: the rank's own error, or RuntimeError naming the first rank that failed.
+    """
+    messages: list[str | None] = [None] * world.size
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def gather_tensors(tensors: Sequence[Tensor], world: World) -> list[list[Tensor]]:
+    """For each rank its tensors (small, on CPU), on every rank."""
+    gathered: list[list[Tensor] | None] = [None] * world.size
+    dist.all_gather_object(gathered, list(tensors))
+    return [list(row) for row in gathered if row is not None]

@@ -1,0 +1,128 @@
+"""The only place that drives DeepSpeed: build, forward, backward, step, was the step applied, save and load.
+
+DeepSpeed averages gradients over ranks and would divide by the number of micro-steps; both are undone here, because the
+loss is normalised over the global batch by the loop. What arrives at the optimiser is therefore exactly
+``sum over sources of weight * (summed loss / normaliser)``, clipped once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from trainer.config.schema import OptimizerConfig
+from trainer.distributed import World
+from trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+Partition = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is built so that no process ever holds all of it.
+
+    gather: context in which the given (possibly partitioned) parameters can be read whole.
+    partition: context in which new modules are partitioned as they are made.
+    """
+
+    gather: Gather
+    partition: Partition
+
+
+@contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[Placement]:
+    """While this is open, Hugging Face models are partitioned as they load if ``settings`` ask for ZeRO-3."""
+    if settings["zero_optimization"]["stage"] < 3:
+        yield Placement(gather=lambda parameters: nullcontext(), partition=nullcontext)
+        return
+    # transformers looks for a living HfDeepSpeedConfig, so this reference is what switches partitioning on.
+    alive = HfDeepSpeedConfig(settings)
+    try:
+        yield Placement(
+            gather=gathered_parameters, partition=lambda: deepspeed.zero.Init(config_dict_or_path=settings)
+        )
+    finally:
+        del alive
+        _forget_hugging_face_config()
+
+
+def _forget_hugging_face_config() -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def gathered_parameters(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Read parameters whole, whether or not ZeRO-3 partitioned them; a collective when it did."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """applied: False when a non-finite gradient on any rank made all ranks skip. grad_norm: before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """A module under DeepSpeed. ``module(**inputs)`` returns an object with ``loss``: the sum over what is trained."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, settings: dict[str, Any], world: World) -> None:
+        self.world = world
+        self._learning_rate = optimizer.lr
+        groups = parameter_groups(module.named_parameters(), optimizer)
+        if not groups:
+            raise ValueError("nothing to train: every parameter of the model is frozen")
+        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(groups, optimizer), config=settings
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as it was given; its parameters may be partitioned."""
+        module: nn.Module = self._deepspeed.module
+        return module
+
+    def forward_backward(self, inputs: dict[str, Tensor], scale: float) -> Tensor:
+        """One micro-step: accumulates the gradient of ``scale * loss`` summed over all ranks.
+
+        Returns the detached, unscaled loss of this rank (a scalar on the device: reading it waits for the device).
+        """
+        loss: Tensor = self._deepspeed(**inputs).loss
+        # DeepSpeed averages over ranks; the loop's normaliser already counts the global batch.
+        self._deepspeed.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
+        detached = loss.detach()
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()  # counts the micro-step; the optimiser waits for the last one
+        return detached
+
+    def step(self, learning_rate_factor: float) -> StepResult:
+        """Clip and apply the accumulated gradient. Every rank gives the same answer."""
+        set_learning_rate(self._optimizer.param_groups, self._learning_rate * learning_rate_factor)
+        assert self._deepspeed.is_gradient_accumulation_boundary(), "the loop runs the same micro-steps every update"
+        self._deepspeed.step()
+        norm = self._deepspeed.get_global_grad_norm()
+        return StepResult(bool(self._deepspeed.was_step_applied()), float("nan") if norm is None else float(norm))
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's shards of the trainable weights and the optimiser to ``folder/tag``; a collective."""
+        self._deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what ``save`` wrote, at the same world size; a collective.
+
+        Raises: RuntimeError when DeepSpeed finds nothing to load.
+        """
+        path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed loaded nothing from {folder / tag}")

@@ -1,0 +1,110 @@
+"""What the training entry points share: parse, join the processes, train, export, turn errors into exit codes.
+
+Nothing heavy is imported before the configuration is known to be good, so that its errors come at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from trainer.config.loader import check_world_size, config_to_yaml, parse_arguments
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+    from trainer.loop import Task
+
+Config = TypeVar("Config", bound=RunConfig)
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION = 0, 1, 2
+COMPLETE = "complete"
+# Errors whose message says all that a user needs; anything else is a defect and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, RuntimeError)
+
+_log = logging.getLogger("trainer")
+
+
+@dataclass(frozen=True)
+class Tools(Generic[Config]):
+    """What differs between the trainers. export writes ``run_dir/export`` from the last checkpoint, on rank 0."""
+
+    build_task: Callable[[Config, World], Task]
+    export: Callable[[Config, Path], None]
+
+
+def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callable[[], Tools[Config]]) -> int:
+    """Run a training entry point and return its exit code.
+
+    0: the run is complete. 2: the configuration is wrong; all its errors were printed before anything was loaded.
+    1: it failed later. A run that is complete already is left as it is.
+    """
+    config = parse_arguments(schema, argv)
+    if is_complete(config):
+        print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
+        return EXIT_OK
+
+    from trainer import distributed
+
+    world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
+    _configure_logging(world)
+    try:
+        check_world_size(config, world.size)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        _train_and_export(config, world, tools())
+    except ConfigError as error:
+        if world.is_main:
+            print(error, file=sys.stderr)
+        return EXIT_CONFIGURATION
+    except _USER_ERRORS as error:
+        _log.error("%s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG))
+        return EXIT_FAILED
+    finally:
+        distributed.shut_down()
+    return EXIT_OK
+
+
+def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:
+    from trainer.checkpoint.files import write_atomically
+    from trainer.distributed import raise_together
+    from trainer.loop import train
+
+    train(tools.build_task(config, world), config, world)
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            tools.export(config, export_folder(config))
+            write_atomically(config.run_dir / COMPLETE, _identity(config))
+        except OSError as caught:
+            error = caught
+    raise_together(error, world)
+
+
+def export_folder(config: RunConfig) -> Path:
+    """Where a complete run leaves what it made."""
+    return config.run_dir / "export"
+
+
+def is_complete(config: RunConfig) -> bool:
+    """Whether this very configuration was trained to its end and exported."""
+    marker = config.run_dir / COMPLETE
+    return marker.is_file() and marker.read_text(encoding="utf-8") == _identity(config)
+
+
+def _identity(config: RunConfig) -> str:
+    return sha256(config_to_yaml(config).encode()).hexdigest() + "\n"
+
+
+def _configure_logging(world: World) -> None:
+    level = logging.INFO if world.is_main else logging.WARNING
+    logging.basicConfig(level=level, format=f"[rank {world.rank}] %(levelname)s %(name)s: %(message)s", force=True)
+    for noisy in ("DeepSpeed", "transformers", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # open_clip speaks through the root logger, and warns of random weights where they are wanted.
+    logging.getLogger().addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)

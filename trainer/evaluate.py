@@ -1,0 +1,58 @@
+"""Score an exported model: ``python -m trainer.evaluate CONFIG.yaml [--key VALUE ...]``.
+
+Prints a table, writes the report, and exits with 1 when a figure misses its bound.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trainer.config.evaluation import EvaluationConfig
+from trainer.config.loader import parse_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    config = parse_arguments(EvaluationConfig, argv)
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from model.pretrained import from_pretrained, tokenizer_of
+    from trainer.checkpoint.files import write_json
+    from trainer.evaluation import evaluate_task
+    from trainer.generate import decoder_of
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = from_pretrained(config.model, dtype=config.dtype, device=device)
+        tokenizer = tokenizer_of(config.model)
+        decoder = decoder_of(model, config.image_fit)
+        scores = [evaluate_task(model, tokenizer, task, config, decoder) for task in config.tasks]
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"trainer.evaluate: {error}", file=sys.stderr)
+        return 1
+
+    table = Table("figure", "exact", "samples", "wanted", "")
+    for score in scores:
+        low, high = score.task.minimum, score.task.maximum
+        wanted = " ".join([f">= {low:.2f}" if low is not None else "", f"<= {high:.2f}" if high is not None else ""])
+        row = (score.task.name, f"{score.value:.3f}", str(score.samples), wanted.strip(), "ok" if score.met else "MISSED")
+        table.add_row(*row)
+    Console(width=100).print(table)
+    for truth, found in scores[0].captions[: config.show]:
+        print(f"  {truth!r} -> {found!r}")
+    config.report.parent.mkdir(parents=True, exist_ok=True)
+    write_json(config.report, {score.task.name: score.value for score in scores})
+    missed = [score.task.name for score in scores if not score.met]
+    if missed:
+        print(f"missed: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--output FOLDER]``.
+
+Everything written is safetensors and json. Trained weights are the optimiser's float32 ones, whatever was trained in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.checkpoint.load import find_checkpoint, read_state
+from trainer.checkpoint.state import CheckpointError, TrainingState
+from trainer.config.loader import load_config
+from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
+from trainer.loop import checkpoint_folder
+
+
+def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState]:
+    """The trainable tensors of a run's newest good checkpoint, whole and in float32 on CPU, and its state.
+
+    Raises: CheckpointError when the run has none.
+    """
+    checkpoint = find_checkpoint(checkpoint_folder(config))
+    if checkpoint is None:
+        raise CheckpointError(f"{config.run_dir} has no complete checkpoint yet")
+    weights = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+    )
+    return dict(weights), read_state(checkpoint)
+
+
+def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
+    """Trained weights, configuration, tokenizer and the frozen weights' digests, for ``model.pretrained``."""
+    from model.factory import build_tokenizer
+    from model.pretrained import save_pretrained
+
+    weights, state = trained_weights(config)
+    tokenizer = build_tokenizer(config.model)
+    with _whole_or_not(output) as folder:
+        save_pretrained(
+            folder,
+            weights,
+            config.model,
+            tokens=tokenizer.ids,
+            dtype=config.training.dtype,
+            frozen=state.frozen,
+            seed=config.training.seed,
+            tokenizer=tokenizer.tokenizer,
+        )
+
+
+def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
+    """A Hugging Face folder: config, weights, tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trainer.tasks.language_model import CausalLanguageModel, load_run_tokenizer, model_settings
+
+    weights, _ = trained_weights(config)
+    tokenizer = load_run_tokenizer(config)
+    architecture = AutoConfig.for_model(**model_settings(config, tokenizer))
+    module = CausalLanguageModel(AutoModelForCausalLM.from_config(architecture))
+    module.load_state_dict(weights)
+    with _whole_or_not(output) as folder:
+        module.language_model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def export_contrastive(config: ContrastiveRunConfig, output: Path) -> None:
+    """A folder that open_clip loads as ``local-dir:``: its config and both towers' weights."""
+    from trainer.tasks.contrastive import architecture_folder, open_clip_weights
+
+    weights, _ = trained_weights(config)
+    with _whole_or_not(output) as folder:
+        shutil.copytree(architecture_folder(config), folder, dirs_exist_ok=True)
+        save_file(open_clip_weights(weights), folder / "open_clip_model.safetensors")
+
+
+_KINDS: dict[str, tuple[type[RunConfig], Callable[[Any, Path], None]]] = {
+    "flamingo": (FlamingoRunConfig, export_flamingo),
+    "language_model": (LanguageModelRunConfig, export_language_model),
+    "contrastive": (ContrastiveRunConfig, export_contrastive),
+}
+
+
+@contextmanager
+def _whole_or_not(output: Path) -> Iterator[Path]:
+    """A folder that takes its name only when it is complete, in place of an older one."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="a run folder, of any of the three trainers")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export)")
+    arguments = parser.parse_args(argv)
+    path = arguments.run_dir / "config.yaml"
+    try:
+        kind = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
+        schema, export = _KINDS[kind]
+        output = arguments.output or arguments.run_dir / "export"
+        export(load_config(path, [], schema, check_files=False), output)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"trainer.export: {error}", file=sys.stderr)
+        return 1
+    print(f"exported {arguments.run_dir} to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

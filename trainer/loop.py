@@ -1,0 +1,206 @@
+"""The training loop, to be read from top to bottom.
+
+One update visits every source, accumulates its lambda-weighted gradient, clips once and steps once (paper, section 3.3).
+The loss is normalised over the global batch, so neither the number of processes nor of micro-steps changes the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.files import write_atomically
+from trainer.checkpoint.load import check_fits, restore, resume_point
+from trainer.checkpoint.save import prune_checkpoints, save_checkpoint
+from trainer.checkpoint.state import TrainingState
+from trainer.config.loader import config_to_yaml
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.data.loader import Update, UpdateLoader
+from trainer.data.sequences import Builder
+from trainer.data.state import check_data_state
+from trainer.distributed import World, sum_over_ranks
+from trainer.engine import Engine, StepResult
+from trainer.metrics.ledger import LedgerWriter
+from trainer.metrics.sinks import MetricsWriter
+from trainer.metrics.step import StepMetrics
+from trainer.optimizer import learning_rate_factor
+from trainer.resilience.stability import SkippedSteps
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: everything that differs between Flamingo, the language model and the contrastive towers.
+
+    module: ``module(**batch.inputs)`` returns an object with ``loss``, summed over this rank's units.
+    builders: for each source, what makes a sequence of a sample.
+    pad_id, media_shape: for collating; media_shape is [frames, 3, height, width] of a dummy medium.
+    unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
+    deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
+    frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
+    """
+
+    module: nn.Module
+    builders: Mapping[str, Builder]
+    pad_id: int
+    media_shape: tuple[int, int, int, int]
+    deepspeed: dict[str, Any]
+    model: Mapping[str, Any]
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    unit: Literal["token", "sequence"] = "token"
+
+
+def train(task: Task, config: RunConfig, world: World) -> None:
+    """Train to ``config.training.steps``, from the newest good checkpoint of ``config.run_dir`` if there is one.
+
+    Raises: CheckpointError when that checkpoint does not fit; ValueError for data that does not; TrainingDivergedError.
+    """
+    torch.manual_seed(config.training.seed + world.rank)
+    engine = Engine(task.module, config.optimizer, task.deepspeed, world)
+    state = _resume(engine, task, config, world)
+    loader = UpdateLoader(
+        config.data,
+        task.builders,
+        pad_id=task.pad_id,
+        media_shape=task.media_shape,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=state.step,
+        stop_step=config.training.steps,
+        pin_memory=world.device.type == "cuda",
+    )
+    if state.step:
+        check_data_state(state.data, loader.state(state.step))
+    if world.is_main:
+        write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
+    skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
+    writer = MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step)
+    ledger = LedgerWriter(config.run_dir, world.rank, state.step) if config.data.ledger else None
+
+    for update, data_seconds in _timed(loader):
+        start = time.perf_counter()
+        result, losses = _run_update(engine, update, task, config, world)
+        skipped.record(update.step, result.applied)
+        if ledger is not None and result.applied:
+            ledger.write(update.step + 1, [sample for batch in update.micro_batches for sample in batch.samples])
+        step_seconds = time.perf_counter() - start + data_seconds
+        writer.write(_metrics(update, result, losses, config, world, step_seconds, data_seconds))
+        done = update.step + 1
+        if done % config.checkpoint.every == 0 or done == config.training.steps:
+            _save(engine, task, config, world, done, loader.state(done), skipped.in_a_row)
+    writer.close()
+    if ledger is not None:
+        ledger.close()
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run keeps its checkpoints."""
+    return config.run_dir / "checkpoints"
+
+
+def _resume(engine: Engine, task: Task, config: RunConfig, world: World) -> TrainingState:
+    """The state to go on from, with the engine's tensors restored; step 0 in a new run."""
+    found = resume_point(checkpoint_folder(config), world)
+    if found is None:
+        return TrainingState(0, world.size, {}, task.frozen, task.model)
+    checkpoint, state = found
+    check_fits(state, world_size=world.size, model=task.model, frozen=task.frozen)
+    restore(checkpoint, engine.load, world)
+    _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
+    return state
+
+
+def _save(
+    engine: Engine, task: Task, config: RunConfig, world: World, step: int, data: Mapping[str, Any], in_a_row: int
+) -> None:
+    state = TrainingState(step, world.size, data, task.frozen, task.model, in_a_row)
+    folder = checkpoint_folder(config)
+    save_checkpoint(folder, state, engine.save, world)
+    prune_checkpoints(folder, config.checkpoint, world)
+
+
+def _timed(loader: UpdateLoader) -> Iterator[tuple[Update, float]]:
+    """Each update with the seconds that training waited for it."""
+    iterator = iter(loader)
+    while True:
+        start = time.perf_counter()
+        update = next(iterator, None)
+        if update is None:
+            return
+        yield update, time.perf_counter() - start
+
+
+def _run_update(
+    engine: Engine, update: Update, task: Task, config: RunConfig, world: World
+) -> tuple[StepResult, dict[str, float]]:
+    """Forward and backward of all micro-batches, then one step. Returns each source's normalised loss."""
+    sources = [source.name for source in config.data.sources]
+    normalizers = _normalizers(update.micro_batches, sources, task, config, world)
+    weights = {source.name: source.weight for source in config.data.sources}
+    summed: dict[str, Tensor] = {}
+    for batch in update.micro_batches:
+        scale = weights[batch.source] / normalizers[batch.source]
+        loss = engine.forward_backward(batch.to(world.device).inputs, scale)
+        summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
+    factor = learning_rate_factor(update.step, config.training.steps, config.schedule)
+    result = engine.step(factor)
+    totals = sum_over_ranks([float(summed[name]) for name in sources], world)
+    return result, {name: total / normalizers[name] for name, total in zip(sources, totals, strict=True)}
+
+
+def _normalizers(
+    batches: list[Batch], sources: list[str], task: Task, config: RunConfig, world: World
+) -> dict[str, float]:
+    """What each source's summed loss is divided by: its trained tokens, or its sequences, in the global batch."""
+    per_sequence = task.unit == "sequence" or config.training.loss_normalization == "token_sum"
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts[batch.source] += batch.sequences if per_sequence else batch.trained_tokens
+    totals = sum_over_ranks([counts[name] for name in sources], world)
+    # A global batch without one trained token has the loss 0, not 0 / 0.
+    return {name: max(1.0, total) for name, total in zip(sources, totals, strict=True)}
+
+
+def _metrics(
+    update: Update,
+    result: StepResult,
+    losses: dict[str, float],
+    config: RunConfig,
+    world: World,
+    step_seconds: float,
+    data_seconds: float,
+) -> StepMetrics:
+    """What metrics.jsonl says of an update; counts are of the global batch, times the mean over ranks."""
+    sources = config.data.sources
+    batches = update.micro_batches
+    counts = {source.name: sum(batch.sequences for batch in batches if batch.source == source.name) for source in sources}
+    reasons = sum((batch.skipped for batch in batches), Counter[str]())
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    images = sum(int((batch.media_index.max() >= 0)) * len(batch.media) for batch in batches)
+    summed = sum_over_ranks(
+        [tokens, images, sum(reasons.values()), step_seconds, data_seconds, *counts.values()], world
+    )
+    return StepMetrics(
+        step=update.step + 1,
+        loss=sum(source.weight * losses[source.name] for source in sources),
+        losses=losses,
+        grad_norm=result.grad_norm,
+        lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
+        samples={name: int(count) for name, count in zip(counts, summed[5:], strict=True)},
+        tokens=int(summed[0]),
+        images=int(summed[1]),
+        substituted=int(summed[2]),
+        step_seconds=summed[3] / world.size,
+        data_seconds=summed[4] / world.size,
+        skipped=not result.applied,
+    )

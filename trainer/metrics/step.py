@@ -1,0 +1,56 @@
+"""What one update did: the record behind metrics.jsonl, the console line, tensorboard and wandb."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One update, over the global batch (all ranks).
+
+    step: counted from 1. loss: the weighted sum over sources. losses: each source's own, before its weight.
+    grad_norm: before clipping. lr: of this update.
+    samples: sequences of each source. tokens: without padding. images: real ones, without the dummies.
+    step_seconds: the whole update, waiting for data included. data_seconds: the waiting alone.
+    skipped: the update was not applied, because its gradient was not finite.
+    substituted: samples that could not be used and were replaced.
+    """
+
+    step: int
+    loss: float
+    losses: Mapping[str, float]
+    grad_norm: float
+    lr: float
+    samples: Mapping[str, int]
+    tokens: int
+    step_seconds: float
+    data_seconds: float
+    skipped: bool
+    images: int = 0
+    substituted: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The flat object of metrics.jsonl; numbers that are not finite become null, for JSON has none of them."""
+        values: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            **{f"loss/{name}": value for name, value in self.losses.items()},
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            **{f"samples/{name}": value for name, value in self.samples.items()},
+            "tokens": self.tokens,
+            "images": self.images,
+            "substituted": self.substituted,
+            "step_seconds": round(self.step_seconds, 6),
+            "data_seconds": round(self.data_seconds, 6),
+            "skipped": self.skipped,
+        }
+        return {key: None if _not_finite(value) else value for key, value in values.items()}
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

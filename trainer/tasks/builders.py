@@ -1,0 +1,87 @@
+"""For each source of a run, what makes sequences of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from model.tokens import FlamingoTokenizer
+from model.vision_encoder import VisionEncoder
+from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, Source, TextSource
+from trainer.data.contrastive import ContrastiveBuilder
+from trainer.data.decode import ImageDecoder
+from trainer.data.image_text import ImageTextBuilder
+from trainer.data.interleaved import InterleavedBuilder
+from trainer.data.sequences import Builder
+from trainer.data.text import TextBuilder
+from trainer.data.text_encoding import PlainTextEncoder, TextEncoding
+
+
+def flamingo_builders(
+    data: DataConfig, tokenizer: FlamingoTokenizer, vision_encoder: VisionEncoder
+) -> dict[str, Builder]:
+    """Builders for ``trainer.train``."""
+    decoder = image_decoder(data, vision_encoder.image_size, vision_encoder.mean)
+    make = partial(_flamingo_builder, encoding=flamingo_encoding(tokenizer), decoder=decoder)
+    return {source.name: make(source) for source in data.sources}
+
+
+def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDecoder) -> Builder:
+    match source:
+        case ImageTextSource():
+            return ImageTextBuilder(
+                encoding,
+                decoder,
+                max_tokens=source.max_tokens,
+                space_prefix_probability=source.space_prefix_probability,
+                end_of_sequence=source.end_of_sequence,
+            )
+        case InterleavedSource():
+            return InterleavedBuilder(
+                encoding,
+                decoder,
+                max_tokens=source.max_tokens,
+                max_images=source.max_images,
+                window=source.window,
+                p_next=source.p_next,
+                min_similarity=source.min_similarity,
+                space_prefix_probability=source.space_prefix_probability,
+            )
+        case TextSource():
+            return TextBuilder(encoding, max_tokens=source.max_tokens)
+
+
+def text_builders(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Builder]:
+    """Builders for ``trainer.pretrain_lm``: text sources only (the configuration was checked)."""
+    eos = tokenizer.eos_token_id
+    encoding = TextEncoding(PlainTextEncoder(tokenizer.backend_tokenizer), bos_id=eos, eos_id=eos, pad_id=eos)
+    return {source.name: TextBuilder(encoding, max_tokens=source.max_tokens) for source in data.sources}
+
+
+def contrastive_builders(
+    data: DataConfig, tokenize: Callable[[str], Tensor], image_size: int, mean: tuple[float, ...]
+) -> dict[str, Builder]:
+    """Builders for ``trainer.pretrain_vision``: image-text sources only (the configuration was checked)."""
+    decoder = image_decoder(data, image_size, mean)
+    return {source.name: ContrastiveBuilder(tokenize, decoder) for source in data.sources}
+
+
+def flamingo_encoding(tokenizer: FlamingoTokenizer) -> TextEncoding:
+    """The tokenizer as the data sees it: plain text never becomes a special token."""
+    return TextEncoding(
+        PlainTextEncoder(tokenizer.tokenizer.backend_tokenizer),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        image_id=tokenizer.image_id,
+        end_of_chunk_id=tokenizer.end_of_chunk_id,
+    )
+
+
+def image_decoder(data: DataConfig, image_size: int, mean: tuple[float, ...]) -> ImageDecoder:
+    """Bytes to the tower's square; ``mean`` in 0..1 is the colour of what is padded."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return ImageDecoder(image_size, data.image_fit, (red, green, blue), data.max_pixels)
