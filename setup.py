@@ -97,7 +97,8 @@ def cuda_rules() -> tuple[list[Path], str, list[str]]:
 
     if torch.version.cuda is None:
         raise Unavailable("the torch of the building environment has no CUDA")
-    flags = ["-std=c++17", "-O3", "-lineinfo", "--threads", "1", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "--threads", "1", "-DUSE_CUDA"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu")), nvcc, [*flags, *cuda_code_flags(), *STABLE_ABI]
 
 

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from launch_scripts.digit_sentences import caption, sentence
 from trainer import index
+from trainer.data.files import write_atomically
 
 SIZE = 32  # side of a picture, in pixels
 STAMP = "finished.json"
@@ -115,7 +116,7 @@ def prepare(output: Path, settings: Settings) -> int:
         if code:
             return code
         print(f"  {name}: {count:,} samples, {time.monotonic() - start:.1f} s", flush=True)
-    stamp.write_text(json.dumps(asdict(settings)))
+    write_atomically(stamp, json.dumps(asdict(settings)).encode())
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -54,6 +55,11 @@ class Flamingo(nn.Module):
         self.resampler = resampler
         self.cross_attention = cross_attention
         self.language_model = language_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also while its parameters are partitioned or offloaded."""
+        return self.vision_encoder.statistics_bits.device
 
     def activation_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block of the language model, with its cross-attention, in the backward."""

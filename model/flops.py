@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.flamingo import Flamingo
 from model.parameters import full_shape
-from model.vision_encoder import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class UsefulFlops:
             + sum(_matrices(layer.attention.key_value.parameters()) for layer in layers),
             resampler_latents=sum(_matrices(layer.parameters()) for layer in layers),
             resampler_attention=sum(layer.attention.heads * layer.attention.head_width for layer in layers),
-            vision=tower_flops(model.vision_encoder),
+            vision=model.vision_encoder.flops,
         )
 
     def parts(self, workload: Workload) -> dict[str, float]:
@@ -113,13 +111,6 @@ class UsefulFlops:
     def update(self, workloads: Iterable[Workload]) -> float:
         """FLOPs of an update: all sequences of all sources."""
         return sum(workload.sequences * self.sequence(workload) for workload in workloads)
-
-
-def tower_flops(vision_encoder: VisionEncoder) -> int:
-    """Forward FLOPs of a tower for one frame, counted in a run without data."""
-    with FlopCounterMode(display=False) as counter:
-        vision_encoder.shape_of(1)
-    return counter.get_total_flops()
 
 
 def utilisation(flops: float, seconds: float, devices: int, peak: float) -> float:

@@ -34,6 +34,7 @@ def generate(
     top_k: int = 0,
     length_penalty: float = 1.0,
     stop_ids: Sequence[int] | None = None,
+    synced_ranks: bool = False,
     **generation_settings: Any,
 ) -> list[list[int]]:
     """Continue prompts; a batch gives the same as its prompts one by one.
@@ -49,6 +50,8 @@ def generate(
         max_new_tokens: at most this many, with the stop token.
         top_k: 0 for no limit. temperature, top_p, length_penalty: as Hugging Face defines them.
         stop_ids: where a text ends; None: at <|endofchunk|> and at the end of the sequence.
+        synced_ranks: under ZeRO-3 with several ranks, where every module is a collective: all run the same modules,
+            also those without media, and go on until the last one has finished.
         generation_settings: anything else that ``transformers.GenerationConfig`` knows.
 
     Returns:
@@ -59,15 +62,16 @@ def generate(
     """
     tokens = model.tokens
     _check(prompts, media, media_per_prompt, tokens.image_id)
-    if media is not None and len(media) == 0:
-        media = None
-    device = model.resampler.latents.device
+    device = model.device
     stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
     ids_BP, mask_BP, index_BP = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, media is None)
     ids_BP, mask_BP, index_BP = ids_BP.to(device), mask_BP.to(device), index_BP.to(device)
     first_BP = media_indices.first_media(index_BP) if model.config.cross_attention.attend == "all" else None
+    if (media is None or len(media) == 0) and synced_ranks:
+        size = model.vision_encoder.image_size
+        media = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8)  # seen by nobody
     projected: dict[int, KeysValues] = {}
-    if media is not None:
+    if media is not None and len(media) > 0:
         projected = model.project_media(model.encode_media(media.to(device)))
     before: dict[int, BeforeBlock] = {
         index: partial(_before_block, block, projected.get(index), index_BP, first_BP)
@@ -88,7 +92,9 @@ def generate(
         **generation_settings,
     )
     with calling(Call(before)):
-        out = model.language_model.lm.generate(ids_BP, attention_mask=mask_BP, generation_config=settings)
+        out = model.language_model.lm.generate(
+            ids_BP, attention_mask=mask_BP, generation_config=settings, synced_gpus=synced_ranks
+        )
     return [_until_stop(row, stops) for row in out[:, ids_BP.shape[1] :].tolist()]
 
 

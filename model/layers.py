@@ -23,12 +23,16 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(in_features)."""
-        if self.weight.is_meta:
-            return
         bound = 1 / math.sqrt(self.in_features)
-        start = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
-        with torch.no_grad():
-            self.weight.copy_(start)
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(blank(*self.weight.shape).uniform_(-bound, bound))
+
+
+def blank(*shape: int) -> Tensor:
+    """An uninitialised float32 tensor on the CPU, to draw in. Inside of DeepSpeed's ``zero.Init`` every constructor of
+    torch returns the type that the engine computes in, whatever it was asked for: hence the second conversion."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu").float()
 
 
 class FeedForward(nn.Module):

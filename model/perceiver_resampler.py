@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PerceiverResamplerConfig
-from model.layers import FeedForward, Linear
+from model.layers import FeedForward, Linear, blank
 from model.ops import resampler_attention
 
 
@@ -123,4 +123,4 @@ def _normal(rows: int, width: int) -> Tensor:
     target = torch.empty(rows, width)
     if target.is_meta:
         return target
-    return target.copy_(torch.randn(rows, width, device="cpu", dtype=torch.float32) * 0.02)
+    return target.copy_(blank(rows, width).normal_(std=0.02))

@@ -13,9 +13,9 @@ import open_clip
 import torch
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
-from model.parameters import full_shape
 
 _TIMM = "timm:"
 
@@ -24,8 +24,8 @@ class VisionEncoder(nn.Module):
     """[media, frames, 3, height, width] pixels -> [media, frames, features, width].
 
     Only what leads to the chosen features is kept of the tower: no text tower, pooling, projection or later block. It
-    is always in evaluation mode and builds no graph. Attributes: ``width`` of the features, ``image_size`` in pixels,
-    ``mean`` and ``std`` of the input normalisation (for pixels in 0..1).
+    is always in evaluation mode and builds no graph. Attributes: ``features`` of a frame and their ``width``, ``flops``
+    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalisation (for pixels in 0..1).
     """
 
     def __init__(self, tower: Any, config: VisionEncoderConfig) -> None:
@@ -49,7 +49,7 @@ class VisionEncoder(nn.Module):
         self.tower: nn.Module = _features_only(tower, config)
         self.requires_grad_(False)
         self.train(False)
-        _, _, self.features, self.width = self.shape_of(1)
+        self.features, self.width, self.flops = self._probe()
 
     def train(self, mode: bool = True) -> VisionEncoder:
         """Stays in evaluation mode: a frozen tower has no dropout and no batch statistics."""
@@ -88,20 +88,23 @@ class VisionEncoder(nn.Module):
         features_BVyx = self.tower(self.normalize(pixels_BCYX).to(dtype))
         return features_BVyx.flatten(2).transpose(1, 2).contiguous()
 
-    def shape_of(self, frames: int) -> tuple[int, ...]:
-        """[1, F, S, V] of a medium of that many frames, from a run without data: no table of architectures needed."""
-        state: dict[str, Tensor] = {name: buffer.to("meta") for name, buffer in self.named_buffers()}
-        for name, parameter in self.named_parameters():  # partitioned ones too
-            state[name] = torch.empty(full_shape(parameter), dtype=parameter.dtype, device="meta")
-        pixels = torch.zeros(1, frames, 3, self.image_size, self.image_size, dtype=torch.uint8, device="meta")
+    def _probe(self) -> tuple[int, int, int]:
+        """Features of a frame, their width and the FLOPs, from a run without data: no table of architectures needed.
+
+        Only here, before anything partitions the parameters.
+        """
+        state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        pixels = torch.zeros(1, 1, 3, self.image_size, self.image_size, dtype=torch.uint8, device="meta")
         try:
-            return tuple(torch.func.functional_call(self, state, (pixels,)).shape)
+            with FlopCounterMode(display=False) as counter:
+                _, _, features, width = torch.func.functional_call(self, state, (pixels,)).shape
         except RuntimeError as error:
             raise ValueError(
                 f"the tower {self.config.name!r} gives no features with vision.feature_block "
                 f"{self.config.feature_block} and vision.feature_norm {self.config.feature_norm} at {self.image_size} "
                 f"pixels: {error}"
             ) from error
+        return features, width, counter.get_total_flops()
 
 
 def build_tower(config: VisionEncoderConfig) -> nn.Module:

@@ -58,7 +58,7 @@ def initialize(timeout_seconds: float, threads: int | None = None) -> World:
 
 
 def _complete_environment() -> None:
-    """Fill in what torch.distributed needs and the launcher did not set; a plain ``python`` run becomes a world of 1."""
+    """Fill in what torch.distributed needs and the launcher did not set; plain ``python`` becomes a world of 1."""
     environment = os.environ
     launched_by_mpi = "OMPI_COMM_WORLD_SIZE" in environment or "PMI_SIZE" in environment
     if "SLURM_PROCID" in environment and "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
@@ -70,8 +70,7 @@ def _complete_environment() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment.update(alone)
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def shut_down() -> None:

@@ -7,7 +7,7 @@ loss is normalised over the global batch by the loop. What arrives at the optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.config.schema import OptimizerConfig
 from trainer.distributed import World
 from trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
 
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 Partition = Callable[[], AbstractContextManager[Any]]
 
 
@@ -46,9 +46,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[Placement]:
     # transformers looks for a living HfDeepSpeedConfig, so this reference is what switches partitioning on.
     alive = HfDeepSpeedConfig(settings)
     try:
-        yield Placement(
-            gather=gathered_parameters, partition=lambda: deepspeed.zero.Init(config_dict_or_path=settings)
-        )
+        yield Placement(gather=gathered_parameters, partition=lambda: deepspeed.zero.Init(config_dict_or_path=settings))
     finally:
         del alive
         _forget_hugging_face_config()
@@ -60,7 +58,7 @@ def _forget_hugging_face_config() -> None:
     unset_hf_deepspeed_config()
 
 
-def gathered_parameters(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     """Read parameters whole, whether or not ZeRO-3 partitioned them; a collective when it did."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()

@@ -41,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for score in scores:
         low, high = score.task.minimum, score.task.maximum
         wanted = " ".join([f">= {low:.2f}" if low is not None else "", f"<= {high:.2f}" if high is not None else ""])
-        row = (score.task.name, f"{score.value:.3f}", str(score.samples), wanted.strip(), "ok" if score.met else "MISSED")
+        row = (
+            score.task.name,
+            f"{score.value:.3f}",
+            str(score.samples),
+            wanted.strip(),
+            "ok" if score.met else "MISSED",
+        )
         table.add_row(*row)
     Console(width=100).print(table)
     for truth, found in scores[0].captions[: config.show]:

@@ -1,7 +1,7 @@
 """Exact captions: generated greedily (or with beams) for held-out images, and compared word by word.
 
-Each example is a prompt of images and true captions that ends with the image whose caption is asked for. Controls change
-only the images, so that what a figure loses by them is what the model had from seeing.
+Each example is a prompt of images and true captions that ends with the image whose caption is asked for. Controls
+change only the images, so that what a figure loses by them is what the model had from seeing.
 """
 
 from __future__ import annotations
@@ -136,4 +136,3 @@ def evaluate_task(
     truth = [example.captions[-1] for example in examples]
     exact = sum(found == true for found, true in zip(captions, truth, strict=True))
     return Score(task, exact / len(examples), len(examples), tuple(zip(truth, captions, strict=True)))
-

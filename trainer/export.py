@@ -69,10 +69,10 @@ def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
     weights, _ = trained_weights(config)
     tokenizer = load_run_tokenizer(config)
     architecture = AutoConfig.for_model(**model_settings(config, tokenizer))
-    module = CausalLanguageModel(AutoModelForCausalLM.from_config(architecture))
-    module.load_state_dict(weights)
+    language_model = AutoModelForCausalLM.from_config(architecture)
+    CausalLanguageModel(language_model).load_state_dict(weights)
     with _whole_or_not(output) as folder:
-        module.language_model.save_pretrained(folder)
+        language_model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

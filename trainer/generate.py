@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError
 
 
-def decoder_of(model: Flamingo, fit: str = "pad") -> ImageDecoder:
+def decoder_of(model: Flamingo, fit: Literal["pad", "crop", "stretch"] = "pad") -> ImageDecoder:
     """Image bytes to the model's square input, as in training."""
     encoder = model.vision_encoder
     red, green, blue = (round(255 * value) for value in encoder.mean)
@@ -30,7 +31,10 @@ def decoder_of(model: Flamingo, fit: str = "pad") -> ImageDecoder:
 
 
 def read_images(paths: Sequence[Path], decoder: ImageDecoder) -> Tensor | None:
-    """uint8 [images, 1, 3, size, size]; None for no images. Raises: OSError; ValueError naming an image that is none."""
+    """uint8 [images, 1, 3, size, size]; None for no images.
+
+    Raises: OSError; ValueError naming a file that is no image.
+    """
     images = []
     for path in paths:
         try:

@@ -32,7 +32,8 @@ from trainer.data.files import local_path, write_atomically
 from trainer.data.manifest import Manifest
 from trainer.data.tar_index import Rejection, ShardIndex, load_sidecar, save_sidecar, scan_shard, sidecar_path
 
-_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
+# How many processes Open MPI, MPICH, MVAPICH and Slurm's srun say they started.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _PROGRESS_SECONDS = 0.5
 
 
@@ -152,7 +153,8 @@ def _finish(arguments: argparse.Namespace, entries: Sequence[_Entry]) -> int:
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(one["reason"] for one in rejected).items())
         print(f"{len(rejected)} rejected ({reasons}): see {report}", file=sys.stderr)
         for one in rejected[:5]:
-            print(f"  {one['shard']} at byte {one['offset']}: {one['reason']}: {one['detail']}", file=sys.stderr)
+            # Member names come from the shard: !a keeps control characters and broken utf-8 off the terminal.
+            print(f"  {one['shard']!a} at byte {one['offset']}: {one['reason']}: {one['detail']!a}", file=sys.stderr)
     else:
         report.unlink(missing_ok=True)
     used = [entry for entry in entries if entry.samples]
@@ -187,11 +189,17 @@ def _manifest_url(path: Path, folder: Path) -> str:
 
 
 def _mpi_communicator() -> Any | None:
-    """MPI's world when an MPI launcher started this process; otherwise mpi4py is not even imported."""
-    if not any(name in os.environ for name in _MPI_VARIABLES):
+    """MPI's world when a launcher started several processes; otherwise mpi4py is not even imported."""
+    if all(os.environ.get(name, "1") == "1" for name in _MPI_SIZES):
         return None
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
+        sizes = ", ".join(f"{name}={os.environ[name]}" for name in _MPI_SIZES if name in os.environ)
+        raise SystemExit(
+            f"trainer.index: an MPI launcher started this ({sizes}), but mpi4py does not work: {error}\n"
+            "Install it (pip install flamingo-trainer[mpi], and an MPI), or start one process without the launcher."
+        ) from error
     return MPI.COMM_WORLD if MPI.COMM_WORLD.size > 1 else None
 
 

@@ -1,7 +1,7 @@
 """The training loop, to be read from top to bottom.
 
-One update visits every source, accumulates its lambda-weighted gradient, clips once and steps once (paper, section 3.3).
-The loss is normalised over the global batch, so neither the number of processes nor of micro-steps changes the result.
+One update visits every source, accumulates its lambda-weighted gradient, clips once and steps once (paper, section
+3.3). The loss is normalised over the global batch, so neither the number of processes nor of micro-steps changes it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(task: Task, config: RunConfig, world: World) -> None:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
     writer = MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step)
-    ledger = LedgerWriter(config.run_dir, world.rank, state.step) if config.data.ledger else None
+    ledger = LedgerWriter(config.run_dir, world.rank, state.step, world.size) if config.data.ledger else None
 
     for update, data_seconds in _timed(loader):
         start = time.perf_counter()
@@ -183,10 +183,12 @@ def _metrics(
     """What metrics.jsonl says of an update; counts are of the global batch, times the mean over ranks."""
     sources = config.data.sources
     batches = update.micro_batches
-    counts = {source.name: sum(batch.sequences for batch in batches if batch.source == source.name) for source in sources}
+    counts = {
+        source.name: sum(batch.sequences for batch in batches if batch.source == source.name) for source in sources
+    }
     reasons = sum((batch.skipped for batch in batches), Counter[str]())
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    images = sum(int((batch.media_index.max() >= 0)) * len(batch.media) for batch in batches)
+    images = sum(int(batch.media_index.max() >= 0) * len(batch.media) for batch in batches)
     summed = sum_over_ranks(
         [tokens, images, sum(reasons.values()), step_seconds, data_seconds, *counts.values()], world
     )

@@ -1,4 +1,6 @@
-"""Pretrain a small language model on text: ``[deepspeed ... --module] trainer.pretrain_lm CONFIG.yaml [--section.key VALUE ...]``.
+"""Pretrain a small language model on text.
+
+``[deepspeed ... --module] trainer.pretrain_lm CONFIG.yaml [--section.key VALUE ...]``
 
 It resumes by itself from the run folder's newest good checkpoint. The result is ``run_dir/export``:
 a Hugging Face folder (weights and tokenizer) that ``model.language_model.name`` takes.

@@ -1,4 +1,6 @@
-"""Pretrain an image tower contrastively on images and captions: ``[deepspeed ... --module] trainer.pretrain_vision CONFIG.yaml [--section.key VALUE ...]``.
+"""Pretrain an image tower contrastively.
+
+``[deepspeed ... --module] trainer.pretrain_vision CONFIG.yaml [--section.key VALUE ...]``
 
 It resumes by itself from the run folder's newest good checkpoint. The result is ``run_dir/export``:
 a folder that open_clip, and ``model.vision.name``, take as ``local-dir:FOLDER``.

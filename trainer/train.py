@@ -1,4 +1,6 @@
-"""Train a Flamingo: ``[deepspeed ... --module] trainer.train CONFIG.yaml [--section.key VALUE ...]``.
+"""Train a Flamingo.
+
+``[deepspeed ... --module] trainer.train CONFIG.yaml [--section.key VALUE ...]``
 
 It resumes by itself from the run folder's newest good checkpoint. The result is ``run_dir/export``:
 an export that ``trainer.generate`` and ``trainer.evaluate`` take.

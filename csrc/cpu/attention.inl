@@ -8,17 +8,17 @@ struct Attention {
   typedef typename Operands::Element Element;
   static constexpr int64_t kDepth = Operands::kDepth;
 
+  static int64_t row_number(const Group& group, int64_t r) { return group.rows ? group.rows[r] : r; }
+
   static void gather(const Stored** pointers, const void* base, int64_t stride, const Group& group, int64_t first,
                      int64_t count) {
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = group.rows ? group.rows[first + r] : first + r;
-      pointers[r] = static_cast<const Stored*>(base) + row * stride;
+      pointers[r] = static_cast<const Stored*>(base) + row_number(group, first + r) * stride;
     }
   }
 
   static Stored* out_row(const Group& group, int64_t r) {
-    const int64_t row = group.rows ? group.rows[r] : r;
-    return static_cast<Stored*>(group.out) + row * group.out_stride;
+    return static_cast<Stored*>(group.out) + row_number(group, r) * group.out_stride;
   }
 
   static int64_t gather_keys(const Stored** pointers, const Group& group, int64_t block, bool values) {
@@ -48,9 +48,13 @@ struct Attention {
     return {low / kBlockKeys, (high + kBlockKeys - 1) / kBlockKeys};
   }
 
-  // Replaces the scores of one row by its softmax weights; weights of keys that the row does not see are 0.
-  // Returns the log of the sum of exponentials.
-  static float softmax_row(const Group& group, float* scores, int64_t row, int64_t r, Range blocks) {
+  struct RowSum {
+    float largest, total;  // largest scaled score, sum of the exponentials relative to it
+  };
+
+  // Replaces the scores of one row by exponentials relative to the largest; those of keys that the row does not see
+  // are 0.
+  static RowSum exponentials_of_row(const Group& group, float* scores, int64_t row, int64_t r, Range blocks) {
     const int64_t begin = group.key_begin ? group.key_begin[row] : 0;
     const int64_t end = group.key_begin ? group.key_end[row] : group.key_count();
     const Vec lowest = splat(-3.0e38f);
@@ -79,20 +83,28 @@ struct Attention {
         sums += e;
       }
     }
-    const float total = sum_lanes(sums);
-    const Vec inverse = splat(1.0f / total);
+    return {top * group.scale, sum_lanes(sums)};
+  }
+
+  static float log_sum(RowSum sum) { return sum.largest + __builtin_logf(sum.total); }
+
+  // The softmax weights of one row.
+  static void softmax_row(const Group& group, float* scores, int64_t row, int64_t r, Range blocks) {
+    const Vec inverse = splat(1.0f / exponentials_of_row(group, scores, row, r, blocks).total);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       float* s = scores + (b * kTileRows + r) * kBlockKeys;
       for (int64_t j = 0; j < kBlockKeys; j += kLanes) store(s + j, load(s + j) * inverse);
     }
-    return top * group.scale + __builtin_logf(total);
   }
 
-  static void store_rows(const Group& group, const float* values, int64_t first, int64_t count, float factor) {
+  // The factor of row r is factors[r].
+  static void store_rows(const Group& group, const float* values, int64_t first, int64_t count,
+                         const float* factors) {
     const int64_t width = group.width;
     for (int64_t r = 0; r < count; ++r) {
       Stored* out = out_row(group, first + r);
-      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(values + r * width + d) * splat(factor));
+      const Vec factor = splat(factors[r]);
+      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(values + r * width + d) * factor);
     }
   }
 
@@ -116,6 +128,7 @@ struct Attention {
     float* sums = scratch.template take<float>(kTileRows * width);
     float* converted = scratch.template take<float>(kTileRows * kBlockKeys);
     const Stored* pointers[kBlockKeys];
+    float factors[kTileRows];
 
     for (int64_t b = 0; b < blocks && group.row_count > 0; ++b) {
       const int64_t count = gather_keys(pointers, group, b, false);
@@ -131,16 +144,18 @@ struct Attention {
       for (int64_t b = range.begin; b < range.end; ++b)
         gemm(count, columns_of(group, b), width / kDepth, queries, width / kDepth, 1, keys + b * packed, kBlockKeys,
              scores + b * kTileRows * kBlockKeys, kBlockKeys, false);
+      // The exponentials are divided by their sum last: the largest, 1, is then exact in any precision.
       for (int64_t r = 0; r < count; ++r) {
-        const float lse = softmax_row(group, scores, first + r, r, range);
-        if (group.lse) group.lse[(group.rows ? group.rows[first + r] : first + r) * group.lse_stride] = lse;
+        const RowSum sum = exponentials_of_row(group, scores, first + r, r, range);
+        factors[r] = group.out_scale / sum.total;
+        if (group.lse) group.lse[row_number(group, first + r) * group.lse_stride] = log_sum(sum);
       }
       for (int64_t b = range.begin; b < range.end; ++b) {
         const Element* weights = Operands::by_row(converted, scores + b * kTileRows * kBlockKeys);
         gemm(count, width, columns_of(group, b) / kDepth, weights, Operands::kByRowStride, 1, values + b * packed,
              width, sums, width, b > range.begin);
       }
-      store_rows(group, sums, first, count, group.out_scale);
+      store_rows(group, sums, first, count, factors);
     }
   }
 
@@ -199,7 +214,9 @@ struct Attention {
     float* dq = scratch.template take<float>(kTileRows * width);
     float* converted = scratch.template take<float>(3 * kTileRows * kBlockKeys);
     const Stored* pointers[kBlockKeys];
+    float factors[kTileRows];
     double out_scale_grad = 0;
+    for (float& factor : factors) factor = group.scale * group.out_scale;
 
     // Rows that see all keys fill every block with their first tile; otherwise sums start from zero.
     const bool clear = group.key_begin || group.row_count == 0;
@@ -243,7 +260,7 @@ struct Attention {
         gemm(count, width, columns / kDepth, grads_along, Operands::kByRowStride, 1, keys + b * packed, width, dq,
              width, b > range.begin);
       }
-      store_rows(group, dq, first, count, group.scale * group.out_scale);
+      store_rows(group, dq, first, count, factors);
     }
     for (int64_t b = 0; b < blocks; ++b)
       store_keys(group, dk + b * kBlockKeys * width, dv + b * kBlockKeys * width, b);

@@ -14,7 +14,7 @@ static constexpr int kLanes = FLAMINGO_LANES;
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) = x; }
 static inline Vec splat(float x) { return x - Vec{}; }
-static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 
 // x with its lanes moved by `distance`, around the end.
 template <int distance>
@@ -43,9 +43,10 @@ static inline VecInt lane_numbers() {
   return numbers;
 }
 
-// e^x for x <= 0, relative error below 2e-7: 2^n from the exponent bits, 2^f by a polynomial on [-0.5, 0.5].
+// e^x for x <= 0, relative error below 2e-7: 2^n from the exponent bits, 2^f by a polynomial on [-0.5, 0.5]. NaN
+// stays NaN.
 static inline Vec exp_nonpositive(Vec x) {
-  const Vec t = maximum(x, splat(-87.0f)) * splat(1.44269504f);
+  const Vec t = maximum(splat(-87.0f), x) * splat(1.44269504f);
   const Vec round = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
   const Vec n = (t + round) - round;
   const Vec f = t - n;

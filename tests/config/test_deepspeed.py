@@ -161,3 +161,9 @@ def test_known_keys_are_those_that_deepspeed_reads() -> None:
     assert {getattr(constants, name) for name in top_level.split()} <= KNOWN_KEYS
     assert not set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) & KNOWN_KEYS
     assert {key.partition(".")[0] for key in deepspeed_config._OWNERS} <= KNOWN_KEYS
+
+
+@pytest.mark.parametrize("value", [True, "1.0", [1.0]])
+def test_a_raw_value_of_another_type_is_not_the_same_value(write_yaml: WriteYaml, value: Any) -> None:
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": {"gradient_clipping": value}}}))
+    assert problem.path == "deepspeed.raw.gradient_clipping"

@@ -63,6 +63,16 @@ def test_the_resolved_yaml_gives_the_same_settings_again(write_yaml: WriteYaml) 
         (["--model.language_model.name", "7"], lambda c: c.model.language_model.name == "7"),
         (["--deepspeed.raw.wall_clock_breakdown", "true"], lambda c: c.deepspeed.raw == {"wall_clock_breakdown": True}),
         (["--data.sources.0.micro_batch_size", "4", "--data.lanes", "4"], lambda c: c.data.lanes == 4),
+        (["--training.steps", "70", "--training.steps", "80"], lambda c: c.training.steps == 80),
+        (
+            [
+                "--data.sources",
+                "[{type: text, name: a, manifest: m, batch_size: 4}]",
+                "--data.sources.a.batch_size",
+                "2",
+            ],
+            lambda c: c.data.sources[0].batch_size == 2,
+        ),
     ],
 )
 def test_overrides(write_yaml: WriteYaml, words: list[str], expected: Any) -> None:
@@ -141,8 +151,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (["steps"], "unexpected 'steps'"),
         (["--data.sources.5.weight", "1"], "has no element '5'; it has 2 (named pairs, documents)"),
         (["--data.sources.x.weight", "1"], "has no element 'x'"),
+        (["--optimizer.betas", "0.9", "0.99", "--optimizer.betas.0.x", "1"], "is 0.9, which has nothing named 'x'"),
         (["--training", "8"], "must be a mapping of settings"),
         (["--training.steps", "many"], "valid integer"),
+        (["--training.steps"], "needs a number, not true"),
+        (["--optimizer.betas", "0.9", "true"], "needs a number, not true"),
     ],
 )
 def test_bad_overrides(write_yaml: WriteYaml, words: list[str], message: str) -> None:

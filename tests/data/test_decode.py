@@ -44,6 +44,15 @@ def test_resized_as_pillow_does(kind: str) -> None:
     assert difference(decoder(32, "stretch")(data), expected) <= 1
 
 
+@pytest.mark.parametrize("size", [(90, 120), (123, 77), (33, 32), (300, 41)])
+def test_crop_is_torchvisions(size: tuple[int, int]) -> None:
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    image = noise(*size)
+    expected = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])(image)
+    assert difference(decoder(32, "crop")(saved(image, "PNG")), expected) <= 1
+
+
 def test_fits() -> None:
     image = noise(30, 60)
     data = saved(image, "PNG")

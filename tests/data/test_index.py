@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +144,26 @@ def test_ranks_of_mpi_make_the_same_manifest(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "manifest.npz").unlink()
     assert run(tmp_path, str(tmp_path / "*.tar")) == 0
     assert load_manifest(tmp_path / "manifest.npz").sha256 == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun")
+def test_mpirun_makes_the_same_manifest(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py.MPI", exc_type=(ImportError, RuntimeError))
+    text_shards(tmp_path, [1, 2, 3, 4, 5])
+    expected = load_manifest(tmp_path / "manifest.npz").sha256
+    (tmp_path / "manifest.npz").unlink()
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trainer.index"]
+    arguments = ["--output", str(tmp_path / "manifest.npz"), str(tmp_path / "*.tar")]
+    subprocess.run([*command, *arguments], check=True, timeout=120)
+    assert load_manifest(tmp_path / "manifest.npz").sha256 == expected
+
+
+def test_a_launcher_without_mpi4py_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(SystemExit, match=r"OMPI_COMM_WORLD_SIZE=2.*\n.*flamingo-trainer\[mpi\]"):
+        run(tmp_path, "a.tar")
 
 
 def manifest(path: Path, shards: int) -> Manifest:

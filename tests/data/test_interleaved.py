@@ -121,6 +121,13 @@ def test_windows_do_not_open_with_a_foreign_end_of_chunk() -> None:
     assert texts == {"B#ab|#", "Bab|#c", "Bb|#cd", "B#cd|#", "Bcd|#e", "Bd|#ef", "B#ef|"} - {"B#ef|"}
 
 
+def test_windows_reach_both_ends_of_the_document() -> None:
+    found = {text_of(build(mmc4(["abcdef", "gh"], [1]), index, max_tokens=5).input_ids) for index in range(60)}
+    assert found == {"Bdef#", "Bef#g", "Bf#gh", "B#gh|"}
+    found = {text_of(build(mmc4(["ab", "cdefgh"], [0]), index, max_tokens=5).input_ids) for index in range(60)}
+    assert found == {"B#ab "}
+
+
 def test_only_images_of_the_window_are_decoded() -> None:
     members = {**mmc4(["abc", "def"], [0, 1]), "1.png": b"broken"}
     assert len(build(members, window="start", max_tokens=4).media) == 1

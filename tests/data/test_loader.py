@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,14 @@ from tests.data.helpers import PAD, build_manifest, encoding, image_bytes, mmc4,
 from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch, SampleId, Sequence
 from trainer.data.decode import ImageDecoder
-from trainer.data.errors import DataError, ShardError, TooManyBadSamplesError
+from trainer.data.errors import DataError, SampleError, ShardError, TooManyBadSamplesError
 from trainer.data.image_text import ImageTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
 from trainer.data.loader import UpdateLoader, micro_batches_per_update
 from trainer.data.manifest import load_manifest
+from trainer.data.order import Location, SourceOrder
+from trainer.data.reader import ShardReader
+from trainer.data.sequences import sample_rng
 from trainer.data.state import check_data_state, data_state
 from trainer.data.text import TextBuilder
 
@@ -128,6 +132,44 @@ def test_global_batches_do_not_depend_on_workers(shards: Path, workers: int) -> 
     assert global_batches(config(shards, workers=workers), 2) == global_batches(config(shards), 2)
 
 
+def test_the_stream_is_the_orders(shards: Path) -> None:
+    data = config(shards)
+    data = replace(data, sources=data.sources[2:])
+    manifest = load_manifest(data.sources[0].manifest)
+    order = SourceOrder("text", manifest.samples, seed=5, lanes=8, samples_per_update=48, block=7, window=10)
+    for update in loader(data):
+        (batch,) = update.micro_batches
+        expected = [(manifest.url(x.shard), x.index) for lane in order.samples_of(update.step) for x in lane]
+        assert [(sample.shard, sample.index) for sample in batch.samples] == expected
+
+
+def test_rows_are_built_with_the_samples_own_randomness_and_substitutes(shards: Path) -> None:
+    data = config(shards)
+    data = replace(data, sources=(replace(data.sources[0], micro_batch_size=8),))
+    reader = ShardReader(load_manifest(data.sources[0].manifest))
+    order = SourceOrder("pairs", reader.manifest.samples, seed=5, lanes=8, samples_per_update=8, block=7, window=10)
+
+    def built(location: Location | None) -> Sequence | None:
+        assert location is not None
+        key, members = reader.read(location.shard, location.index)
+        sample = SampleId("pairs", location.epoch, reader.manifest.url(location.shard), location.index, key)
+        try:
+            return BUILDERS["pairs"](members, sample, sample_rng(5, sample))
+        except SampleError:
+            return None
+
+    substituted = 0
+    for update in loader(data, stop=15):
+        (batch,) = update.micro_batches
+        for lane, found in enumerate(rows([batch])):
+            row, attempt = built(order.at(lane, update.step)), 0
+            while row is None:
+                row, attempt = built(order.substitute(lane, update.step, attempt)), attempt + 1
+            substituted += attempt > 0
+            assert found[1:3] == (row.samples, row.input_ids.tolist())
+    assert substituted == len([n for n in range(120) if n % 16 in (3, 11)])
+
+
 def test_a_resumed_stream_goes_on_exactly(shards: Path) -> None:
     """Past the first epoch of every source, at another world size."""
     whole = global_batches(config(shards), 1, stop=20)
@@ -216,6 +258,14 @@ def test_sizes_that_do_not_fit_are_told_together(shards: Path) -> None:
         loader(replace(data, sources=(replace(data.sources[0], batch_size=128),)))
     with pytest.raises(ValueError, match="no builder for the sources other"):
         loader(replace(data, sources=(replace(data.sources[0], name="other"),)))
+
+
+def test_loader_processes_can_be_started_by_spawn(shards: Path) -> None:
+    """As Python 3.14 does by default (forkserver): everything travels by pickle."""
+    first = next(iter(loader(config(shards))))
+    dataset = pickle.loads(pickle.dumps(loader(config(shards))._dataset))
+    made = [dataset[number] for number in range(len(first.micro_batches))]
+    assert [rows([one.batch]) for one in made] == [rows([batch]) for batch in first.micro_batches]
 
 
 def test_iterating_twice_gives_the_same(shards: Path) -> None:

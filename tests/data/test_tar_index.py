@@ -82,6 +82,18 @@ def test_every_cut_loses_only_the_end_and_says_so(tmp_path: Path) -> None:
         assert index.rejected[-1].reason in ("truncated", "empty")
 
 
+def test_a_member_cut_in_its_content_is_named_by_its_header(tmp_path: Path) -> None:
+    path = shard(tmp_path)
+    start = int(scan_shard(path).offsets[2][0])
+    path.write_bytes(path.read_bytes()[: start + BLOCK + 700])  # s2.jpg has 702 bytes
+    last = scan_shard(path).rejected[-1]
+    assert (last.reason, last.offset, last.detail) == (
+        "truncated",
+        start,
+        "the file ends 2 bytes before the member's end",
+    )
+
+
 def test_a_sample_cut_between_its_members_is_rejected(tmp_path: Path) -> None:
     path = shard(tmp_path)
     data = path.read_bytes()

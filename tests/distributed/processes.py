@@ -15,8 +15,6 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from trainer.distributed import World
-
 Result = TypeVar("Result")
 
 _PRELOADED = ["torch", "deepspeed", "transformers", "open_clip", "tests.distributed.preload"]
@@ -47,7 +45,7 @@ def _rank_main(
     try:
         world = distributed.initialize(timeout_seconds=60, threads=1)
         sender.send((rank, function(world, *arguments), None))
-    except BaseException:  # whatever happens belongs into the test's report
+    except BaseException:  # noqa: BLE001  whatever happens belongs into the test's report
         sender.send((rank, None, traceback.format_exc()))
     finally:
         sender.close()
@@ -57,13 +55,14 @@ def _rank_main(
 def run_distributed(
     function: Callable[..., Result], world_size: int, *arguments: Any, timeout_seconds: float = 120
 ) -> list[Result]:
-    """``function(world, *arguments)`` on ``world_size`` processes; the results in the order of ranks.
+    """Results of ``function(world, *arguments)`` on ``world_size`` processes, by rank.
 
     The function and its arguments are pickled: define it at the top of its module.
-    Raises: AssertionError with the traceback of the first rank that failed, or when time is up; nothing is left running.
+    Raises: AssertionError with the first failed rank's traceback, or when time is up. Nothing is left running.
     """
     port = free_port()
-    receivers, processes = [], []
+    receivers: list[Any] = []
+    processes = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
         process = _context.Process(target=_rank_main, args=(function, arguments, rank, world_size, port, sender))
@@ -77,7 +76,9 @@ def run_distributed(
         waiting = list(receivers)
         while waiting:
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks {sorted(set(range(world_size)) - results.keys())} gave no answer in {timeout_seconds} s"
+            missing = sorted(set(range(world_size)) - results.keys())
+            assert ready, f"ranks {missing} gave no answer in {timeout_seconds} s"
+            receiver: Any
             for receiver in ready:
                 try:
                     rank, result, error = receiver.recv()

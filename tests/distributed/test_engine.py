@@ -57,10 +57,10 @@ def one_step(world: World, stage: int, poison: bool) -> dict[str, Any]:
     weight_before = module.weight.weight.detach().clone()
     engine = Engine(module, OPTIMIZER, settings(stage, micro_batches=2), world)
     mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
-    x, y = x[mine].chunk(2), y[mine].chunk(2)
+    halves = list(zip(x[mine].chunk(2), y[mine].chunk(2), strict=True))
     if poison and world.rank == world.size - 1:
-        y[1][0] = float("nan")
-    losses = [engine.forward_backward({"x": a, "y": b}, scale=1 / 8) for a, b in zip(x, y, strict=True)]
+        halves[1][1][0] = float("nan")
+    losses = [engine.forward_backward({"x": a, "y": b}, scale=1 / 8) for a, b in halves]
     result = engine.step(learning_rate_factor=0.5)
     with gathered_parameters(list(module.parameters())):
         moved = (module.weight.weight.detach() - weight_before).abs().max()
@@ -79,7 +79,7 @@ def one_step(world: World, stage: int, poison: bool) -> dict[str, Any]:
 def test_the_gradient_is_that_of_the_global_batch(stage: int, world_size: int) -> None:
     results = run_distributed(one_step, world_size, stage, False)
     module, x, y = problem()
-    assert sum(result["loss"] for result in results) == pytest.approx(float(module(x=x, y=y).loss), rel=1e-5)
+    assert sum(result["loss"] for result in results) == pytest.approx(module(x=x, y=y).loss.item(), rel=1e-5)
     for result in results:
         assert result["norm"] == pytest.approx(expected_gradient_norm(1 / 8), rel=1e-5)
         assert result["applied"]

@@ -133,7 +133,11 @@ def check_fits(state: TrainingState, *, world_size: int, model: Mapping[str, Any
 
 def _differences(old: Any, new: Any, path: str = "model") -> set[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return {found for key in old.keys() | new.keys() for found in _differences(old.get(key), new.get(key), f"{path}.{key}")}
+        return {
+            found
+            for key in old.keys() | new.keys()
+            for found in _differences(old.get(key), new.get(key), f"{path}.{key}")
+        }
     same = list(old) == list(new) if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) else old == new
     return set() if same else {path}
 

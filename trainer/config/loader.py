@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import yaml
 
 from trainer.config.checks import check_settings, world_size_problems
 from trainer.config.evaluation import EvaluationConfig
-from trainer.config.overrides import Override, apply_overrides, parse_overrides
+from trainer.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
 from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
 from trainer.config.validation import dotted, validate
 from trainer.config.yaml_file import KeyPath, YamlFile, read_yaml
@@ -38,12 +38,12 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[C], *, check_
     Raises: ConfigError with everything that is wrong in the file and on the command line.
     """
     file = read_yaml(path)
-    given, problems = parse_overrides(overrides, file.values)
-    values = apply_overrides(file.values, given)
-    values, preset_problems = _expand_preset(values, schema)
+    given, problems = parse_overrides(overrides)
+    values, paths, misplaced = apply_overrides(file.values, given)
+    values, unknown_preset = _expand_preset(values, schema)
     config, messages = validate(values, schema)
-    if config is None and _keep_as_text(messages, given):
-        values, _ = _expand_preset(apply_overrides(file.values, given), schema)
+    if config is None and _keep_as_text(messages, given, paths):
+        values, _ = _expand_preset(apply_overrides(file.values, given)[0], schema)
         config, messages = validate(values, schema)
     found = [Problem(dotted(key), text) for key, text in messages.items()]
     if config is None:
@@ -55,20 +55,20 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[C], *, check_
             sections = {name.rpartition(".")[0] for name in (problem.path, *problem.related)}
             if not sections & touched:
                 found.append(problem)
-    problems += preset_problems + found
+    problems += misplaced + unknown_preset + found
     if problems:
-        raise ConfigError([_locate(problem, file, given) for problem in problems], title=str(path))
+        raise ConfigError([_locate(problem, file, paths) for problem in problems], title=str(path))
     assert config is not None
     return config
 
 
-def _keep_as_text(messages: dict[KeyPath, str], given: list[Override]) -> bool:
+def _keep_as_text(messages: dict[KeyPath, str], given: list[Override], paths: list[KeyPath]) -> bool:
     """Where text is wanted and the command line looked like a number (``--run_dir 20261123``), take it as written."""
     changed = False
-    for index, override in enumerate(given):
-        wants_text = "string" in messages.get(override.path, "") or "path" in messages.get(override.path, "")
+    for index, (override, path) in enumerate(zip(given, paths, strict=True)):
+        wants_text = any(word in messages.get(path, "") for word in ("string", "path"))
         if wants_text and override.text is not None and not isinstance(override.value, str | None):
-            given[index] = Override(override.path, override.text, override.text)
+            given[index] = replace(override, value=override.text)
             changed = True
     return changed
 
@@ -86,7 +86,7 @@ def _without(values: Any, messages: dict[KeyPath, str]) -> Any:
     return prune(values, ())
 
 
-def _locate(problem: Problem, file: YamlFile, given: list[Override]) -> Problem:
+def _locate(problem: Problem, file: YamlFile, overridden: list[KeyPath]) -> Problem:
     """The same problem with the file and line, or "command line"."""
     if problem.source or not problem.path:
         return problem
@@ -94,10 +94,10 @@ def _locate(problem: Problem, file: YamlFile, given: list[Override]) -> Problem:
     key: KeyPath = tuple(int(part) if part.isdigit() else part for part in parts)
     from_command_line = any(
         # A section that only the command line names ("--optimzer.eps 1") is wrong there, too.
-        key[: len(override.path)] == override.path or (override.path[: len(key)] == key and key not in file.lines)
-        for override in given
+        path and (key[: len(path)] == path or (path[: len(key)] == key and key not in file.lines))
+        for path in overridden
     )
-    source = "command line" if from_command_line else file.where(key)
+    source = COMMAND_LINE if from_command_line else file.where(key)
     return Problem(problem.path, problem.message, source, problem.related)
 
 
@@ -182,7 +182,7 @@ def parse_arguments(schema: type[C], argv: Sequence[str] | None = None) -> C:
     try:
         if file is None:
             message = "the first argument must be the run's YAML file; --help lists all settings"
-            raise ConfigError([Problem("", message, "command line")], title="the command line")
+            raise ConfigError([Problem("", message, COMMAND_LINE)], title="the command line")
         return load_config(file, arguments, schema)
     except ConfigError as error:
         # Every process of a node would say the same; on another node the missing file may be another one.

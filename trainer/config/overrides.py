@@ -6,7 +6,7 @@ so a setting that the file leaves out may be given on the command line, and the 
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +14,23 @@ from typing import Any
 from trainer.config.yaml_file import KeyPath, parse_scalar
 from trainer.errors import Problem
 
+COMMAND_LINE = "command line"
+
 
 @dataclass(frozen=True)
 class Override:
-    """One setting from the command line. ``text``: the single word that was written, None for flags and lists."""
+    """One setting from the command line.
 
-    path: KeyPath
+    name: dotted, as written. value: as YAML reads it. text: the single word it was, None for flags and lists.
+    """
+
+    name: str
     value: Any
     text: str | None
 
 
-def parse_overrides(arguments: Sequence[str], values: dict[str, Any]) -> tuple[list[Override], list[Problem]]:
-    """What the command line sets.
-
-    ``--key value``, ``--key=value``, ``--key a b`` for lists and ``--key`` alone for true. Dashes and underscores in
-    names are the same. An element of a list goes by its number or by its ``name`` (``--data.sources.mmc4.weight``).
-
-    values: the mapping the settings will be applied to; tells list elements by name and number.
-    """
+def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """What the command line sets: ``--key value``, ``--key=value``, ``--key a b`` for lists, ``--key`` for true."""
     overrides: list[Override] = []
     problems: list[Problem] = []
     position = 0
@@ -39,71 +38,71 @@ def parse_overrides(arguments: Sequence[str], values: dict[str, Any]) -> tuple[l
         word = arguments[position]
         position += 1
         if not word.startswith("--") or len(word) == 2:
-            problems.append(Problem("", f"unexpected {word!r}; settings look like --section.key VALUE", "command line"))
+            problems.append(Problem("", f"unexpected {word!r}; settings look like --section.key VALUE", COMMAND_LINE))
             continue
         name, equals, inline = word[2:].partition("=")
         texts = [inline] if equals else []
         while not equals and position < len(arguments) and not arguments[position].startswith("--"):
             texts.append(arguments[position])
             position += 1
-        value: Any = True if not texts else [parse_scalar(text) for text in texts] if len(texts) > 1 else None
         if len(texts) == 1:
-            value = parse_scalar(texts[0])
-        path, problem = _resolve(name, values)
-        if problem is None:
-            overrides.append(Override(path, value, texts[0] if len(texts) == 1 else None))
+            overrides.append(Override(name, parse_scalar(texts[0]), texts[0]))
         else:
-            problems.append(problem)
+            overrides.append(Override(name, [parse_scalar(text) for text in texts] or True, None))
     return overrides, problems
 
 
-def _resolve(name: str, values: dict[str, Any]) -> tuple[KeyPath, Problem | None]:
-    """The dotted name as a path into ``values``; elements of lists become numbers."""
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[Override]
+) -> tuple[dict[str, Any], list[KeyPath], list[Problem]]:
+    """A copy of ``values`` with the settings in it, one after the other.
+
+    Dashes and underscores in names are the same. An element of a list goes by its number or by its ``name``
+    (``--data.sources.mmc4.weight``). Mappings that are not there yet, or are null, are made.
+
+    Returns the mapping, the key path that each override set (() where it could not), and what was wrong.
+    """
+    result = copy.deepcopy(values)
+    paths: list[KeyPath] = []
+    problems: list[Problem] = []
+    for override in overrides:
+        path, message = _set(result, override.name.split("."), copy.deepcopy(override.value))
+        paths.append(path if message is None else ())
+        if message is not None:
+            problems.append(Problem(".".join(map(str, path)), message, COMMAND_LINE))
+    return result, paths, problems
+
+
+def _set(values: dict[str, Any], names: list[str], value: Any) -> tuple[KeyPath, str | None]:
+    """Put the value into its place; where that fails, how far the path went and why it ends there."""
     node: Any = values
     path: list[str | int] = []
-    for raw in name.split("."):
+    for depth, name in enumerate(names):
+        key: str | int
         if isinstance(node, list):
-            names = [item.get("name") if isinstance(item, dict) else None for item in node]
-            if raw.isdigit() and int(raw) < len(node):
-                index = int(raw)
-            elif raw in names:
-                index = names.index(raw)
-            else:
-                here = ".".join(map(str, path))
-                known = ", ".join(str(item) for item in names if item) or "none"
-                message = f"has no element {raw!r}; it has {len(node)} (named {known})"
-                return (), Problem(here, message, "command line")
-            path.append(index)
-            node = node[index]
-            continue
-        key = raw.replace("-", "_")
-        path.append(raw if isinstance(node, dict) and raw in node else key)
-        node = node.get(path[-1]) if isinstance(node, dict) else None
+            found = _element(node, name)
+            if isinstance(found, str):
+                return tuple(path), found
+            key = found
+        else:
+            key = name if name in node else name.replace("-", "_")
+        path.append(key)
+        if depth == len(names) - 1:
+            node[key] = value
+        elif isinstance(node, dict) and not isinstance(node.get(key), dict | list):
+            node[key] = {}
+        elif not isinstance(node[key], dict | list):
+            return tuple(path), f"is {node[key]!r}, which has nothing named {names[depth + 1]!r}"
+        node = node[key]
     return tuple(path), None
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
-    """A copy of ``values`` with the settings in it; mappings that are not there yet (or are null) are made."""
-    result: dict[str, Any] = _copy(values)
-    for override in overrides:
-        node: Any = result
-        for segment, following in zip(override.path, override.path[1:], strict=False):
-            if isinstance(segment, str) and not isinstance(node.get(segment), dict | list):
-                node[segment] = {}
-            node = node[segment]
-            if isinstance(node, list) and not isinstance(following, int):
-                break  # cannot happen after _resolve; keeps a list from being indexed by text
-        else:
-            node[override.path[-1]] = _copy(override.value)
-    return result
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def as_option(path: str, value: Any) -> list[str]:
-    """The inverse: the words that set ``path`` to ``value`` (for scripts that start runs)."""
-    return [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
+def _element(items: list[Any], name: str) -> int | str:
+    """The number of the element, or why there is none."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if name.isdigit() and int(name) < len(items):
+        return int(name)
+    if name in names:
+        return names.index(name)
+    known = ", ".join(str(item) for item in names if item) or "none"
+    return f"has no element {name!r}; it has {len(items)} (named {known})"

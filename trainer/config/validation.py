@@ -26,7 +26,9 @@ def dotted(path: KeyPath) -> str:
 def validate(values: dict[str, Any], schema: type[T]) -> tuple[T | None, dict[KeyPath, str]]:
     """The settings as ``schema``'s dataclasses, or None and the message for each wrong key path."""
     try:
-        return TypeAdapter(schema).validate_python(values), {}
+        config = TypeAdapter(schema).validate_python(values)
+        wrong = dict(_numbers_from_booleans(values, config, ()))
+        return (None, wrong) if wrong else (config, {})
     except ValidationError as error:
         problems: dict[KeyPath, str] = {}
         for item in error.errors(include_url=False):
@@ -36,6 +38,19 @@ def validate(values: dict[str, Any], schema: type[T]) -> tuple[T | None, dict[Ke
                 message = f"{problems[path]}; or: {message}"  # the members of a union each say what they expect
             problems[path] = message
         return None, problems
+
+
+def _numbers_from_booleans(values: Any, config: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """pydantic takes true for 1: ``--training.steps`` with its number forgotten would train one step."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            below = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+            yield from _numbers_from_booleans(value, below, (*path, key))
+    elif isinstance(values, list) and isinstance(config, tuple | list):
+        for index, (value, below) in enumerate(zip(values, config, strict=False)):
+            yield from _numbers_from_booleans(value, below, (*path, index))
+    elif isinstance(values, bool) and not isinstance(config, bool):
+        yield path, f"needs a number, not {str(values).lower()}"
 
 
 def _plain_path(location: tuple[str | int, ...], values: Any, kind: str) -> KeyPath:

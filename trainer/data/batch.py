@@ -93,7 +93,11 @@ class Batch:
 
 
 def collate(
-    sequences: SequenceOf[Sequence], *, source: str, pad_id: int, media_shape: tuple[int, int, int, int],
+    sequences: SequenceOf[Sequence],
+    *,
+    source: str,
+    pad_id: int,
+    media_shape: tuple[int, int, int, int],
     skipped: Counter[str] | None = None,
 ) -> Batch:
     """Rows of different lengths as one batch.

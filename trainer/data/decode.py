@@ -98,8 +98,10 @@ class ImageDecoder:
         if self.fit == "crop":
             longest = _CROP_MARGIN * min(height, width)
             image = _center_crop(image, min(height, longest), min(width, longest))
-            scale = self.size / min(image.shape[1:])
-            resized = _resize(image, *(max(self.size, round(side * scale)) for side in image.shape[1:]))
+            # Sizes and offsets are rounded as torchvision's Resize and CenterCrop do, so that a tower sees the pixels
+            # that it was pretrained on.
+            shortest = min(image.shape[1:])
+            resized = _resize(image, *(int(self.size * side / shortest) for side in image.shape[1:]))
             return _center_crop(resized, self.size, self.size).contiguous()
         scale = self.size / max(height, width)
         inner = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
@@ -228,7 +230,7 @@ def _apply_orientation(array: NDArray[np.uint8], orientation: int) -> NDArray[np
 
 
 def _center_crop(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
     return image[:, top : top + height, left : left + width]
 
 

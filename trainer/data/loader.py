@@ -104,12 +104,14 @@ class UpdateLoader:
 
     def _stream(self, indices: range) -> DataLoader[MicroBatch | DataError]:
         workers = self.config.workers
+        # data.prefetch counts updates ahead, over all workers; with fewer than two tasks each, a worker would idle.
+        ahead = max(2, -(-self.config.prefetch * self.micro_batches_per_update // max(1, workers)))
         return DataLoader(
             self._dataset,
             batch_size=None,
             sampler=indices,
             num_workers=workers,
-            prefetch_factor=self.config.prefetch * self.micro_batches_per_update if workers else None,
+            prefetch_factor=ahead if workers else None,
             pin_memory=self._pin_memory,
             worker_init_fn=start_worker,
         )
@@ -119,7 +121,7 @@ class UpdateLoader:
             if one.reason not in self._logged:
                 self._logged.add(one.reason)
                 _LOG.warning(
-                    "sample replaced (%s) source=%s shard=%s index=%d key=%r: %s; more of this reason are only counted",
+                    "sample replaced (%s) source=%s shard=%s index=%d key=%a: %a; more of this reason are only counted",
                     one.reason,
                     one.sample.source,
                     one.sample.shard,

@@ -42,7 +42,7 @@ class ContrastiveOutput:
 class DuplicateAwareClipLoss(ClipLoss):
     """open_clip's loss in which equal captions of a batch are not each other's negatives."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, duplicates: Tensor | None
     ) -> Tensor:
         """The mean over this rank's pairs of both directions' cross-entropy.
@@ -61,11 +61,14 @@ class DuplicateAwareClipLoss(ClipLoss):
 class ContrastiveTowers(nn.Module):
     """An open_clip model that returns its loss."""
 
-    def __init__(self, clip: nn.Module, world: World, *, mask_duplicate_captions: bool) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: Any, world: World, *, mask_duplicate_captions: bool) -> None:
         super().__init__()
         # DeepSpeed cannot flatten a parameter without dimensions.
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
-        self.clip = clip
+        self.clip: Any = clip
         self._world = world
         self._mask_duplicates = mask_duplicate_captions
         # Each rank's loss is over its own rows against all columns; the average over ranks is the whole loss.
@@ -165,7 +168,7 @@ def image_size(config: ContrastiveRunConfig) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
-def caption_tokenizer(config: ContrastiveRunConfig, clip: nn.Module) -> Callable[[str], Tensor]:
+def caption_tokenizer(config: ContrastiveRunConfig, clip: Any) -> Callable[[str], Tensor]:
     """A caption as int64 [context], cut or padded: with the run's own tokenizer, or else open_clip's."""
     context = int(clip.context_length)
     if config.tokenizer is None:

@@ -18,8 +18,8 @@ from model.loss import label_positions, summed_cross_entropy
 from trainer.config.deepspeed import deepspeed_json
 from trainer.config.schema import LanguageModelRunConfig, TokenizerTrainingConfig
 from trainer.data.decode import text_member
-from trainer.data.manifest import load_manifest
 from trainer.data.loader import micro_batches_per_update
+from trainer.data.manifest import load_manifest
 from trainer.data.reader import ShardReader
 from trainer.distributed import World, barrier
 from trainer.engine import partitioned_loading
@@ -41,7 +41,9 @@ class CausalLanguageModel(nn.Module):
         super().__init__()
         self.language_model = language_model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **unused: Tensor) -> LanguageModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **unused: Tensor
+    ) -> LanguageModelOutput:
         """input_ids, attention_mask, labels: int64 [B, L]; labels at their token's own position, -100 ignored."""
         logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         positions, targets = label_positions(labels)

@@ -1,0 +1,273 @@
+// Backward of both ops. With P the softmax weights of a row, dP = dO V^T and delta = sum(P dP):
+//   dV = P^T dO,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,
+// all times out_scale, whose own gradient is the sum of delta: that of the output before it was scaled, so it is
+// right when out_scale is 0.
+//
+// Two kernels, and no atomics: `backward_rows` owns query rows and meets their keys, `backward_keys` owns keys and
+// meets their rows. Where one of them sees everything it needs, it writes all gradients and the other does not run:
+//   - resampler with up to 64 latents: backward_rows also writes dK and dV, since a block of keys has no other rows;
+//   - one medium of up to 64 latents a row: backward_keys also writes dQ, since a row has no other keys, and
+//     computes the softmax itself.
+#pragma once
+#include "attention_forward.cuh"
+
+namespace flamingo {
+namespace cuda {
+
+// Statistics of the two rows of a thread. `lse` is in units of the scaled scores.
+struct RowStatistics {
+  float lse_first, lse_second, delta_first, delta_second;
+};
+
+template <int kWidth>
+constexpr int backward_shared_bytes() {
+  return (6 * Tile<kWidth>::kSize + 2 * Tile<64>::kSize) * static_cast<int>(sizeof(uint16_t));
+}
+
+// Scores to weights and dP to dS, in place. Weights of unseen keys come out 0: their scores are minus infinity.
+FLAMINGO_DEVICE void weights_and_gradients(float (&s)[8][4], float (&dp)[8][4], const RowStatistics& statistics,
+                                           float scale) {
+  constexpr float kLog2E = 1.4426950408889634f;
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float lse = i < 2 ? statistics.lse_first : statistics.lse_second;
+      const float delta = i < 2 ? statistics.delta_first : statistics.delta_second;
+      s[n][i] = power_of_two((s[n][i] * scale - lse) * kLog2E);
+      dp[n][i] = s[n][i] * (dp[n][i] - delta);
+    }
+}
+
+// delta = sum(O dO) of one row, by the four lanes that hold it.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE float delta_of_row(const uint16_t* o, const uint16_t* grad, bool exists) {
+  float total = 0.0f;
+  for (int chunk = lane_number() & 3; exists && chunk < kWidth / 8; chunk += 4) {
+    const Chunk a = *reinterpret_cast<const Chunk*>(o + chunk * 8), b = *reinterpret_cast<const Chunk*>(grad + chunk * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      total += unpack<kType>(static_cast<uint16_t>(a.words[i])) * unpack<kType>(static_cast<uint16_t>(b.words[i]));
+      total += unpack<kType>(static_cast<uint16_t>(a.words[i] >> 16)) *
+               unpack<kType>(static_cast<uint16_t>(b.words[i] >> 16));
+    }
+  }
+  return sum_of_row(total);
+}
+
+template <Type kType, int kWidth, class Params>
+FLAMINGO_DEVICE RowStatistics saved_statistics(const Params& p, const Rows& rows, int head) {
+  const int64_t row = rows.first + fragment_row(), stride = static_cast<int64_t>(p.heads) * kWidth;
+  const bool first = fragment_row() < rows.valid, second = fragment_row() + 8 < rows.valid;
+  const uint16_t* o = p.o + row * stride + head * kWidth;
+  const uint16_t* grad = p.grad + row * p.grad_row + head * p.grad_head;
+  return {first ? p.lse[row * p.heads + head] : 0.0f, second ? p.lse[(row + 8) * p.heads + head] : 0.0f,
+          delta_of_row<kType, kWidth>(o, grad, first),
+          delta_of_row<kType, kWidth>(o + 8 * stride, grad + 8 * p.grad_row, second)};
+}
+
+// Running statistics over a first pass: the softmax, and the sum of exponential * dP that becomes delta.
+FLAMINGO_DEVICE void update_statistics(Softmax& state, float (&delta)[1][4], float (&s)[8][4], const float (&dp)[8][4],
+                                       float log2_scale) {
+  update_softmax(state, s, delta, log2_scale);
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      delta[0][0] += s[n][i] * dp[n][i];
+      delta[0][2] += s[n][i + 2] * dp[n][i + 2];
+    }
+}
+
+FLAMINGO_DEVICE RowStatistics finish_statistics(const Softmax& state, const float (&delta)[1][4], float scale) {
+  const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
+  const float delta_first = sum_of_row(delta[0][0]), delta_second = sum_of_row(delta[0][2]);
+  // A row without keys: any finite lse, since all of its scores are minus infinity.
+  return {sum_first > 0.0f ? state.max_first * scale + natural_log(sum_first) : 0.0f,
+          sum_second > 0.0f ? state.max_second * scale + natural_log(sum_second) : 0.0f,
+          sum_first > 0.0f ? delta_first / sum_first : 0.0f, sum_second > 0.0f ? delta_second / sum_second : 0.0f};
+}
+
+// Adds up delta over the rows of a block: one partial sum a warp, summed in a fixed order afterwards.
+FLAMINGO_DEVICE void store_partial(float* partial, float delta) {
+  delta = (lane_number() & 3) == 0 ? delta : 0.0f;
+  for (int distance = 16; distance > 0; distance /= 2) delta += exchange(delta, distance);
+  if (lane_number() == 0) partial[warp_number()] = delta;
+}
+
+template <Type kType, int kWidth, class Problem, bool kWritesKeys>
+FLAMINGO_KERNEL(kThreads)
+backward_rows(const typename Problem::Params p) {
+  uint16_t* queries = shared_memory();
+  uint16_t* grads = queries + Tile<kWidth>::kSize;
+  uint16_t* stages = grads + Tile<kWidth>::kSize;
+  uint16_t* weights = stages + 4 * Tile<kWidth>::kSize;  // P, then dS
+  const int head = block_y();
+  const Rows rows = Problem::row_tile(p, block_x());
+  const Range blocks = Problem::blocks_of_tile(p, rows);
+  const Visible visible = Problem::visible(p, rows);
+  const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
+  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  copy_tile<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
+
+  const auto scores = [&](float (&s)[8][4], float (&dp)[8][4], int block, const uint16_t* keys) {
+    multiply_transposed<kType, kWidth>(s, queries, keys);
+    multiply_transposed<kType, kWidth>(dp, grads, keys + Tile<kWidth>::kSize);
+    mask_scores(s, Problem::keys(p, rows, block, head).valid, visible.sees_first(block), visible.sees_second(block));
+  };
+
+  RowStatistics statistics;
+  if constexpr (Problem::kSavesStatistics) {
+    statistics = saved_statistics<kType, kWidth>(p, rows, head);
+  } else {
+    Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
+    float delta[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+      float s[8][4], dp[8][4];
+      scores(s, dp, block, keys);
+      update_statistics(state, delta, s, dp, p.scale * 1.4426950408889634f);
+    });
+    barrier();  // nobody reads the last keys any more: the second pass overwrites them
+    statistics = finish_statistics(state, delta, p.scale);
+    const int block = block_y() * ((p.rows + kTile - 1) / kTile) + block_x();
+    store_partial(p.partial + static_cast<int64_t>(block) * 4, statistics.delta_first + statistics.delta_second);
+  }
+  const bool exists_first = fragment_row() < rows.valid, exists_second = fragment_row() + 8 < rows.valid;
+  if (!kWritesKeys && (lane_number() & 3) == 0) {  // for backward_keys
+    const int64_t at = (static_cast<int64_t>(rows.first) + fragment_row()) * p.heads + head;
+    if (exists_first) p.delta[at] = statistics.delta_first;
+    if (exists_second) p.delta[at + 8 * p.heads] = statistics.delta_second;
+    if (!Problem::kSavesStatistics && exists_first) p.lse[at] = statistics.lse_first;
+    if (!Problem::kSavesStatistics && exists_second) p.lse[at + 8 * p.heads] = statistics.lse_second;
+  }
+
+  float dq[kWidth / 8][4];
+  clear(dq);
+  for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+    float s[8][4], dp[8][4];
+    scores(s, dp, block, keys);
+    weights_and_gradients(s, dp, statistics, p.scale);
+    accumulate_rows<kType, kWidth>(dq, dp, keys);
+    if constexpr (kWritesKeys) {
+      store_weights<kType>(weights, s);
+      store_weights<kType>(weights + Tile<64>::kSize, dp);
+      barrier();  // weights of all rows are there
+      const Keys out = Problem::keys(p, rows, forget(block), head);
+      const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
+      float sum[kWidth / 8][4];
+      clear(sum);
+      accumulate_keys<kType, kWidth>(sum, weights, grads);
+      const float factor = out_factor(p), scaled = factor * p.scale;
+      store_rows<kType, kWidth>(out.dv, row_stride, sum, factor, factor, first, second);
+      clear(sum);
+      accumulate_keys<kType, kWidth>(sum, weights + Tile<64>::kSize, queries);
+      store_rows<kType, kWidth>(out.dk, row_stride, sum, scaled, scaled, first, second);
+    }
+  });
+  const float scaled = out_factor(p) * p.scale;
+  store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, exists_first, exists_second);
+}
+
+// Where the rows of a key block are: `tile` counts from the first row that may see it.
+template <int kWidth>
+FLAMINGO_DEVICE Rows rows_from(const Range& range, int tile) {
+  const int first = range.begin + tile * kTile;
+  return {first, min(kTile, range.end - first)};
+}
+
+// The same as weights_and_gradients for rows whose keys are all in this tile, so that no statistics are needed.
+// Returns the sum of delta over the two rows.
+FLAMINGO_DEVICE float softmax_and_gradients(float (&s)[8][4], float (&dp)[8][4], float scale) {
+  Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
+  float delta[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  update_statistics(state, delta, s, dp, scale * 1.4426950408889634f);
+  const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
+  const float inverse_first = sum_first > 0.0f ? 1.0f / sum_first : 0.0f;
+  const float inverse_second = sum_second > 0.0f ? 1.0f / sum_second : 0.0f;
+  const float delta_first = sum_of_row(delta[0][0]) * inverse_first;
+  const float delta_second = sum_of_row(delta[0][2]) * inverse_second;
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] *= i < 2 ? inverse_first : inverse_second;
+      dp[n][i] = s[n][i] * (dp[n][i] - (i < 2 ? delta_first : delta_second));
+    }
+  return delta_first + delta_second;
+}
+
+template <class Params>
+FLAMINGO_DEVICE RowStatistics stored_statistics(const Params& p, const Rows& rows, int head) {
+  const int64_t at = (static_cast<int64_t>(rows.first) + fragment_row()) * p.heads + head;
+  const bool first = fragment_row() < rows.valid, second = fragment_row() + 8 < rows.valid;
+  return {first ? p.lse[at] : 0.0f, second ? p.lse[at + 8 * p.heads] : 0.0f, first ? p.delta[at] : 0.0f,
+          second ? p.delta[at + 8 * p.heads] : 0.0f};
+}
+
+// Rows `range` against the keys of one block. kWritesRows: no row sees another block, dQ is written here.
+// `some_rows` tells Problem::keys the medium.
+template <Type kType, int kWidth, class Problem, bool kWritesRows>
+FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block, int head,
+                                       const Range& range) {
+  constexpr int kSize = Tile<kWidth>::kSize;
+  uint16_t* k = shared_memory();
+  uint16_t* v = k + kSize;
+  uint16_t* stages = v + kSize;  // two times queries and gradients
+  uint16_t* weights = stages + 4 * kSize;
+  const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
+  const int tiles = range.begin < range.end ? (range.end - range.begin + kTile - 1) / kTile : 0;
+  const auto copy_rows = [&](uint16_t* stage, int tile) {
+    const Rows rows = rows_from<kWidth>(range, tile);
+    copy_tile<kWidth>(stage, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+    copy_tile<kWidth>(stage + kSize, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
+  };
+
+  const Keys keys = Problem::keys(p, some_rows, block, head);
+  const int valid_keys = keys.valid;
+  copy_tile<kWidth>(k, keys.k, keys.k_stride, valid_keys);
+  copy_tile<kWidth>(v, keys.v, keys.v_stride, valid_keys);
+  if (tiles > 0) copy_rows(stages, 0);
+  commit_copies();
+  float dk[kWidth / 8][4], dv[kWidth / 8][4], delta = 0.0f;
+  clear(dk);
+  clear(dv);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const uint16_t* queries = stages + (tile & 1) * 2 * kSize;
+    const uint16_t* grads = queries + kSize;
+    wait_copies<0>();
+    barrier();  // this tile is there for everyone, and nobody reads the other stage or the weights any more
+    if (tile + 1 < tiles) copy_rows(stages + (~tile & 1) * 2 * kSize, tile + 1);
+    commit_copies();
+    const Rows rows = rows_from<kWidth>(range, tile);
+    const Visible visible = Problem::visible(p, rows);
+    const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
+    float s[8][4], dp[8][4];
+    multiply_transposed<kType, kWidth>(s, queries, k);
+    multiply_transposed<kType, kWidth>(dp, grads, v);
+    mask_scores(s, valid_keys, sees_first, sees_second);
+    if constexpr (kWritesRows) delta += softmax_and_gradients(s, dp, p.scale);
+    else weights_and_gradients(s, dp, stored_statistics(p, rows, head), p.scale);
+    store_weights<kType>(weights, s);
+    store_weights<kType>(weights + Tile<64>::kSize, dp);
+    if constexpr (kWritesRows) {
+      float dq[kWidth / 8][4];
+      clear(dq);
+      accumulate_rows<kType, kWidth>(dq, dp, k);
+      const float scaled = out_factor(p) * p.scale;
+      store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, sees_first, sees_second);
+    }
+    barrier();  // weights of all rows are there
+    accumulate_keys<kType, kWidth>(dv, weights, grads);
+    accumulate_keys<kType, kWidth>(dk, weights + Tile<64>::kSize, queries);
+  }
+  const Keys out = Problem::keys(p, some_rows, forget(block), head);
+  const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
+  const float factor = out_factor(p), scaled = factor * p.scale;
+  store_rows<kType, kWidth>(out.dk, row_stride, dk, scaled, scaled, first, second);
+  store_rows<kType, kWidth>(out.dv, row_stride, dv, factor, factor, first, second);
+  if constexpr (kWritesRows)
+    store_partial(p.partial + (static_cast<int64_t>(block) * p.heads + head) * 4, delta);
+}
+
+}  // namespace cuda
+}  // namespace flamingo

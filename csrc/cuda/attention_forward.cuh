@@ -1,0 +1,143 @@
+// Forward of both ops: a block owns 64 query rows of one head and meets their keys 64 at a time, with a running
+// maximum and sum. While one block of keys is used, the next is on its way.
+#pragma once
+#include "problem.cuh"
+
+namespace flamingo {
+namespace cuda {
+
+template <int kWidth>
+constexpr int forward_shared_bytes() {
+  return 5 * Tile<kWidth>::kSize * static_cast<int>(sizeof(uint16_t));
+}
+
+// Running statistics of the two rows of a thread; the sums are of this lane's columns only.
+struct Softmax {
+  float max_first, max_second, sum_first, sum_second;
+};
+
+// Sets the scores of keys that a row must not see to minus infinity.
+FLAMINGO_DEVICE void mask_scores(float (&s)[8][4], int valid_keys, bool sees_first, bool sees_second) {
+  const int column = (lane_number() & 3) * 2;
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool seen = n * 8 + column + (i & 1) < valid_keys && (i < 2 ? sees_first : sees_second);
+      s[n][i] = seen ? s[n][i] : minus_infinity();
+    }
+}
+
+// A row that has seen nothing has the maximum minus infinity; exponents are then taken relative to 0.
+FLAMINGO_DEVICE float exponent_base(float maximum) { return maximum == minus_infinity() ? 0.0f : maximum; }
+
+FLAMINGO_DEVICE void max_of_scores(const float (&s)[8][4], float& first, float& second) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    first = fmaxf(first, fmaxf(s[n][0], s[n][1]));
+    second = fmaxf(second, fmaxf(s[n][2], s[n][3]));
+  }
+  first = max_of_row(first);
+  second = max_of_row(second);
+}
+
+// Turns scores into exponentials relative to the new maxima and rescales what was summed before.
+// `log2_scale`: scale of the scores times log2(e).
+template <int kColumns>
+FLAMINGO_DEVICE void update_softmax(Softmax& state, float (&s)[8][4], float (&sum)[kColumns][4], float log2_scale) {
+  float max_first = state.max_first, max_second = state.max_second;
+  max_of_scores(s, max_first, max_second);
+  const float base_first = exponent_base(max_first), base_second = exponent_base(max_second);
+  const float rescale_first = power_of_two((state.max_first - base_first) * log2_scale);
+  const float rescale_second = power_of_two((state.max_second - base_second) * log2_scale);
+  state.max_first = max_first;
+  state.max_second = max_second;
+  state.sum_first *= rescale_first;
+  state.sum_second *= rescale_second;
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    sum[n][0] *= rescale_first;
+    sum[n][1] *= rescale_first;
+    sum[n][2] *= rescale_second;
+    sum[n][3] *= rescale_second;
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      s[n][i] = power_of_two((s[n][i] - base_first) * log2_scale);
+      s[n][i + 2] = power_of_two((s[n][i + 2] - base_second) * log2_scale);
+      state.sum_first += s[n][i];
+      state.sum_second += s[n][i + 2];
+    }
+}
+
+// tanh(gate), or 1; read where it is used, to keep no register for it.
+FLAMINGO_DEVICE float out_factor(const AttentionParams& p) { return p.out_scale ? *p.out_scale : 1.0f; }
+
+template <int kWidth>
+FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
+  copy_tile<kWidth>(stage, keys.k, keys.k_stride, keys.valid);
+  copy_tile<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
+}
+
+// The key blocks of a row tile one after the other, `use(block, keys tile)`. While one is used, the next is on its
+// way into the other of two stages. Copies that were started before also have arrived at the first use.
+template <int kWidth, class Problem, class Use>
+FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks, int head,
+                                    uint16_t* stages, Use use) {
+  if (blocks.begin < blocks.end) copy_keys<kWidth>(stages, Problem::keys(p, rows, blocks.begin, head));
+  commit_copies();
+  for (int block = blocks.begin; block < blocks.end; ++block) {
+    const int stage = (block - blocks.begin) & 1;
+    wait_copies<0>();
+    barrier();  // this block is there for everyone, and nobody reads the other stage any more
+    if (block + 1 < blocks.end)
+      copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, head));
+    commit_copies();
+    use(block, stages + stage * 2 * Tile<kWidth>::kSize);
+  }
+}
+
+template <Type kType, int kWidth, class Problem>
+FLAMINGO_KERNEL(kThreads)
+attention_forward(const typename Problem::Params p) {
+  uint16_t* queries = shared_memory();
+  uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
+  const int head = block_y();
+  const Rows rows = Problem::row_tile(p, block_x());
+  const Range blocks = Problem::blocks_of_tile(p, rows);
+  const Visible visible = Problem::visible(p, rows);
+  const float log2_scale = p.scale * 1.4426950408889634f;
+
+  Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
+  float sum[kWidth / 8][4];
+  clear(sum);
+  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+    const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
+    if (!any_lane(sees_first || sees_second)) return;
+    float s[8][4];
+    multiply_transposed<kType, kWidth>(s, queries, keys);
+    mask_scores(s, Problem::keys(p, rows, block, head).valid, sees_first, sees_second);
+    update_softmax(state, s, sum, log2_scale);
+    accumulate_rows<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
+  });
+
+  const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
+  const float factor = out_factor(p);
+  const bool exists_first = fragment_row() < rows.valid, exists_second = fragment_row() + 8 < rows.valid;
+  const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
+  store_rows<kType, kWidth>(p.out + rows.first * row_stride + head * kWidth, row_stride, sum,
+                            sum_first > 0.0f ? factor / sum_first : 0.0f,
+                            sum_second > 0.0f ? factor / sum_second : 0.0f, exists_first, exists_second);
+  if constexpr (Problem::kSavesStatistics) {
+    float* lse = p.lse + (static_cast<int64_t>(rows.first) + fragment_row()) * p.heads + head;
+    if ((lane_number() & 3) == 0 && exists_first) *lse = state.max_first * p.scale + natural_log(sum_first);
+    if ((lane_number() & 3) == 0 && exists_second)
+      lse[8 * p.heads] = state.max_second * p.scale + natural_log(sum_second);
+  }
+}
+
+}  // namespace cuda
+}  // namespace flamingo

@@ -1,0 +1,25 @@
+// Launches of one op for one head width and type; each is defined in a file of its own, so that they compile apart.
+#pragma once
+#include "params.h"
+
+namespace flamingo {
+namespace cuda {
+
+// Returns a cudaError_t. `stream` is a cudaStream_t.
+typedef int (*CrossLaunch)(const CrossAttentionParams&, void* stream);
+typedef int (*ResamplerLaunch)(const ResamplerParams&, void* stream);
+
+template <Type kType, int kWidth>
+struct CrossLaunches {
+  static int forward(const CrossAttentionParams& p, void* stream);
+  static int backward(const CrossAttentionParams& p, void* stream);
+};
+
+template <Type kType, int kWidth>
+struct ResamplerLaunches {
+  static int forward(const ResamplerParams& p, void* stream);
+  static int backward(const ResamplerParams& p, void* stream);
+};
+
+}  // namespace cuda
+}  // namespace flamingo

@@ -1,0 +1,2 @@
+#include "launch.cuh"
+template struct flamingo::cuda::CrossLaunches<flamingo::cuda::Type::kFloat16, 96>;

@@ -1,0 +1,67 @@
+// Arguments of the kernels: plain structs that the bindings fill and the kernels read.
+//
+// 16-bit tensors are pointers to uint16_t whatever their type. Strides are in elements; the last dimension is
+// contiguous, rows start at multiples of 16 bytes. Outputs are contiguous.
+#pragma once
+#include <stdint.h>
+
+namespace flamingo {
+namespace cuda {
+
+enum class Type { kBFloat16, kFloat16 };
+
+constexpr int kThreads = 128;  // of a block: four warps of sixteen rows (or keys) each
+constexpr int kTile = 64;      // query rows, or keys, handled together
+
+struct Index {  // an index tensor of either width
+  const void* data;
+  int wide;  // int64 if not 0, else int32
+};
+
+// Query rows: [rows, heads, width].
+struct AttentionParams {
+  const uint16_t* q;
+  const uint16_t* grad;  // of the output; backward
+  const uint16_t* o;     // the output; backward of the resampler
+  uint16_t* out;         // forward
+  uint16_t* dq;          // backward
+  float* lse;            // [rows, heads]; written by the forward of the resampler and by the backward over rows
+  float* delta;          // [rows, heads]: sum of output * gradient of a row; backward
+  float* partial;        // [blocks * heads, 4]: sums of delta, one a warp; backward of the cross-attention
+  const float* out_scale;  // factor of the output, or null
+  int64_t q_row, q_head;
+  int64_t grad_row, grad_head;
+  int rows, heads;
+  float scale;
+};
+
+// Keys: [media, latents, heads, width].
+struct CrossAttentionParams : AttentionParams {
+  const uint16_t *k, *v;
+  uint16_t *dk, *dv;
+  int64_t k_medium, k_latent, k_head;
+  int64_t v_medium, v_latent, v_head;
+  int media, latents;
+  Index last_media;   // [rows], -1: none
+  Index first_media;  // [rows]; data is null in the mode "one medium"
+  int* row_begin;     // [media]: the rows that see a medium lie in row_begin..row_end; backward
+  int* row_end;
+};
+
+// Whether a row meets one block of keys only: then one kernel computes the whole backward.
+inline bool one_block_a_row(const CrossAttentionParams& p) {
+  return p.first_media.data == nullptr && p.latents <= kTile;
+}
+
+// Keys: features [features, heads, width] and latents [media, latents, heads, width]. There are media * latents rows.
+struct ResamplerParams : AttentionParams {
+  const uint16_t *k_features, *v_features, *k_latents, *v_latents;
+  uint16_t *dk_features, *dv_features, *dk_latents, *dv_latents;
+  int64_t k_features_row, k_features_head, v_features_row, v_features_head;
+  int64_t k_latents_row, k_latents_head, v_latents_row, v_latents_head;
+  int media, latents, features;
+  Index cu_media;  // [media + 1]
+};
+
+}  // namespace cuda
+}  // namespace flamingo

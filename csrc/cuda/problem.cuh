@@ -1,0 +1,172 @@
+// What distinguishes the two ops for a kernel: where the keys of a block lie, and which rows see them.
+#pragma once
+#include "tile.cuh"
+
+namespace flamingo {
+namespace cuda {
+
+FLAMINGO_DEVICE int read_index(const Index& index, int64_t i) {
+  return index.wide ? static_cast<int>(static_cast<const int64_t*>(index.data)[i])
+                    : static_cast<const int32_t*>(index.data)[i];
+}
+
+struct Range {
+  int begin, end;
+};
+
+// Up to 64 keys, of one head.
+struct Keys {
+  const uint16_t *k, *v;
+  int64_t k_stride, v_stride;
+  uint16_t *dk, *dv;  // contiguous [keys, heads, width]
+  int valid;
+};
+
+// Up to 64 consecutive query rows.
+struct Rows {
+  int first, valid;
+};
+
+struct Visible {  // key blocks that the two rows of a thread see
+  Range first, second;
+  FLAMINGO_DEVICE bool sees_first(int block) const { return first.begin <= block && block < first.end; }
+  FLAMINGO_DEVICE bool sees_second(int block) const { return second.begin <= block && block < second.end; }
+};
+
+// Masked cross-attention: key block b is block b % blocks of medium b / blocks, each row sees a run of media.
+template <int kWidth>
+struct CrossAttention {
+  typedef CrossAttentionParams Params;
+  static constexpr bool kSavesStatistics = false;  // the forward saves nothing for the backward
+
+  static FLAMINGO_DEVICE int blocks_of_medium(const Params& p) { return (p.latents + kTile - 1) / kTile; }
+
+  static FLAMINGO_DEVICE Rows row_tile(const Params& p, int tile) {
+    return {tile * kTile, min(kTile, p.rows - tile * kTile)};
+  }
+
+  static FLAMINGO_DEVICE Range blocks_of_row(const Params& p, const Rows& rows, int row) {
+    if (row >= rows.valid) return {0, 0};
+    const int last = read_index(p.last_media, rows.first + row);
+    const int first = p.first_media.data && last >= 0 ? read_index(p.first_media, rows.first + row) : last;
+    FLAMINGO_ASSERT(last >= -1 && last < p.media && "media_index is out of range");
+    FLAMINGO_ASSERT((last < 0 || (first >= 0 && first <= last)) && "first_media is out of range");
+    return last < 0 ? Range{0, 0} : Range{first * blocks_of_medium(p), (last + 1) * blocks_of_medium(p)};
+  }
+
+  static FLAMINGO_DEVICE Visible visible(const Params& p, const Rows& rows) {
+    return {blocks_of_row(p, rows, fragment_row()), blocks_of_row(p, rows, fragment_row() + 8)};
+  }
+
+  // All blocks that some row of the tile sees.
+  static FLAMINGO_DEVICE Range blocks_of_tile(const Params& p, const Rows& rows) {
+    const Range a = blocks_of_row(p, rows, lane_number()), b = blocks_of_row(p, rows, lane_number() + 32);
+    const int none = 0x7fffffff;
+    const int low = min(a.begin < a.end ? a.begin : none, b.begin < b.end ? b.begin : none);
+    const int begin = smallest_lane(low), end = largest_lane(max(a.end, b.end));
+    return {begin < end ? begin : end, end};
+  }
+
+  static FLAMINGO_DEVICE Keys keys(const Params& p, const Rows&, int block, int head) {
+    const int medium = block / blocks_of_medium(p), first = block % blocks_of_medium(p) * kTile;
+    const int64_t out = ((static_cast<int64_t>(medium) * p.latents + first) * p.heads + head) * kWidth;
+    return {p.k + medium * p.k_medium + first * p.k_latent + head * p.k_head,
+            p.v + medium * p.v_medium + first * p.v_latent + head * p.v_head,
+            p.k_latent,
+            p.v_latent,
+            p.dk + out,
+            p.dv + out,
+            min(kTile, p.latents - first)};
+  }
+
+  // The rows among which those lie that see a block.
+  static FLAMINGO_DEVICE Range rows_of_block(const Params& p, int block) {
+    const int medium = block / blocks_of_medium(p);
+    return {p.row_begin[medium], p.row_end[medium]};
+  }
+};
+
+// Resampler attention: the blocks of a medium are those of its features, then those of its latents.
+template <int kWidth>
+struct ResamplerAttention {
+  typedef ResamplerParams Params;
+  static constexpr bool kSavesStatistics = true;
+
+  static FLAMINGO_DEVICE int tiles_of_medium(const Params& p) { return (p.latents + kTile - 1) / kTile; }
+
+  static FLAMINGO_DEVICE Rows row_tile(const Params& p, int tile) {
+    const int medium = tile / tiles_of_medium(p), first = tile % tiles_of_medium(p) * kTile;
+    return {medium * p.latents + first, min(kTile, p.latents - first)};
+  }
+
+  static FLAMINGO_DEVICE Range features_of(const Params& p, int medium) {
+    return {read_index(p.cu_media, medium), read_index(p.cu_media, medium + 1)};
+  }
+
+  static FLAMINGO_DEVICE Range blocks_of_tile(const Params& p, const Rows& rows) {
+    const Range features = features_of(p, rows.first / p.latents);
+    FLAMINGO_ASSERT(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
+                    "cu_media is out of range or decreases");
+    return {0, (features.end - features.begin + kTile - 1) / kTile + tiles_of_medium(p)};
+  }
+
+  static FLAMINGO_DEVICE Visible visible(const Params& p, const Rows& rows) {
+    const Range all = {0, 0x7fffffff}, none = {0, 0};
+    return {fragment_row() < rows.valid ? all : none, fragment_row() + 8 < rows.valid ? all : none};
+  }
+
+  static FLAMINGO_DEVICE Keys keys(const Params& p, const Rows& rows, int block, int head) {
+    const int medium = rows.first / p.latents;
+    const Range features = features_of(p, medium);
+    const int feature_blocks = (features.end - features.begin + kTile - 1) / kTile;
+    if (block < feature_blocks) {
+      const int64_t first = features.begin + block * kTile;
+      const int64_t out = (first * p.heads + head) * kWidth;
+      return {p.k_features + first * p.k_features_row + head * p.k_features_head,
+              p.v_features + first * p.v_features_row + head * p.v_features_head,
+              p.k_features_row,
+              p.v_features_row,
+              p.dk_features + out,
+              p.dv_features + out,
+              min(kTile, features.end - static_cast<int>(first))};
+    }
+    const int in_medium = (block - feature_blocks) * kTile;
+    const int64_t first = static_cast<int64_t>(medium) * p.latents + in_medium;
+    const int64_t out = (first * p.heads + head) * kWidth;
+    return {p.k_latents + first * p.k_latents_row + head * p.k_latents_head,
+            p.v_latents + first * p.v_latents_row + head * p.v_latents_head,
+            p.k_latents_row,
+            p.v_latents_row,
+            p.dk_latents + out,
+            p.dv_latents + out,
+            min(kTile, p.latents - in_medium)};
+  }
+};
+
+// One of the key blocks of all media: features of medium m start at slot cu_media[m] / 64 + m, which leaves room for
+// a last block that is not full; then come the latents. A slot may be empty (valid <= 0).
+struct Slot {
+  int medium, block;
+  bool exists;
+};
+FLAMINGO_DEVICE Slot find_slot(const ResamplerParams& p, int slot) {
+  const int tiles = (p.latents + kTile - 1) / kTile;
+  const int feature_slots = p.features / kTile + p.media;
+  if (slot >= feature_slots) {
+    const int medium = (slot - feature_slots) / tiles;
+    const int length = read_index(p.cu_media, medium + 1) - read_index(p.cu_media, medium);
+    return {medium, (length + kTile - 1) / kTile + (slot - feature_slots) % tiles, true};
+  }
+  int low = 0, high = p.media - 1;  // the last medium that starts at or before the slot
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (read_index(p.cu_media, middle) / kTile + middle <= slot) low = middle;
+    else high = middle - 1;
+  }
+  const int begin = read_index(p.cu_media, low);
+  const int block = slot - (begin / kTile + low);
+  return {low, block, begin + block * kTile < read_index(p.cu_media, low + 1)};
+}
+
+}  // namespace cuda
+}  // namespace flamingo

@@ -1,0 +1,163 @@
+// Tiles of 64 rows in shared memory and their products. Four warps share a tile; a warp computes sixteen of its rows.
+//
+// A fragment of accumulators, float[columns / 8][4], holds for lane l the columns 8 n + 2 (l % 4) + {0, 1} of row
+// l / 4 (elements 0, 1) and of row l / 4 + 8 (elements 2, 3).
+#pragma once
+#include "ptx.cuh"
+
+namespace flamingo {
+namespace cuda {
+
+FLAMINGO_DEVICE int lane_number() { return thread_number() & 31; }
+FLAMINGO_DEVICE int warp_number() { return thread_number() >> 5; }
+// The first of the two rows of a tile that this thread's accumulators belong to; the other is eight further.
+FLAMINGO_DEVICE int fragment_row() { return warp_number() * 16 + (lane_number() >> 2); }
+
+// Where 16-byte chunks lie: the chunks of a row are permuted by the row's number, so that eight rows of one column
+// fall into different banks. The permutation reaches up to the next multiple of eight chunks, so 96 columns take the
+// room of 128.
+template <int kWidth>
+struct Tile {
+  static constexpr int kPitch = kWidth == 96 ? 128 : kWidth;
+  static constexpr int kSize = kTile * kPitch;
+  static FLAMINGO_DEVICE int offset(int row, int chunk) { return row * kPitch + ((chunk ^ (row & 7)) * 8); }
+};
+
+// Starts copying `valid` rows of a matrix; the other rows of the tile become zero.
+template <int kWidth>
+FLAMINGO_DEVICE void copy_tile(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
+  constexpr int kChunks = kWidth / 8;
+#pragma unroll 1  // more copies at a time would take registers from the accumulators
+  for (int i = thread_number(); i < kTile * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const uint16_t* source = matrix + (row < valid ? row : 0) * stride + chunk * 8;
+    copy_16_async(tile + Tile<kWidth>::offset(row, chunk), source, row < valid);
+  }
+}
+
+template <int kColumns>
+FLAMINGO_DEVICE void clear(float (&x)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
+}
+
+// s [16 rows, 64] = a b^T for this warp's rows of tile a and all rows of tile b.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void multiply_transposed(float (&s)[8][4], const uint16_t* a, const uint16_t* b) {
+  const int lane = lane_number();
+  clear(s);
+#pragma unroll
+  for (int k = 0; k < kWidth / 16; ++k) {
+    uint32_t left[4];
+    load_matrices(left, a + Tile<kWidth>::offset(warp_number() * 16 + (lane & 15), k * 2 + (lane >> 4)));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      uint32_t right[4];
+      load_matrices(right, b + Tile<kWidth>::offset(n * 16 + (lane & 7) + ((lane >> 4) << 3),
+                                                    k * 2 + ((lane >> 3) & 1)));
+      multiply<kType>(s[2 * n], left, right[0], right[1]);
+      multiply<kType>(s[2 * n + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+// sum [16 rows, kWidth] += w [16 rows, 64] * b [64, kWidth]; w are accumulators of this warp.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void accumulate_rows(float (&sum)[kWidth / 8][4], const float (&w)[8][4], const uint16_t* b) {
+  const int lane = lane_number();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t left[4] = {pack<kType>(w[2 * k][0], w[2 * k][1]), pack<kType>(w[2 * k][2], w[2 * k][3]),
+                              pack<kType>(w[2 * k + 1][0], w[2 * k + 1][1]),
+                              pack<kType>(w[2 * k + 1][2], w[2 * k + 1][3])};
+#pragma unroll
+    for (int n = 0; n < kWidth / 16; ++n) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b + Tile<kWidth>::offset(k * 16 + (lane & 15), n * 2 + (lane >> 4)));
+      multiply<kType>(sum[2 * n], left, right[0], right[1]);
+      multiply<kType>(sum[2 * n + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+// Writes this warp's accumulators [16 rows, 64] into a tile of 64 columns.
+template <Type kType>
+FLAMINGO_DEVICE void store_weights(uint16_t* tile, const float (&w)[8][4]) {
+  const int row = fragment_row(), column = (lane_number() & 3) * 2;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    *reinterpret_cast<uint32_t*>(tile + Tile<64>::offset(row, n) + column) = pack<kType>(w[n][0], w[n][1]);
+    *reinterpret_cast<uint32_t*>(tile + Tile<64>::offset(row + 8, n) + column) = pack<kType>(w[n][2], w[n][3]);
+  }
+}
+
+// sum [16 keys, kWidth] += w^T b for this warp's sixteen columns of w [64, 64]; b is [64, kWidth].
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void accumulate_keys(float (&sum)[kWidth / 8][4], const uint16_t* w, const uint16_t* b) {
+  const int lane = lane_number();
+#pragma unroll 2
+  for (int k = 0; k < 4; ++k) {
+    uint32_t left[4];
+    load_matrices_transposed(left, w + Tile<64>::offset(k * 16 + (lane & 7) + ((lane >> 4) << 3),
+                                                        warp_number() * 2 + ((lane >> 3) & 1)));
+#pragma unroll
+    for (int n = 0; n < kWidth / 16; ++n) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b + Tile<kWidth>::offset(k * 16 + (lane & 15), n * 2 + (lane >> 4)));
+      multiply<kType>(sum[2 * n], left, right[0], right[1]);
+      multiply<kType>(sum[2 * n + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+// Sum, or maximum, over the four lanes that hold a row.
+FLAMINGO_DEVICE float sum_of_row(float x) {
+  x += exchange(x, 1);
+  return x + exchange(x, 2);
+}
+FLAMINGO_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, exchange(x, 1));
+  return fmaxf(x, exchange(x, 2));
+}
+
+// Lane i of four consecutive lanes gets the words i of all four.
+FLAMINGO_DEVICE void transpose_words(uint32_t (&words)[4]) {
+  const int lane = lane_number();
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      const uint32_t received = exchange(upper ? words[i] : words[i + distance], distance);
+      if (upper) words[i] = received;
+      else words[i + distance] = received;
+    }
+  }
+}
+
+// Writes this warp's accumulators times `factor` to memory, in pieces of 64 bytes: row r of the tile to
+// `matrix + r * stride`. `write_first` and `write_second` say whether this thread's two rows exist.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void store_rows(uint16_t* matrix, int64_t stride, const float (&x)[kWidth / 8][4], float factor_first,
+                                float factor_second, bool write_first, bool write_second) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float factor = half ? factor_second : factor_first;
+    uint16_t* row = matrix + (fragment_row() + half * 8) * stride + (lane_number() & 3) * 8;
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; n += 4) {
+      Chunk chunk;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        chunk.words[i] = pack<kType>(x[n + i][half * 2] * factor, x[n + i][half * 2 + 1] * factor);
+      transpose_words(chunk.words);
+      if (half ? write_second : write_first) *reinterpret_cast<Chunk*>(row + n * 8) = chunk;
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace flamingo

@@ -1,0 +1,266 @@
+"""The trainer as a whole, on several processes: the figures that the design promises (invariants 3, 4, 6, 7)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.processes import run_distributed
+from tests.distributed.small_run import losses, make_assets, read_ledger, read_metrics, run_settings, write_settings
+from trainer.checkpoint.load import find_checkpoint
+from trainer.config.loader import load_config
+from trainer.config.schema import FlamingoRunConfig
+from trainer.distributed import World
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, from start to end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_distributed(train_run, 2, run_settings(assets, run_dir))
+    return run_dir
+
+
+def as_config(settings: dict[str, Any]) -> FlamingoRunConfig:
+    run_dir = Path(settings["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / f"settings-{torch.distributed.get_rank()}.yaml"
+    return load_config(write_settings(path, settings), [], FlamingoRunConfig)
+
+
+def train_run(world: World, settings: dict[str, Any], stop_after: int | None = None) -> None:
+    """Train as ``trainer.train`` does; ``stop_after``: leave without a word after that many updates, as if killed."""
+    from trainer import loop
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(settings)
+    task = build_flamingo_task(config, world)
+    if stop_after is None:
+        return loop.train(task, config, world)
+
+    class Killed(Exception):
+        pass
+
+    original = loop._run_update
+
+    def run_update(engine: Any, update: Any, *rest: Any) -> Any:
+        if update.step == stop_after:
+            raise Killed
+        return original(engine, update, *rest)
+
+    loop._run_update = run_update  # type: ignore[assignment]  # this process ends right after
+    try:
+        loop.train(task, config, world)
+    except Killed:
+        return None
+    raise AssertionError("it was not stopped")
+
+
+def test_one_process_and_two_give_the_same_losses_and_samples(
+    assets: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_distributed(train_run, 1, run_settings(assets, tmp_path / "one"))
+    assert losses(tmp_path / "one") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert read_ledger(tmp_path / "one") == read_ledger(uninterrupted)
+    norms = [[line["grad_norm"] for line in read_metrics(run)] for run in (tmp_path / "one", uninterrupted)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_micro_batches_change_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = run_settings(assets, tmp_path / "micro")
+    settings["data"]["sources"][0]["micro_batch_size"] = 2
+    settings["data"]["workers"] = 1
+    run_distributed(train_run, 2, settings)
+    assert losses(tmp_path / "micro") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert read_ledger(tmp_path / "micro") == read_ledger(uninterrupted)
+
+
+def test_the_loss_falls(uninterrupted: Path) -> None:
+    found = losses(uninterrupted)
+    assert found[-1] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5])
+def test_interrupted_and_resumed_is_the_same_run(
+    assets: Path, uninterrupted: Path, tmp_path: Path, stop_after: int
+) -> None:
+    settings = run_settings(assets, tmp_path / "run")
+    run_distributed(train_run, 2, settings, stop_after)
+    run_distributed(train_run, 2, settings)
+    assert losses(tmp_path / "run") == losses(uninterrupted), "bit for bit"
+    assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
+
+
+def test_activation_checkpointing_changes_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", activation_checkpointing=True))
+    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
+def test_bfloat16_trains(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", dtype="bfloat16"))
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(losses(uninterrupted)[0], rel=0.02)
+    assert all(math.isfinite(loss) for loss in found) and found[-1] < found[0]
+
+
+def test_token_sum_divides_by_sequences(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = run_settings(assets, tmp_path / "run", loss_normalization="token_sum", steps=1)
+    settings["schedule"]["warmup_steps"] = 1
+    run_distributed(train_run, 2, settings)
+    [summed], mean = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)[0]
+    assert summed["samples/pairs"] == mean["samples/pairs"] == 8
+    # The same tokens are summed; the sequences of "texts" have as many trained tokens as text, cut off their start.
+    assert summed["loss/pairs"] > 2 * mean["loss/pairs"]
+
+
+def test_frozen_weights_are_in_no_checkpoint(uninterrupted: Path) -> None:
+    checkpoint = find_checkpoint(uninterrupted / "checkpoints")
+    assert checkpoint is not None
+    for path in checkpoint.glob("*model_states.pt"):
+        state = torch.load(path, weights_only=False)
+        names = list(state["module"])
+        assert names and not [name for name in names if name.startswith(("vision_encoder.", "language_model.lm."))]
+    from trainer.checkpoint.load import read_state
+
+    frozen = read_state(checkpoint).frozen
+    assert any(name.startswith("vision_encoder.") for name in frozen)
+    assert any(name.startswith("language_model.lm.") for name in frozen)
+
+
+def frozen_before_and_after(world: World, settings: dict[str, Any]) -> dict[str, Any]:
+    from model.parameters import frozen_digests
+    from trainer import loop
+    from trainer.engine import gathered_parameters
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(settings)
+    task = build_flamingo_task(config, world)
+    module: Any = task.module
+    matrix: Any = dict(module.named_parameters())["language_model.lm.model.layers.0.mlp.up_proj.weight"]
+    partitioned = matrix.numel() == 0 and matrix.ds_tensor.numel() * world.size >= matrix.ds_numel
+    trainable_before = [parameter.ds_tensor.clone() for parameter in module.cross_attention.parameters()]
+    loop.train(task, config, world)
+    moved = [
+        bool((parameter.ds_tensor != before).any())
+        for parameter, before in zip(module.cross_attention.parameters(), trainable_before, strict=True)
+    ]
+    return {
+        "partitioned": partitioned,
+        "device": str(matrix.ds_tensor.device),
+        "before": task.frozen,
+        "after": frozen_digests(task.module, gathered_parameters),
+        "moved": any(moved),
+    }
+
+
+def test_the_frozen_model_is_partitioned_and_never_changes(assets: Path, tmp_path: Path) -> None:
+    for result in run_distributed(frozen_before_and_after, 2, run_settings(assets, tmp_path / "run")):
+        assert result["partitioned"] and result["device"] == "cpu"
+        assert result["before"] == result["after"]
+        assert result["moved"], "the trainable part did not move either: the test shows nothing"
+
+
+def uneven_media(world: World, assets: Path) -> float:
+    """One update in which rank 0 has two media and rank 1 none; the gradient's norm."""
+    from tests.data.helpers import SAMPLE
+    from trainer.config.deepspeed import deepspeed_json
+    from trainer.data.batch import Sequence, collate
+    from trainer.engine import Engine
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(run_settings(assets, assets / f"uneven-{world.size}"))
+    config = replace(config, data=replace(config.data, sources=config.data.sources[:1]))
+    task = build_flamingo_task(config, world)
+    engine = Engine(
+        task.module, config.optimizer, deepspeed_json(config, world_size=world.size, micro_batches_per_update=1), world
+    )
+    image_id, end_of_chunk_id = 11, 12  # after the 11 words of the tokenizer
+    ids = torch.tensor([1, image_id, 4, 5, end_of_chunk_id])
+    image = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
+    seen = Sequence(ids, ids.clone(), torch.tensor([-1, 0, 0, 0, 0]), (image,), (SAMPLE,))
+    text = Sequence(ids[2:], ids[2:].clone(), torch.full((3,), -1), (), (SAMPLE,))
+    rows = [seen, seen, text, text]
+    mine = rows[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
+    batch = collate(mine, source="pairs", pad_id=0, media_shape=(1, 3, 16, 16))
+    engine.forward_backward(batch.inputs, scale=0.25)
+    return engine.step(1.0).grad_norm
+
+
+def test_a_rank_without_media_neither_hangs_nor_changes_the_gradient(assets: Path) -> None:
+    alone = run_distributed(uneven_media, 1, assets)
+    together = run_distributed(uneven_media, 2, assets)
+    assert alone[0] > 0
+    assert together == pytest.approx([alone[0]] * 2, rel=1e-4)
+
+
+def resume_error(world: World, settings: dict[str, Any]) -> str:
+    try:
+        train_run(world, settings)
+    except Exception as error:  # noqa: BLE001  the test looks at what it was
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.fixture
+def interrupted(assets: Path, uninterrupted: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run that stands at step 6 of 8."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    return run_settings(assets, tmp_path / "run", steps=8)
+
+
+def test_another_world_size_is_refused(interrupted: dict[str, Any]) -> None:
+    [error] = run_distributed(resume_error, 1, interrupted)
+    assert "written by 2 processes and this run has 1" in error
+
+
+def test_another_model_is_refused(interrupted: dict[str, Any]) -> None:
+    interrupted["model"]["resampler"]["layers"] = 2
+    for error in run_distributed(resume_error, 2, interrupted):
+        assert "different settings: model.resampler.layers" in error
+
+
+def test_other_data_are_refused(interrupted: dict[str, Any]) -> None:
+    interrupted["data"]["seed"] = 5
+    for error in run_distributed(resume_error, 2, interrupted):
+        assert "seed was 0, is 5" in error
+
+
+def test_another_frozen_language_model_is_refused(interrupted: dict[str, Any], assets: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    make_assets(other, seed=1)
+    name = interrupted["model"]["language_model"]["name"]
+    shutil.copytree(name, tmp_path / "kept")
+    shutil.rmtree(name)
+    try:
+        shutil.copytree(other / "lm", name)
+        for error in run_distributed(resume_error, 2, interrupted):
+            assert "other frozen weights" in error and "language_model.lm" in error
+    finally:
+        shutil.rmtree(name)
+        shutil.copytree(tmp_path / "kept", name)
+
+
+def test_a_non_finite_update_is_skipped_logged_and_at_last_fatal(assets: Path, tmp_path: Path) -> None:
+    settings = run_settings(assets, tmp_path / "run", max_skipped_in_a_row=2)
+    settings["optimizer"]["lr"] = 1e38  # the first applied update destroys the weights
+    settings["schedule"] = {"warmup_steps": 0, "decay": "constant"}
+    for error in run_distributed(resume_error, 2, settings):
+        assert "max_skipped_in_a_row" in error
+    lines = read_metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines][-1] is True and lines[0]["skipped"] is False
+    assert {line["step"] for line in lines if line["skipped"]}.isdisjoint({s[0] for s in read_ledger(tmp_path / "run")})

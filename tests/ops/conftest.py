@@ -1,0 +1,40 @@
+"""Fixtures of the op tests: the compiled libraries, or a reason to skip that says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model.ops import library
+from tests.ops import emulator as emulation
+
+
+@pytest.fixture(scope="session")
+def cpu_library() -> None:
+    """The CPU kernels are loaded."""
+    reason = library.load_errors()["cpu"]
+    if reason is not None:
+        pytest.skip(f"CPU kernels: {reason}")
+
+
+@pytest.fixture
+def instruction_set(request: pytest.FixtureRequest, cpu_library: None) -> Iterator[str]:
+    """Run with the kernels of one instruction set (an indirect parameter)."""
+    before = library.cpu_instruction_set()
+    try:
+        library.cpu_instruction_set(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield request.param
+    library.cpu_instruction_set(before)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulator:
+    """The CUDA kernels on the CPU, as they are in csrc/."""
+    reason = emulation.why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return emulation.build(Path(tmp_path_factory.mktemp("emulator")))

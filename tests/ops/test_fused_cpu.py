@@ -1,0 +1,142 @@
+"""The CPU kernels of every instruction set against float64, and their contract with torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import ops
+from model.ops import reference
+from tests.ops.cases import (
+    PACKED,
+    UNORDERED,
+    CrossCase,
+    assert_as_good_as,
+    cross_case,
+    cross_truth,
+    gate_terms,
+    resampler_case,
+    resampler_truth,
+    run_cross,
+    run_resampler,
+)
+
+INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
+pytestmark = pytest.mark.usefixtures("cpu_library")
+
+
+def check_cross(case: CrossCase) -> None:
+    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
+    by_torch = run_cross(reference.masked_cross_attention, case)
+    assert_as_good_as(fused, by_torch, cross_truth(case), gate_terms=gate_terms(case))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 64, 96, 128])
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_cross_attention(instruction_set: str, dtype: torch.dtype, width: int, so_far: bool) -> None:
+    for latents, index in ((64, PACKED), (5, PACKED), (70, UNORDERED)):
+        check_cross(cross_case(index, media=8, latents=latents, width=width, dtype=dtype, so_far=so_far))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 64, 96, 128])
+def test_resampler(instruction_set: str, dtype: torch.dtype, width: int) -> None:
+    for latents, lengths in ((64, [100, 0, 63]), (7, [64, 65, 1]), (70, [30, 70])):
+        case = resampler_case(lengths, latents=latents, width=width, dtype=dtype)
+        fused = run_resampler(ops.resampler_attention, case, backend="fused")
+        by_torch = run_resampler(reference.resampler_attention, case)
+        assert_as_good_as(fused, by_torch, resampler_truth(case))
+
+
+@pytest.mark.parametrize("index", [[-1] * 5, [0], [], [7]], ids=["blind", "one row", "no rows", "last medium"])
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_degenerate_indices(index: list[int], so_far: bool) -> None:
+    case = cross_case(index, media=8, so_far=so_far)
+    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
+    for x, exact in zip(fused, cross_truth(case), strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_no_media_at_all() -> None:
+    out, *grads = run_cross(ops.masked_cross_attention, cross_case([-1] * 3, media=0), backend="fused")
+    assert (out == 0).all()
+    assert (grads[0] == 0).all()
+    out, *_ = run_resampler(ops.resampler_attention, resampler_case([]), backend="fused")
+    assert out.shape == (0, 64, 2, 64)
+
+
+def test_media_without_text_and_rows_without_media_get_exactly_zero_gradients() -> None:
+    case = cross_case(PACKED, media=8)
+    out, dq, dk, dv, _ = run_cross(ops.masked_cross_attention, case, backend="fused")
+    blind = case.media_index < 0
+    assert (out[blind] == 0).all()
+    assert (dq[blind] == 0).all()
+    for medium in (4, 7):
+        assert (dk[medium] == 0).all()
+        assert (dv[medium] == 0).all()
+
+
+def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_medium() -> None:
+    case = cross_case([0] * 8 + [1] * 8, media=2)
+    out = ops.masked_cross_attention(case.q * 1e4, case.k, case.v, case.media_index, backend="fused")
+    assert out.isfinite().all()
+    case.k[1, 3] = float("nan")
+    out = ops.masked_cross_attention(case.q, case.k, case.v, case.media_index, backend="fused")
+    assert out[:8].isfinite().all()
+    assert out[8:].isnan().all()
+
+
+def test_a_gate_of_zero_has_the_gradient_of_the_ungated_output() -> None:
+    check_cross(cross_case(PACKED, media=8, gate=0.0))
+
+
+def test_any_strides_of_rows_and_heads_are_read_as_they_are() -> None:
+    case = cross_case(PACKED, media=8)
+    heads_first = case._replace(
+        q=case.q.transpose(0, 1).contiguous().transpose(0, 1), grad=case.grad.transpose(1, 2).contiguous().mT
+    )
+    plain = run_cross(ops.masked_cross_attention, case, backend="fused")
+    strided = run_cross(ops.masked_cross_attention, heads_first, backend="fused")
+    for x, y in zip(plain, strided, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_results_do_not_depend_on_threads_or_repetition() -> None:
+    case, before = cross_case(PACKED * 3, media=8, so_far=True), torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(run_cross(ops.masked_cross_attention, case, backend="fused"))
+    finally:
+        torch.set_num_threads(before)
+    for results in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
+
+
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_opcheck_cross_attention(so_far: bool) -> None:
+    case = cross_case(PACKED[:80], media=8, so_far=so_far)
+    inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
+    out_scale = torch.tensor([0.5], requires_grad=True)
+    args = (*inputs, case.media_index, case.first_media, out_scale, 0.125)
+    torch.library.opcheck(torch.ops.flamingo.masked_cross_attention.default, args)
+    detached = [None if x is None else x.detach() for x in args[:-1]]
+    torch.library.opcheck(
+        torch.ops.flamingo.masked_cross_attention_backward.default, (case.grad, *detached, 0.125)
+    )
+
+
+def test_opcheck_resampler() -> None:
+    case = resampler_case([20, 0, 70])
+    inputs = [x.detach().clone().requires_grad_() for x in case[:5]]
+    args = (*inputs, case.cu_media, 0.125)
+    torch.library.opcheck(torch.ops.flamingo.resampler_attention.default, args)
+    detached = [x.detach() for x in args[:-1]]
+    out, lse = torch.ops.flamingo.resampler_attention(*detached, 0.125)
+    torch.library.opcheck(
+        torch.ops.flamingo.resampler_attention_backward.default, (case.grad, out, lse, *detached, 0.125)
+    )
