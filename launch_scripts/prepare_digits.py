@@ -60,12 +60,12 @@ class Settings:
     """How much of everything. Changing any of it (or the seed) makes the data anew."""
 
     seed: int = 0
-    train_digits: int = 1300
-    validation_digits: int = 150
+    train_digits: int = 1400
+    validation_digits: int = 100
     train_pairs: int = 80
     validation_pairs: int = 8
-    pairs: int = 12_000
-    documents: int = 6_000
+    pairs: int = 24_000
+    documents: int = 8_000
     sentences: int = 20_000
     evaluation: int = 300
     version: int = VERSION

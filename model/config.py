@@ -96,6 +96,7 @@ class LanguageModelConfig:
 
     name: a repository on the hub or a local folder (weights and tokenizer); None builds random weights from
         ``architecture``, a Hugging Face config as a mapping with its ``model_type`` (benchmarks, tests, presets).
+        ZeRO-3 draws them in another order: such a run's export only fits a run like it.
     revision: the hub's revision (branch, tag or commit).
     tokenizer: where the tokenizer is, if not at ``name``.
     attention: Hugging Face's ``attn_implementation``; None takes its choice (sdpa where the family has it).

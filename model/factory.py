@@ -88,19 +88,22 @@ def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any
     """The Hugging Face causal LM of a config: from safetensors, or random from ``architecture``.
 
     Raises:
-        ValueError: neither ``name`` nor ``architecture`` is set, or both are.
+        ValueError: neither ``name`` nor ``architecture`` is set, or both are; or ``name`` has no safetensors weights.
     """
     if (config.name is None) == (config.architecture is None):
         raise ValueError("set one of language_model.name and language_model.architecture")
     if config.name is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            config.name,
-            revision=config.revision or "main",
-            dtype=dtype,
-            attn_implementation=config.attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                config.name,
+                revision=config.revision or "main",
+                dtype=dtype,
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except OSError as error:
+            raise ValueError(f"language_model.name {config.name!r} cannot be loaded: {error}") from error
     architecture = dict(config.architecture or {})
     if "model_type" not in architecture:
         raise ValueError("language_model.architecture needs Hugging Face's model_type, for example llama")

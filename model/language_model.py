@@ -172,10 +172,9 @@ class LanguageModel(nn.Module):
             token: row(hidden_BLE) for token, row in zip(self.token_ids, self.output_rows, strict=True)
         }
         table = logits_BLV.shape[-1]
-        inside = [i for i in columns if i < table]
-        if inside:
-            index = torch.tensor(inside, device=logits_BLV.device)
-            logits_BLV = logits_BLV.index_copy(-1, index, torch.cat([columns[i] for i in inside], -1))
+        for token, column in columns.items():
+            if token < table:
+                logits_BLV[..., token : token + 1] = column
         if max(columns, default=-1) >= table:
             nobody = logits_BLV.new_full((*logits_BLV.shape[:-1], 1), -torch.inf)
             beyond = [columns.get(i, nobody) for i in range(table, max(columns) + 1)]

@@ -46,7 +46,7 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
     """The tokenizer of a language model with the new tokens added.
 
     Raises:
-        ValueError: the config names no tokenizer, or the tokenizer has no end-of-sequence token.
+        ValueError: the config names no tokenizer, it cannot be loaded, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer  # takes seconds; ids alone do not need it
 
@@ -54,7 +54,10 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
     if name is None:
         raise ValueError("the language model has no tokenizer: set language_model.tokenizer (a folder or a repository)")
     revision = language_model.revision if language_model.tokenizer is None else None
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"the tokenizer {name!r} of language_model cannot be loaded: {error}") from error
     return with_new_tokens(tokenizer, tokens)
 
 

@@ -191,6 +191,8 @@ def test_sha256_covers_every_column(tmp_path: Path) -> None:
     ):
         sums.add(Manifest.create(tmp_path / "m.npz", urls, samples, size, checksum).sha256)
     assert len(sums) == 5
+    with pytest.raises(ValueError, match="'b' is listed twice"):
+        Manifest.create(tmp_path / "m.npz", ["a", "b", "b"], [1] * 3, [1] * 3, [1] * 3)
 
 
 def test_damaged_manifests_are_told(tmp_path: Path) -> None:

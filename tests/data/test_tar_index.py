@@ -224,3 +224,8 @@ def test_checksum_sees_renamed_members(tmp_path: Path) -> None:
     one = tar_of(tmp_path / "a.tar", [("a.txt", b"x")])
     two = tar_of(tmp_path / "b.tar", [("b.txt", b"x")])
     assert scan_shard(one).checksum != scan_shard(two).checksum
+
+
+def test_checksum_sees_other_samples_of_the_same_shard(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [("a.txt", b"x"), ("b.txt", b"x"), ("b.jpg", b"x")])
+    assert scan_shard(path).checksum != scan_shard(path, ["jpg"]).checksum

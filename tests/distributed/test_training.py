@@ -111,6 +111,13 @@ def test_activation_checkpointing_changes_nothing(assets: Path, uninterrupted: P
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
 
 
+def test_an_offloaded_optimizer_changes_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = run_settings(assets, tmp_path / "run")
+    settings["deepspeed"]["offload_optimizer"] = {"device": "cpu"}
+    run_distributed(train_run, 2, settings)
+    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
 def test_bfloat16_trains(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", dtype="bfloat16"))
     found = losses(tmp_path / "run")

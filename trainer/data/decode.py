@@ -53,18 +53,14 @@ class ImageDecoder:
         """Raises SampleError: empty_image, truncated_image, corrupt_image, too_many_pixels, unsupported_image."""
         if not data:
             raise SampleError("empty_image", "the image has no bytes")
-        array = self._decode_jpeg(data) if data.startswith(_JPEG_START) else None
-        if array is None:
-            array = self._decode_other(data)
+        array = self._decode_jpeg(data) if data.startswith(_JPEG_START) else self._decode_other(data)
         return self._fit(torch.from_numpy(array).permute(2, 0, 1))
 
-    def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8] | None:
-        """uint8 [height, width, 3], or None for what is left to Pillow (CMYK)."""
+    def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8]:
+        """uint8 [height, width, 3]; grey and CMYK become RGB."""
         try:
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
             self._check_pixels(width, height)
-            if colors in ("CMYK", "YCCK"):
-                return None
             array = simplejpeg.decode_jpeg(data, "RGB")
         except ValueError as error:
             raise _image_error(error) from error

@@ -1,0 +1,213 @@
+"""The CUDA kernels themselves, executed on the CPU by csrc/emulator, against float64.
+
+A second half checks the checks: with a barrier or a wait switched off, or an index changed, they must fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from model.ops import reference
+from tests.ops import emulator as emulation
+from tests.ops.cases import (
+    PACKED,
+    UNORDERED,
+    CrossCase,
+    ResamplerCase,
+    Results,
+    assert_as_good_as,
+    cross_case,
+    cross_truth,
+    gate_terms,
+    resampler_case,
+    resampler_truth,
+    run_cross,
+    run_resampler,
+)
+from tests.ops.emulator import COPIES, EmulationError, Emulator
+
+TYPES_AND_WIDTHS = [
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 96),
+    (torch.bfloat16, 128),
+    (torch.float16, 64),
+    (torch.float16, 128),
+]
+
+
+class Expected(NamedTuple):
+    """A case with what its results are compared with."""
+
+    case: CrossCase | ResamplerCase
+    by_torch: Results
+    truth: Results
+    gate_terms: float | None
+
+
+def expect(case: CrossCase | ResamplerCase) -> Expected:
+    if isinstance(case, ResamplerCase):
+        return Expected(case, run_resampler(reference.resampler_attention, case), resampler_truth(case), None)
+    by_torch = run_cross(reference.masked_cross_attention, case)
+    return Expected(case, by_torch, cross_truth(case), gate_terms(case))
+
+
+def check(emulator: Emulator, expected: Expected) -> None:
+    case = expected.case
+    if isinstance(case, ResamplerCase):
+        results = emulator.resampler(*case)
+    else:
+        out_scale = None if case.gate is None else case.gate.tanh()
+        *results, d_scale = emulator.cross_attention(*case[:5], out_scale, case.grad)
+        if case.gate is not None:
+            results.append((d_scale * (1 - case.gate.tanh() ** 2)).view(1))
+    assert_as_good_as(tuple(results), expected.by_torch, expected.truth, gate_terms=expected.gate_terms)
+
+
+@pytest.mark.parametrize(("dtype", "width"), TYPES_AND_WIDTHS, ids=str)
+@pytest.mark.parametrize("copies", COPIES)
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_cross_attention(emulator: Emulator, dtype: torch.dtype, width: int, copies: str, so_far: bool) -> None:
+    emulator.copies = copies
+    for seed, (latents, index) in enumerate(((64, PACKED), (5, UNORDERED), (70, PACKED[:130]))):
+        emulator.seed = seed
+        case = cross_case(index, media=8, latents=latents, width=width, dtype=dtype, so_far=so_far, seed=seed)
+        check(emulator, expect(case))
+
+
+@pytest.mark.parametrize(("dtype", "width"), TYPES_AND_WIDTHS, ids=str)
+@pytest.mark.parametrize("copies", COPIES)
+def test_resampler(emulator: Emulator, dtype: torch.dtype, width: int, copies: str) -> None:
+    emulator.copies = copies
+    for seed, (latents, lengths) in enumerate(((64, [200, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]))):
+        emulator.seed = seed
+        check(emulator, expect(resampler_case(lengths, latents=latents, width=width, dtype=dtype, seed=seed)))
+
+
+@pytest.mark.parametrize("index", [[-1] * 5, [0], [7], [0, -1] * 40], ids=["blind", "one row", "last medium", "gaps"])
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_degenerate_indices(emulator: Emulator, index: list[int], so_far: bool) -> None:
+    case = cross_case(index, media=8, dtype=torch.bfloat16, so_far=so_far)
+    check(emulator, expect(case))
+    out, dq, *_ = emulator.cross_attention(*case[:5], None, case.grad)
+    blind = case.media_index < 0
+    assert (out[blind] == 0).all()
+    assert (dq[blind] == 0).all()
+
+
+def test_a_gate_of_zero_has_the_gradient_of_the_ungated_output(emulator: Emulator) -> None:
+    check(emulator, expect(cross_case(PACKED[:100], media=8, dtype=torch.bfloat16, gate=0.0)))
+
+
+def test_results_do_not_depend_on_the_order_of_warps(emulator: Emulator) -> None:
+    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, so_far=True)
+    runs = []
+    for seed in range(3):
+        emulator.seed = seed
+        runs.append(emulator.cross_attention(*case[:5], None, case.grad))
+    for results in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
+
+
+@pytest.mark.parametrize("index", [[8], [-2]])
+def test_a_media_index_out_of_range_is_a_device_assertion(emulator: Emulator, index: list[int]) -> None:
+    case = cross_case([0], media=8, dtype=torch.bfloat16)._replace(media_index=torch.tensor(index))
+    with pytest.raises(EmulationError, match="media_index is out of range"):
+        emulator.cross_attention(*case[:5], None, case.grad)
+
+
+def test_offsets_that_decrease_are_a_device_assertion(emulator: Emulator) -> None:
+    case = resampler_case([3, 5], dtype=torch.bfloat16)._replace(cu_media=torch.tensor([0, 9, 8]))
+    with pytest.raises(EmulationError, match="cu_media is out of range"):
+        emulator.resampler(*case)
+
+
+# The checks of the checks. These inputs make every loop of the kernels run at least four times.
+LONG_TEXT = [0] * 70 + [1] * 280 + [-1] * 3 + [3] * 20
+
+
+@functools.cache
+def long_cases() -> list[Expected]:
+    options = {"heads": 1, "dtype": torch.bfloat16}
+    return [
+        expect(cross_case(LONG_TEXT, media=4, **options)),
+        expect(cross_case(LONG_TEXT[:200], media=4, latents=140, so_far=True, **options)),
+        expect(resampler_case([200, 60], latents=30, **options)),
+        expect(resampler_case([70, 90], latents=200, **options)),
+    ]
+
+
+def passes(emulator: Emulator, seed: int, copies: str) -> bool:
+    emulator.seed, emulator.copies = seed, copies
+    try:
+        for expected in long_cases():
+            check(emulator, expected)
+    except (AssertionError, EmulationError):
+        return False
+    return True
+
+
+def is_caught(emulator: Emulator, seeds: int) -> bool:
+    """Whether some run fails or crashes; in a process of its own, since a wrong kernel may write anywhere."""
+    long_cases()  # computed here: a forked process should not start torch's threads
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        every_run_passes = all(passes(emulator, seed, copies) for seed in range(seeds) for copies in COPIES)
+        os._exit(0 if every_run_passes else 1)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.fixture(scope="module")
+def small_emulator(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Emulator:
+    """bfloat16 of width 64 alone, so that its list of sites is complete after one run."""
+    built = emulation.build(Path(tmp_path_factory.mktemp("one_width")), one_width=True)
+    assert all(passes(built, seed, copies) for seed in range(2) for copies in COPIES)
+    return built
+
+
+def test_every_barrier_and_every_wait_is_needed(small_emulator: Emulator) -> None:
+    sites = small_emulator.sites()
+    assert {site.kind for site in sites} == {"barrier", "wait"}
+    assert len(sites) >= 8
+    unnoticed = []
+    for site in sites:
+        small_emulator.skipped_site = site.number
+        if not is_caught(small_emulator, seeds=3):
+            unnoticed.append(site)
+    small_emulator.skipped_site = -1
+    assert unnoticed == []
+
+
+MUTANTS = {
+    "one key too many": ("attention_forward.cuh", "+ (i & 1) < valid_keys", "+ (i & 1) <= valid_keys"),
+    "sum not rescaled": ("attention_forward.cuh", "state.sum_first *= rescale_first;", ""),
+    "next block into the stage in use": ("attention_forward.cuh", "(stage ^ 1)", "stage"),
+    "last medium not seen": ("problem.cuh", "(last + 1) * blocks_of_medium(p)", "last * blocks_of_medium(p)"),
+    "last row of a medium lost": ("masked_cross_attention.cuh", "medium, row + 1)", "medium, row)"),
+    "blind rows not cleared": ("masked_cross_attention.cuh", ">= 0) continue;", ">= -1) continue;"),
+    "latents of the wrong medium": ("problem.cuh", "(medium) * p.latents + in_medium", "(medium + 1) * p.latents"),
+    "features beyond the medium": ("problem.cuh", "min(kTile, features.end - static_cast<int>(first))", "kTile"),
+    "slot of the wrong medium": ("problem.cuh", "kTile + middle <= slot", "kTile + middle < slot"),
+    "rows of a fragment shifted": ("tile.cuh", "fragment_row() + half * 8)", "fragment_row() + half * 7)"),
+    "wrong rows of a matrix": ("tile.cuh", "n * 16 + (lane & 7) + ((lane >> 4) << 3)", "n * 16 + (lane & 7)"),
+    "no mean in the gradient": ("attention_backward.cuh", "s[n][i] * (dp[n][i] - delta);", "s[n][i] * dp[n][i];"),
+    "values' gradient scaled": ("attention_backward.cuh", "dv, factor, factor,", "dv, scaled, scaled,"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_changed_kernel_is_caught(name: str, small_emulator: Emulator, tmp_path: Path) -> None:
+    file, original, replacement = MUTANTS[name]
+    shutil.copytree(emulation.CSRC, tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert original in text, "the mutant no longer fits the source"
+    source.write_text(text.replace(original, replacement))
+    assert is_caught(emulation.build(tmp_path, tmp_path / "csrc", one_width=True), seeds=1)
