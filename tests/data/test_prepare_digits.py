@@ -64,7 +64,7 @@ def test_held_out_digits_are_in_no_training_image() -> None:
     for seed in range(5):
         splits = prepare_digits.split(replace(SETTINGS, seed=seed))
         sets = {name: {int(i) for own in one.digits for i in own} for name, one in splits.items()}
-        assert [len(sets[name]) for name in ("train", "validation", "test")] == [1300, 150, 347]
+        assert [len(sets[name]) for name in ("train", "validation", "test")] == [1400, 100, 297]
         assert len(set().union(*sets.values())) == 1797
         assert all(len(own) for one in splits.values() for own in one.digits)
 
