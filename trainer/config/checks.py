@@ -122,7 +122,7 @@ def _check_optimizer(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_task(config: RunConfig) -> Iterator[Problem]:
-    types = {"image_text", "interleaved", "text"}
+    types = {"image_text", "video_text", "interleaved", "text"}
     if isinstance(config, FlamingoRunConfig):
         yield from _check_flamingo(config)
     if isinstance(config, LanguageModelRunConfig):

@@ -23,6 +23,56 @@ NonNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Probability = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Samples that are left out, each counted under ``filtered_<setting>`` and replaced like one that is damaged.
+
+    Sizes are read from headers, before anything is decoded. None, or an empty list, leaves nothing out.
+
+    min_side: pixels of the shorter side. max_aspect: longer side over shorter (the paper: 64 and 3). An interleaved
+        document loses only the images in question, and is left out with the last of them.
+    min_characters, max_characters, min_words, max_words: of the caption, or of a document's whole text.
+    min_similarity: of the number ``similarity_field`` in the sample's ``.json``.
+    languages: allowed values of ``language_field`` in the sample's ``.json``.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    min_side: Positive | None = None
+    max_aspect: Annotated[float, Ge(1)] | None = None
+    min_characters: Positive | None = None
+    max_characters: Positive | None = None
+    min_words: Positive | None = None
+    max_words: Positive | None = None
+    min_similarity: float | None = None
+    similarity_field: str = "similarity"
+    languages: tuple[str, ...] = ()
+    language_field: str = "language"
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of each image (of all frames of a video alike), drawn from the sample's own randomness.
+
+    horizontal_flip: how often an image is mirrored.
+    crop_scale: the least and greatest share of the area that a random crop keeps; crop_ratio: the least and greatest
+        factor on its aspect (width / height). Both at (1, 1): no crop.
+    brightness, contrast, saturation: each is multiplied by a factor from 1 - value to 1 + value.
+    hue: the colour circle is turned by up to this share of it either way.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    horizontal_flip: Probability = 0.0
+    crop_scale: tuple[PositiveShare, PositiveShare] = (1.0, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    brightness: Probability = 0.0
+    contrast: Probability = 0.0
+    saturation: Probability = 0.0
+    hue: Annotated[float, Ge(0), Le(0.5)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +85,9 @@ class SourceBase:
     batch_size: sequences of this source in one update, over all ranks.
     micro_batch_size: sequences per rank in one forward; None takes ``batch_size / world size`` (one micro-step).
     max_tokens: longer sequences are cut.
+    pack: fill each row of ``max_tokens`` with as many samples as fit, which do not see one another; ``batch_size``
+        counts these rows. False: one sample a row.
+    filters: which samples are left out.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -45,6 +98,8 @@ class SourceBase:
     weight: PositiveFloat = 1.0
     micro_batch_size: Positive | None = None
     max_tokens: Positive = 256
+    pack: bool = False
+    filters: FilterConfig = field(default_factory=FilterConfig)
 
 
 @dataclass(frozen=True)
@@ -54,12 +109,39 @@ class ImageTextSource(SourceBase):
     max_tokens: the paper uses 32 or 64 for pairs.
     space_prefix_probability: a single space is prepended to the caption that often (the paper: 0.5).
     end_of_sequence: append ``<EOS>`` after ``<EOC>``, as the paper does; it is trained on when it is there.
+    augment: random changes of the image.
     """
 
     type: Literal["image_text"] = "image_text"
     max_tokens: Positive = 64
     space_prefix_probability: Probability = 0.0
     end_of_sequence: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class VideoTextSource(SourceBase):
+    """``<BOS><image>caption<EOC>``: one video (``.mp4``, ``.webm``, ``.mkv``, ...) and one ``.txt`` member a sample.
+
+    max_tokens: the paper uses 32 or 64 for pairs.
+    frames: taken from each video; one medium has all of them (the paper: 8). ``model.resampler.frames`` is how many
+        have a time embedding of their own; more are interpolated.
+    frames_per_second: how far apart they are taken (the paper: 1), whatever the video's own rate. A video that is
+        shorter than frames / frames_per_second repeats its last frame.
+    start: "random" or in the "center" of the video.
+    max_seconds: videos whose header says more are skipped before they are decoded.
+    space_prefix_probability, end_of_sequence, augment: as for images and their texts.
+    """
+
+    type: Literal["video_text"] = "video_text"
+    max_tokens: Positive = 64
+    frames: Positive = 8
+    frames_per_second: PositiveFloat = 1.0
+    start: Literal["random", "center"] = "random"
+    max_seconds: PositiveFloat = 600.0
+    space_prefix_probability: Probability = 0.0
+    end_of_sequence: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)
@@ -71,6 +153,7 @@ class InterleavedSource(SourceBase):
     p_next: how often the document's text belongs to the following image instead of the preceding (the paper: 0.5).
     min_similarity: images below are dropped, in the unit of the data's ``matched_sim`` (MMC4: 0 to 1); None keeps all.
     space_prefix_probability: the texts after images get a space in front that often, drawn once a document.
+    augment: random changes of each image.
     """
 
     type: Literal["interleaved"] = "interleaved"
@@ -79,6 +162,7 @@ class InterleavedSource(SourceBase):
     p_next: Probability = 0.0
     min_similarity: float | None = None
     space_prefix_probability: Probability = 0.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)
@@ -92,7 +176,7 @@ class TextSource(SourceBase):
     samples_per_row: Positive = 1
 
 
-Source = Annotated[ImageTextSource | InterleavedSource | TextSource, Field(discriminator="type")]
+Source = Annotated[ImageTextSource | VideoTextSource | InterleavedSource | TextSource, Field(discriminator="type")]
 
 
 @dataclass(frozen=True)
@@ -108,7 +192,7 @@ class DataConfig:
     prefetch: updates that each worker prepares ahead.
     image_fit: how an image becomes the tower's square: "pad" keeps the aspect and pads with the mean colour (the
         paper), "crop" resizes the short side and crops the centre (open_clip), "stretch" ignores the aspect.
-    max_pixels: images whose header says more are skipped before they are decoded.
+    max_pixels: images, and videos' frames, whose header says more are skipped before they are decoded.
     ledger: write ``ledger/rank-N.jsonl``, one line a sample that an applied step consumed.
     """
 

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from trainer.config.schema import AugmentConfig
+from trainer.data.augment import Augmentation, draw_augmentation
 from trainer.data.errors import SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
@@ -41,26 +43,53 @@ class ImageDecoder:
     refused before they are decoded.
 
     EXIF orientation is applied, alpha is composited over white, 16-bit grey is scaled, the first frame of an animation
-    is used. An image that has the size already is not resampled.
+    is used. An image that has the size already is not resampled. augment: what may change in an image at random.
     """
 
     size: int
     fit: Literal["pad", "crop", "stretch"] = "pad"
     mean_color: tuple[int, int, int] = (122, 116, 104)
     max_pixels: int = 178_956_970
+    augment: AugmentConfig | None = None
 
-    def __call__(self, data: bytes) -> Tensor:
-        """Raises SampleError: empty_image, truncated_image, corrupt_image, too_many_pixels, unsupported_image."""
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> Tensor:
+        """The image, augmented where there are both ``augment`` and the sample's generator.
+
+        Raises SampleError: empty_image, truncated_image, corrupt_image, too_many_pixels, unsupported_image.
+        """
         if not data:
             raise SampleError("empty_image", "the image has no bytes")
         array = self._decode_jpeg(data) if data.startswith(_JPEG_START) else self._decode_other(data)
-        return self._fit(torch.from_numpy(array).permute(2, 0, 1))
+        return self.to_square(torch.from_numpy(array).permute(2, 0, 1), self.draw(rng))
+
+    def draw(self, rng: np.random.Generator | None) -> Augmentation | None:
+        """How the next image, or video, of a sample is to be augmented."""
+        return None if rng is None or self.augment is None else draw_augmentation(self.augment, rng)
+
+    def header_size(self, data: bytes) -> tuple[int, int]:
+        """Width and height as the header says, before any rotation. Raises SampleError like a call."""
+        if not data:
+            raise SampleError("empty_image", "the image has no bytes")
+        try:
+            if data.startswith(_JPEG_START):
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                return width, height
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
+                    return image.size
+        except Image.DecompressionBombError as error:
+            raise SampleError("too_many_pixels", str(error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # as in decoding
+            raise _image_error(error) from error
 
     def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8]:
         """uint8 [height, width, 3]; grey and CMYK become RGB."""
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            self._check_pixels(width, height)
+            self.check_pixels(width, height)
             array = simplejpeg.decode_jpeg(data, "RGB")
         except ValueError as error:
             raise _image_error(error) from error
@@ -71,7 +100,7 @@ class ImageDecoder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of half its own limit; max_pixels decides here
                 with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
-                    self._check_pixels(*image.size)
+                    self.check_pixels(*image.size)
                     return np.array(_to_rgb(ImageOps.exif_transpose(image)))
         except Image.DecompressionBombError as error:
             raise SampleError("too_many_pixels", str(error)) from error
@@ -82,12 +111,27 @@ class ImageDecoder:
         except Exception as error:  # Pillow's plugins raise whatever they stumble over
             raise _image_error(error) from error
 
-    def _check_pixels(self, width: int, height: int) -> None:
+    def check_pixels(self, width: int, height: int) -> None:
+        """Raises SampleError (too_many_pixels)."""
         if width * height > self.max_pixels:
             raise SampleError("too_many_pixels", f"{width} x {height} exceeds data.max_pixels = {self.max_pixels}")
 
-    def _fit(self, image: Tensor) -> Tensor:
+    def to_square(self, image: Tensor, augmentation: Augmentation | None = None) -> Tensor:
         """uint8 [3, height, width] -> [3, size, size]."""
+        if augmentation is not None:
+            image = augmentation.geometry(image)
+        inner = self._resized(image)
+        if augmentation is not None:
+            inner = augmentation.color(inner)
+        if inner.shape[1:] == (self.size, self.size):
+            return inner.contiguous()
+        canvas = torch.tensor(self.mean_color, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
+        top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
+        canvas[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
+        return canvas
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """The square, or what ``pad`` puts into it."""
         _, height, width = image.shape
         if self.fit == "stretch" or height == width:
             return _resize(image, self.size, self.size)
@@ -98,13 +142,9 @@ class ImageDecoder:
             # that it was pretrained on.
             shortest = min(image.shape[1:])
             resized = _resize(image, *(int(self.size * side / shortest) for side in image.shape[1:]))
-            return _center_crop(resized, self.size, self.size).contiguous()
+            return _center_crop(resized, self.size, self.size)
         scale = self.size / max(height, width)
-        inner = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
-        canvas = torch.tensor(self.mean_color, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
-        top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
-        canvas[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
-        return canvas
+        return _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
 
 
 def image_member(members: Mapping[str, bytes]) -> bytes:

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from model.media_index import following, preceding
+from trainer.config.schema import FilterConfig
 from trainer.data.batch import SampleId, Sequence
 from trainer.data.decode import ImageDecoder, decode_json
 from trainer.data.errors import SampleError
-from trainer.data.mmc4 import Document, image_bytes, parse_document
+from trainer.data.filters import NO_FILTERS, check_metadata, check_size, check_text, looks_at_sizes
+from trainer.data.mmc4 import Document, PlacedImage, image_bytes, parse_document
 from trainer.data.sequences import make_sequence
 from trainer.data.text_encoding import TextEncoding
 
@@ -46,7 +48,8 @@ class InterleavedBuilder:
     the window's start among those with an image in it, ``start`` begins with the document. p_next: how often a
     document's text sees the image that follows instead of the one that precedes, drawn once a document.
     min_similarity: images below it are left out; None keeps all. space_prefix_probability: how often the texts after
-    images get a space in front, drawn once a document.
+    images get a space in front, drawn once a document. filters: of the whole text, and of each image: a document loses
+    the images that they leave out.
 
     Only the images of the window are decoded, so only they can make a document fail.
     """
@@ -59,17 +62,13 @@ class InterleavedBuilder:
     p_next: float = 0.0
     min_similarity: float | None = None
     space_prefix_probability: float = 0.0
+    filters: FilterConfig = NO_FILTERS
 
     def __call__(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> Sequence:
-        """Raises SampleError: those of ``parse_document`` and of images, empty_text, no_images, special_token."""
-        next_draw, space_draw, start_draw = rng.random(3)  # always three, so that settings do not shift one another
-        if "json" not in members:
-            raise SampleError("missing_json", f"members: {', '.join(sorted(members))}")
-        document = parse_document(decode_json(members["json"]), self.min_similarity)
-        prefix = " " if space_draw < self.space_prefix_probability else ""
-        tokens = self._window(self._tokenize(document, prefix), start_draw)
+        """Raises SampleError: those of ``parse_document``, images and filters, empty_text, no_images, special_token."""
+        tokens, document, next_draw = self._layout(members, sample, rng)
         placed = [document.images[number] for number in tokens.image_number if number >= 0]
-        media = tuple(self.decode_image(image_bytes(image, members, sample.key))[None] for image in placed)
+        media = tuple(self.decode_image(image_bytes(image, members, sample.key), rng)[None] for image in placed)
         image_id, _ = self.encoding.layout_ids()
         ids = torch.tensor([self.encoding.bos_id, *tokens.ids])
         index_of = following if next_draw < self.p_next else preceding
@@ -81,6 +80,44 @@ class InterleavedBuilder:
             image_id=image_id,
             media_index=index_of(ids, image_id),
         )
+
+    def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
+        """Tokens of the row, without decoding images. Raises SampleError like a call, but for damaged images."""
+        return 1 + len(self._layout(members, sample, rng)[0].ids)
+
+    def _layout(
+        self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator
+    ) -> tuple[_Tokens, Document, float]:
+        """The window's tokens, the document that their images count in, and the draw for p_next."""
+        next_draw, space_draw, start_draw = rng.random(3)  # always three, so that settings do not shift one another
+        if "json" not in members:
+            raise SampleError("missing_json", f"members: {', '.join(sorted(members))}")
+        check_metadata(members, self.filters)
+        document = parse_document(decode_json(members["json"]), self.min_similarity)
+        check_text(" ".join(document.sentences), self.filters)
+        if looks_at_sizes(self.filters):
+            document = self._without_filtered_images(document, members, sample.key)
+        prefix = " " if space_draw < self.space_prefix_probability else ""
+        return self._window(self._tokenize(document, prefix), start_draw), document, next_draw
+
+    def _without_filtered_images(self, document: Document, members: Mapping[str, bytes], key: str) -> Document:
+        """Raises SampleError, the last image's reason, when no image is left."""
+        kept: list[PlacedImage] = []
+        error = None
+        for image in document.images:
+            try:
+                width, height = self.decode_image.header_size(image_bytes(image, members, key))
+            except SampleError:
+                kept.append(image)  # damaged: it only matters if the window has it
+                continue
+            try:
+                check_size(width, height, self.filters)
+                kept.append(image)
+            except SampleError as filtered:
+                error = filtered
+        if not kept and error is not None:
+            raise error
+        return Document(document.sentences, tuple(kept))
 
     def _tokenize(self, document: Document, prefix: str) -> _Tokens:
         image_id, end_of_chunk_id = self.encoding.layout_ids()

@@ -89,7 +89,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
             rows,
             source=plan.source.name,
             pad_id=self.pad_id,
-            media_shape=self.media_shape,
+            media_shape=(plan.frames, *self.media_shape[1:]),
             skipped=Counter(one.reason for one in skipped),
         )
         return MicroBatch(batch, tuple(skipped))

@@ -15,13 +15,14 @@ class SourcePlan:
     """One source in one update on one rank.
 
     lanes: V, over all ranks. rows_per_lane: sequences that a lane gives an update. samples_per_row: samples in a
-    sequence. rows: sequences of this rank. micro_batches of micro_batch_size rows each.
+    sequence; packing takes as many as fit instead. frames: of a medium. micro_batches of micro_batch_size rows each.
     """
 
     source: Source
     lanes: int
     rows_per_lane: int
     samples_per_row: int
+    frames: int
     micro_batch_size: int
     micro_batches: int
 
@@ -62,7 +63,9 @@ def plan_update(config: DataConfig, world_size: int) -> tuple[SourcePlan, ...]:
         else:
             micro = micro or rows
             samples_per_row = getattr(source, "samples_per_row", 1)
-            plans.append(SourcePlan(source, lanes, source.batch_size // lanes, samples_per_row, micro, rows // micro))
+            frames = getattr(source, "frames", 1)
+            each = source.batch_size // lanes
+            plans.append(SourcePlan(source, lanes, each, samples_per_row, frames, micro, rows // micro))
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(plans)

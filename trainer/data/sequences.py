@@ -26,6 +26,10 @@ class Builder(Protocol):
         """One row."""
         ...
 
+    def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
+        """Tokens of that row, with no medium decoded: what packing asks for. rng starts anew, as for the row."""
+        ...
+
 
 def sample_rng(seed: int, sample: SampleId) -> np.random.Generator:
     """The generator of a sample: a function of (seed, source, epoch, shard, index) and of nothing else."""

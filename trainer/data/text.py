@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.config.schema import FilterConfig
 from trainer.data.batch import SampleId, Sequence
 from trainer.data.decode import text_member
+from trainer.data.filters import NO_FILTERS, check_metadata, check_text
 from trainer.data.sequences import make_sequence
 from trainer.data.text_encoding import TextEncoding
 
@@ -19,8 +21,19 @@ class TextBuilder:
 
     encoding: TextEncoding
     max_tokens: int = 256
+    filters: FilterConfig = NO_FILTERS
 
     def __call__(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> Sequence:
-        """Raises SampleError: those of the text, and special_token."""
-        ids = [self.encoding.bos_id, *self.encoding.plain(text_member(members))][: self.max_tokens]
+        """Raises SampleError: those of the text, of the filters, and special_token."""
+        ids = self._ids(members)
         return make_sequence(ids, [False] * len(ids), (), sample, image_id=None)
+
+    def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
+        """Tokens of the row. Raises SampleError like a call."""
+        return len(self._ids(members))
+
+    def _ids(self, members: Mapping[str, bytes]) -> list[int]:
+        check_metadata(members, self.filters)
+        text = text_member(members)
+        check_text(text, self.filters)
+        return [self.encoding.bos_id, *self.encoding.plain(text)][: self.max_tokens]

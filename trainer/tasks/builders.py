@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -10,14 +11,22 @@ from transformers import PreTrainedTokenizerBase
 
 from model.tokens import FlamingoTokenizer
 from model.vision_encoder import VisionEncoder
-from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, Source, TextSource
+from trainer.config.schema import (
+    DataConfig,
+    ImageTextSource,
+    InterleavedSource,
+    Source,
+    TextSource,
+    VideoTextSource,
+)
 from trainer.data.contrastive import ContrastiveBuilder
 from trainer.data.decode import ImageDecoder
-from trainer.data.image_text import ImageTextBuilder
+from trainer.data.image_text import ImageTextBuilder, VideoTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
 from trainer.data.sequences import Builder
 from trainer.data.text import TextBuilder
 from trainer.data.text_encoding import PlainTextEncoder, TextEncoding
+from trainer.data.video import VideoDecoder
 
 
 def flamingo_builders(
@@ -34,31 +43,51 @@ def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDeco
         case ImageTextSource():
             return ImageTextBuilder(
                 encoding,
-                decoder,
+                replace(decoder, augment=source.augment),
                 max_tokens=source.max_tokens,
                 space_prefix_probability=source.space_prefix_probability,
                 end_of_sequence=source.end_of_sequence,
+                filters=source.filters,
+            )
+        case VideoTextSource():
+            return VideoTextBuilder(
+                encoding,
+                VideoDecoder(
+                    replace(decoder, augment=source.augment),
+                    frames=source.frames,
+                    frames_per_second=source.frames_per_second,
+                    start=source.start,
+                    max_seconds=source.max_seconds,
+                ),
+                max_tokens=source.max_tokens,
+                space_prefix_probability=source.space_prefix_probability,
+                end_of_sequence=source.end_of_sequence,
+                filters=source.filters,
             )
         case InterleavedSource():
             return InterleavedBuilder(
                 encoding,
-                decoder,
+                replace(decoder, augment=source.augment),
                 max_tokens=source.max_tokens,
                 max_images=source.max_images,
                 window=source.window,
                 p_next=source.p_next,
                 min_similarity=source.min_similarity,
                 space_prefix_probability=source.space_prefix_probability,
+                filters=source.filters,
             )
         case TextSource():
-            return TextBuilder(encoding, max_tokens=source.max_tokens)
+            return TextBuilder(encoding, max_tokens=source.max_tokens, filters=source.filters)
 
 
 def text_builders(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Builder]:
     """Builders for ``trainer.pretrain_lm``: text sources only (the configuration was checked)."""
     eos = tokenizer.eos_token_id
     encoding = TextEncoding(PlainTextEncoder(tokenizer.backend_tokenizer), bos_id=eos, eos_id=eos, pad_id=eos)
-    return {source.name: TextBuilder(encoding, max_tokens=source.max_tokens) for source in data.sources}
+    return {
+        source.name: TextBuilder(encoding, max_tokens=source.max_tokens, filters=source.filters)
+        for source in data.sources
+    }
 
 
 def contrastive_builders(
@@ -66,7 +95,11 @@ def contrastive_builders(
 ) -> dict[str, Builder]:
     """Builders for ``trainer.pretrain_vision``: image-text sources only (the configuration was checked)."""
     decoder = image_decoder(data, image_size, mean)
-    return {source.name: ContrastiveBuilder(tokenize, decoder) for source in data.sources}
+    return {
+        source.name: ContrastiveBuilder(tokenize, replace(decoder, augment=source.augment), source.filters)
+        for source in data.sources
+        if isinstance(source, ImageTextSource)
+    }
 
 
 def flamingo_encoding(tokenizer: FlamingoTokenizer) -> TextEncoding:
