@@ -14,6 +14,9 @@ Shape suffixes: B rows, L tokens, D width, E width of the embeddings, V vocabula
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +31,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 BeforeBlock = Callable[[Tensor], Tensor]
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# A mask made with the positions as an argument, or from a mapping of arguments that has them.
+_MASK_FROM_POSITIONS = re.compile(
+    r"(create_\w*mask\w*|mask_function)\([^()]*\bposition_ids\b|mask_kwargs = \{[^{}]*\"position_ids\""
+)
 
 
 @dataclass(frozen=True)
@@ -220,3 +229,21 @@ def find_decoder_blocks(lm: Any) -> nn.ModuleList:
             "one was expected: choose another language_model"
         )
     return next(iter(found.values()))
+
+
+def separates_packed_documents(lm: Any) -> bool:
+    """Whether a causal LM keeps packed documents apart when it is given nothing but positions that restart.
+
+    Hugging Face's masks do that where the family hands them its positions. Some do not (OPT, Falcon, BLOOM, MPT), and
+    what is not attention (state-space layers) carries its state on. Neither shows in a signature, so the family's
+    source is read; where it cannot be, the answer is no.
+    """
+    config = lm.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    if not kinds <= _ATTENTION_LAYERS:
+        return False
+    try:
+        source = inspect.getsource(sys.modules[type(lm).__module__])
+    except (OSError, TypeError):
+        return False
+    return bool(_MASK_FROM_POSITIONS.search(source))

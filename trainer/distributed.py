@@ -119,6 +119,13 @@ def barrier() -> None:
     dist.barrier()
 
 
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Each rank's value, on every rank (small picklable objects between our own processes)."""
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def gather_tensors(tensors: Sequence[Tensor], world: World) -> list[list[Tensor]]:
     """For each rank its tensors (small, on CPU), on every rank."""
     gathered: list[list[Tensor] | None] = [None] * world.size

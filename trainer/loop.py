@@ -26,8 +26,8 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import Update, UpdateLoader
 from trainer.data.sequences import Builder
-from trainer.data.state import check_data_state
-from trainer.distributed import World, sum_over_ranks
+from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
+from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.engine import Engine, StepResult
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
@@ -44,7 +44,8 @@ class Task:
 
     module: ``module(**batch.inputs)`` returns an object with ``loss``, summed over this rank's units.
     builders: for each source, what makes a sequence of a sample.
-    pad_id, media_shape: for collating; media_shape is [frames, 3, height, width] of a dummy medium.
+    pad_id, media_shape: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of videos have
+        more frames, by their own setting).
     unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
     deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
     frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
@@ -78,6 +79,7 @@ def train(task: Task, config: RunConfig, world: World) -> None:
         start_step=state.step,
         stop_step=config.training.steps,
         pin_memory=world.device.type == "cuda",
+        lane_positions=saved_lane_positions(state.data),
     )
     if state.step:
         check_data_state(state.data, loader.state(state.step))
@@ -97,7 +99,7 @@ def train(task: Task, config: RunConfig, world: World) -> None:
         writer.write(_metrics(update, result, losses, config, world, step_seconds, data_seconds))
         done = update.step + 1
         if done % config.checkpoint.every == 0 or done == config.training.steps:
-            _save(engine, task, config, world, done, loader.state(done), skipped.in_a_row)
+            _save(engine, task, config, world, done, _data_state(loader, done, world), skipped.in_a_row)
     writer.close()
     if ledger is not None:
         ledger.close()
@@ -127,6 +129,12 @@ def _save(
     folder = checkpoint_folder(config)
     save_checkpoint(folder, state, engine.save, world)
     prune_checkpoints(folder, config.checkpoint, world)
+
+
+def _data_state(loader: UpdateLoader, step: int, world: World) -> dict[str, Any]:
+    """The place in the data after ``step`` updates. A collective where sources are packed: each rank has its lanes."""
+    lanes = merge_lane_positions(gather_objects(loader.lane_positions, world)) if loader.lane_positions else None
+    return loader.state(step, lanes)
 
 
 def _timed(loader: UpdateLoader) -> Iterator[tuple[Update, float]]:
@@ -188,9 +196,10 @@ def _metrics(
     }
     reasons = sum((batch.skipped for batch in batches), Counter[str]())
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    positions = sum(batch.attention_mask.numel() for batch in batches)
     images = sum(int(batch.media_index.max() >= 0) * len(batch.media) for batch in batches)
     summed = sum_over_ranks(
-        [tokens, images, sum(reasons.values()), step_seconds, data_seconds, *counts.values()], world
+        [tokens, images, sum(reasons.values()), step_seconds, data_seconds, positions, *counts.values()], world
     )
     return StepMetrics(
         step=update.step + 1,
@@ -198,8 +207,9 @@ def _metrics(
         losses=losses,
         grad_norm=result.grad_norm,
         lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
-        samples={name: int(count) for name, count in zip(counts, summed[5:], strict=True)},
+        samples={name: int(count) for name, count in zip(counts, summed[6:], strict=True)},
         tokens=int(summed[0]),
+        padding=1 - summed[0] / summed[5],
         images=int(summed[1]),
         substituted=int(summed[2]),
         step_seconds=summed[3] / world.size,

@@ -60,6 +60,7 @@ def test_the_promised_fields() -> None:
         "skipped": False,
         "images": 32,
         "substituted": 0,
+        "padding": 0.0,
     }
     assert step(7).to_json() == expected
 

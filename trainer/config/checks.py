@@ -21,6 +21,7 @@ from trainer.config.schema import (
     LanguageModelRunConfig,
     OffloadConfig,
     RunConfig,
+    Source,
 )
 from trainer.errors import Problem
 
@@ -66,12 +67,33 @@ def _check_sources(config: RunConfig) -> Iterator[Problem]:
                 f"{micro} does not divide batch_size {batch}; write a divisor of {batch}, or leave it out",
                 related=(f"{path}.batch_size",),
             )
+        if source.pack and getattr(source, "samples_per_row", 1) > 1:
+            message = "is for rows that are not packed: a packed row takes as many samples as fit"
+            yield Problem(f"{path}.samples_per_row", message, related=(f"{path}.pack",))
+        yield from _check_ranges(path, source)
         if config.data.lanes is not None and batch % config.data.lanes:
             yield Problem(
                 f"{path}.batch_size",
                 f"{batch} is not a multiple of data.lanes {config.data.lanes}; each lane gives equally many samples",
                 related=("data.lanes",),
             )
+
+
+def _check_ranges(path: str, source: Source) -> Iterator[Problem]:
+    """Bounds in the wrong order, which would leave out everything."""
+    filters = source.filters
+    for unit in ("characters", "words"):
+        low, high = getattr(filters, f"min_{unit}"), getattr(filters, f"max_{unit}")
+        if low is not None and high is not None and low > high:
+            yield Problem(f"{path}.filters.min_{unit}", f"{low} is more than filters.max_{unit} {high}")
+    for name in ("min_side", "max_aspect"):
+        if source.type == "text" and getattr(filters, name) is not None:
+            yield Problem(f"{path}.filters.{name}", "is about images, and this source has only text")
+    augment = getattr(source, "augment", None)
+    for name in ("crop_scale", "crop_ratio"):
+        if augment is not None and getattr(augment, name)[0] > getattr(augment, name)[1]:
+            low, high = getattr(augment, name)
+            yield Problem(f"{path}.augment.{name}", f"goes from {low} to {high}; write the smaller number first")
 
 
 def _check_lengths(config: RunConfig) -> Iterator[Problem]:
@@ -132,6 +154,8 @@ def _check_task(config: RunConfig) -> Iterator[Problem]:
     if isinstance(config, ContrastiveRunConfig):
         types = {"image_text"}
     for index, source in enumerate(config.data.sources):
+        if source.pack and isinstance(config, ContrastiveRunConfig):
+            yield Problem(f"data.sources.{index}.pack", "contrastive training takes a caption a row; set false")
         if source.type not in types:
             message = f"{source.type} cannot be trained on here; this trainer takes {', '.join(sorted(types))}"
             yield Problem(f"data.sources.{index}.type", message)

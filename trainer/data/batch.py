@@ -6,11 +6,15 @@ Media are a flat list over the batch; ``media_index`` says which of them a token
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from trainer.data.packing import LanePosition
 
 IGNORED_LABEL = -100
 
@@ -26,6 +30,14 @@ class SampleId:
     key: str
 
 
+class Skipped(NamedTuple):
+    """A sample that could not be used, and why."""
+
+    reason: str
+    detail: str
+    sample: SampleId
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One row, before padding.
@@ -34,6 +46,7 @@ class Sequence:
         -100 where nothing is trained. media_index counts from 0 within this sequence, -1 = no medium.
     media: uint8 [frames, 3, height, width] each, in the order of media_index.
     samples: what this row was made of.
+    position_ids: of a packed row, int64 [L], restarting at 0 with each document; None: the row is one document.
     """
 
     input_ids: Tensor
@@ -41,6 +54,7 @@ class Sequence:
     media_index: Tensor
     media: tuple[Tensor, ...]
     samples: tuple[SampleId, ...]
+    position_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,9 @@ class Batch:
     media: uint8 [M, frames, 3, height, width]; M >= 1 always, for every rank has to run the same modules: where no
         sequence has a medium, a black one stands there that no token refers to.
     skipped: why samples were replaced by their substitutes, counted by reason.
+    position_ids: of packed rows, int64 [B, L], restarting at 0 with each document and with the padding, which is then a
+        document of its own. Documents do not attend to one another (``model.flamingo``).
+    lane_positions: where packed lanes stand after this batch.
     """
 
     source: str
@@ -61,6 +78,8 @@ class Batch:
     media: Tensor
     samples: tuple[SampleId, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
+    position_ids: Tensor | None = None
+    lane_positions: Mapping[int, LanePosition] = field(default_factory=dict)
 
     @property
     def trained_tokens(self) -> int:
@@ -69,13 +88,17 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Rows of the batch."""
-        return len(self.input_ids)
+        """Rows of the batch, or documents where rows are packed."""
+        if self.position_ids is None:
+            return len(self.input_ids)
+        return int(((self.position_ids == 0) & (self.attention_mask == 1)).sum())
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the model takes, by keyword."""
-        names = ("input_ids", "attention_mask", "labels", "media_index", "media")
+        # Hugging Face finds packed documents by their positions, and only where there is no attention mask.
+        attention = "attention_mask" if self.position_ids is None else "position_ids"
+        names = ("input_ids", attention, "labels", "media_index", "media")
         return {name: getattr(self, name) for name in names}
 
     def map_tensors(self, name: str, *args: object, **kwargs: object) -> Batch:
@@ -99,6 +122,7 @@ def collate(
     pad_id: int,
     media_shape: tuple[int, int, int, int],
     skipped: Counter[str] | None = None,
+    lane_positions: Mapping[int, LanePosition] | None = None,
 ) -> Batch:
     """Rows of different lengths as one batch.
 
@@ -110,6 +134,8 @@ def collate(
     attention_mask = torch.zeros((rows, length), dtype=torch.int64)
     labels = torch.full((rows, length), IGNORED_LABEL, dtype=torch.int64)
     media_index = torch.full((rows, length), -1, dtype=torch.int64)
+    packed = any(sequence.position_ids is not None for sequence in sequences)
+    position_ids = torch.zeros((rows, length), dtype=torch.int64) if packed else None
     media: list[Tensor] = []
     for row, sequence in enumerate(sequences):
         n = len(sequence.input_ids)
@@ -119,9 +145,21 @@ def collate(
         local = sequence.media_index
         media_index[row, :n] = torch.where(local < 0, local, local + len(media))
         media.extend(sequence.media)
+        if position_ids is not None:
+            position_ids[row, :n] = torch.arange(n) if sequence.position_ids is None else sequence.position_ids
+            position_ids[row, n:] = torch.arange(length - n)
     if not media:
         media = [torch.zeros(media_shape, dtype=torch.uint8)]
     samples = tuple(sample for sequence in sequences for sample in sequence.samples)
     return Batch(
-        source, input_ids, attention_mask, labels, media_index, torch.stack(media), samples, skipped or Counter()
+        source,
+        input_ids,
+        attention_mask,
+        labels,
+        media_index,
+        torch.stack(media),
+        samples,
+        skipped or Counter(),
+        position_ids,
+        lane_positions or {},
     )

@@ -10,10 +10,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from trainer.config.schema import DataConfig
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, Skipped
 from trainer.data.errors import DataError
 from trainer.data.manifest import load_manifest
-from trainer.data.micro_batches import MicroBatch, MicroBatches, Skipped, start_worker
+from trainer.data.micro_batches import MicroBatch, MicroBatches, start_worker
+from trainer.data.packing import LanePosition, LanePositions
 from trainer.data.plan import plan_update
 from trainer.data.sequences import Builder
 from trainer.data.state import data_state
@@ -40,6 +41,8 @@ class UpdateLoader:
     builders: by source name. media_shape: [frames, 3, height, width] of the dummy medium. Loader processes
     (``data.workers``) only change who makes a micro-batch, never which or when it comes. A sample that cannot be used
     is replaced by its substitute, counted in ``Batch.skipped`` and logged at the first time of each reason.
+    lane_positions: of packed sources before start_step, over all ranks (``data_state``). The attribute of that name has
+    this rank's after the update that was given last: prefetching does not move it.
     Raises ValueError (settings), ShardError and TooManyBadSamplesError (data).
     """
 
@@ -55,6 +58,7 @@ class UpdateLoader:
         start_step: int,
         stop_step: int,
         pin_memory: bool = False,
+        lane_positions: Mapping[str, LanePositions] | None = None,
     ) -> None:
         self.config, self.start_step, self.stop_step = config, start_step, stop_step
         missing = [source.name for source in config.sources if source.name not in builders]
@@ -69,7 +73,12 @@ class UpdateLoader:
             media_shape=media_shape,
             rank=rank,
             world_size=world_size,
+            start_step=start_step,
+            lane_positions=lane_positions,
         )
+        self.lane_positions: dict[str, dict[int, LanePosition]] = {
+            source.name: {} for source in config.sources if source.pack
+        }
         self._pin_memory = pin_memory
         self._logged: set[str] = set()
 
@@ -87,14 +96,18 @@ class UpdateLoader:
         stream = iter(self._stream(range(self.start_step * each, self.stop_step * each)))
         try:
             for step in range(self.start_step, self.stop_step):
-                yield Update(step, [self._checked(next(stream)) for _ in range(each)])
+                update = Update(step, [self._checked(next(stream)) for _ in range(each)])
+                for batch in update.micro_batches:
+                    if batch.lane_positions:
+                        self.lane_positions[batch.source].update(batch.lane_positions)
+                yield update
         finally:
             # Ends the workers now: left to the garbage collector, each waits out torch's timeout of 5 s.
             del stream
 
-    def state(self, step: int) -> dict[str, Any]:
-        """``data_state`` after ``step`` updates."""
-        return data_state(self.config, self.manifests, step)
+    def state(self, step: int, lane_positions: Mapping[str, LanePositions] | None = None) -> dict[str, Any]:
+        """``data_state`` after ``step`` updates; lane_positions: those of all ranks, where sources are packed."""
+        return data_state(self.config, self.manifests, step, lane_positions)
 
     def _checked(self, made: MicroBatch | DataError) -> Batch:
         if isinstance(made, DataError):

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from trainer.config.schema import DataConfig
-from trainer.data.batch import Batch, SampleId, Sequence, collate
-from trainer.data.errors import DataError, SampleError, TooManyBadSamplesError
+from trainer.data.batch import Batch, SampleId, Sequence, Skipped, collate
+from trainer.data.errors import DataError, SampleError
 from trainer.data.manifest import Manifest
 from trainer.data.order import Location, SourceOrder, lanes_of
+from trainer.data.packed_rows import PackedRows, too_many_bad_samples
+from trainer.data.packing import LanePosition, LanePositions
 from trainer.data.plan import build_orders, plan_update
 from trainer.data.reader import ShardReader
 from trainer.data.sequences import Builder, join, sample_rng
 
 SUBSTITUTES = 16  # with half of all samples bad, sixteen in a row happen once in 65,000
-
-
-class Skipped(NamedTuple):
-    """A sample that could not be used, and why."""
-
-    reason: str
-    detail: str
-    sample: SampleId
 
 
 class MicroBatch(NamedTuple):
@@ -42,6 +37,9 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
 
     The numbers of an update run through the sources in their order, and through each source's micro-batches.
     The error is returned, since torch would raise another one around it, with a worker's traceback as its message.
+    Of packed sources, a process goes through the lanes' texts from start_step on, where lane_positions (by source and
+    lane) are known; without any, that is the start of the order. Where data.workers divides the micro-batches of an
+    update, each process meets the same lanes in every update and none does it twice.
     Raises ValueError when sizes do not fit.
     """
 
@@ -55,12 +53,20 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         media_shape: tuple[int, int, int, int],
         rank: int,
         world_size: int,
+        start_step: int = 0,
+        lane_positions: Mapping[str, LanePositions] | None = None,
     ) -> None:
         self.config, self.builders, self.pad_id, self.media_shape = config, builders, pad_id, media_shape
         self.plans = plan_update(config, world_size)
         self.orders = build_orders(config, self.plans, manifests)
         self.readers = tuple(ShardReader(manifest) for manifest in manifests)
         self._lanes = [lanes_of(rank, world_size, plan.lanes) for plan in self.plans]
+        positions = lane_positions or {}
+        self._packed = {
+            number: self._pack(number, start_step, positions.get(plan.source.name, {}))
+            for number, plan in enumerate(self.plans)
+            if plan.source.pack
+        }
         self._slots = [(number, micro) for number, plan in enumerate(self.plans) for micro in range(plan.micro_batches)]
 
     @property
@@ -79,38 +85,65 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         source, micro = self._slots[number]
         plan = self.plans[source]
         skipped: list[Skipped] = []
+        positions: dict[int, LanePosition] = {}
         rows = []
         for row in range(micro * plan.micro_batch_size, (micro + 1) * plan.micro_batch_size):
             lane = self._lanes[source][row // plan.rows_per_lane]
-            first = (step * plan.rows_per_lane + row % plan.rows_per_lane) * plan.samples_per_row
-            parts = [self._sample(source, lane, first + offset, skipped) for offset in range(plan.samples_per_row)]
-            rows.append(join(parts, plan.source.max_tokens))
+            lanes_row = step * plan.rows_per_lane + row % plan.rows_per_lane
+            if source in self._packed:
+                packed, positions[lane] = self._packed[source].row(lane, lanes_row, skipped)
+                rows.append(packed)
+            else:
+                first = lanes_row * plan.samples_per_row
+                parts = [self._sample(source, lane, first + offset, skipped) for offset in range(plan.samples_per_row)]
+                rows.append(join(parts, plan.source.max_tokens))
         batch = collate(
             rows,
             source=plan.source.name,
             pad_id=self.pad_id,
             media_shape=(plan.frames, *self.media_shape[1:]),
             skipped=Counter(one.reason for one in skipped),
+            lane_positions=positions,
         )
         return MicroBatch(batch, tuple(skipped))
 
-    def _sample(self, source: int, lane: int, position: int, skipped: list[Skipped]) -> Sequence:
-        order = self.orders[source]
-        location: Location | None = order.at(lane, position)
-        failed = 0
-        while location is not None and failed <= SUBSTITUTES:
-            sample, members = self._read(source, order, location)
-            try:
-                return self.builders[order.name](members, sample, sample_rng(self.config.seed, sample))
-            except SampleError as error:
-                skipped.append(Skipped(error.reason, error.detail, sample))
-            location = order.substitute(lane, position, failed)
-            failed += 1
-        reasons = ", ".join(f"{one.sample.shard}[{one.sample.index}] {one.reason}" for one in skipped[-failed:][:3])
-        raise TooManyBadSamplesError(
-            f"source {order.name!r}: {failed} samples in a row cannot be used ({reasons}, ...): are these data of the "
-            "type that the source's settings say?"
+    def _pack(self, source: int, start_step: int, positions: LanePositions) -> PackedRows:
+        plan = self.plans[source]
+        return PackedRows(
+            plan.source.name,
+            self.builders[plan.source.name],
+            partial(self._candidates, source),
+            seed=self.config.seed,
+            max_tokens=plan.source.max_tokens,
+            first_row=start_step * plan.rows_per_lane,
+            positions=positions,
         )
+
+    def _sample(self, source: int, lane: int, position: int, skipped: list[Skipped]) -> Sequence:
+        name = self.plans[source].source.name
+        failed: list[Skipped] = []
+        for sample, members in self._candidates(source, lane, position):
+            try:
+                built = self.builders[name](members, sample, sample_rng(self.config.seed, sample))
+            except SampleError as error:
+                failed.append(Skipped(error.reason, error.detail, sample))
+                continue
+            skipped.extend(failed)
+            return built
+        raise too_many_bad_samples(name, failed)
+
+    def _candidates(
+        self, source: int, lane: int, position: int, first: int = 0
+    ) -> Iterator[tuple[SampleId, dict[str, bytes]]]:
+        """The sample that the order has at a place, then its substitutes; ``first`` leaves out that many of these."""
+        order = self.orders[source]
+        if first == 0:
+            yield self._read(source, order, order.at(lane, position))
+        for attempt in range(max(0, first - 1), SUBSTITUTES):
+            location = order.substitute(lane, position, attempt)
+            if location is None:
+                return
+            yield self._read(source, order, location)
 
     def _read(self, source: int, order: SourceOrder, location: Location) -> tuple[SampleId, dict[str, bytes]]:
         reader = self.readers[source]

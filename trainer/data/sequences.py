@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -58,18 +59,33 @@ def join(sequences: SequenceOf[Sequence], max_tokens: int) -> Sequence:
 
     The first token of a row is never predicted, so its label is ignored.
     """
+    row = _concatenated(sequences)
+    labels = row.labels[:max_tokens].clone()
+    labels[:1] = IGNORED_LABEL
+    return replace(row, input_ids=row.input_ids[:max_tokens], labels=labels, media_index=row.media_index[:max_tokens])
+
+
+def pack(sequences: SequenceOf[Sequence]) -> Sequence:
+    """Rows one after the other as the documents of one row, which do not see one another.
+
+    Nothing predicts the first token of a document, so its label is ignored.
+    """
+    row = _concatenated(sequences)
+    position_ids = torch.cat([torch.arange(len(sequence.input_ids)) for sequence in sequences])
+    return replace(row, labels=row.labels.masked_fill(position_ids == 0, IGNORED_LABEL), position_ids=position_ids)
+
+
+def _concatenated(sequences: SequenceOf[Sequence]) -> Sequence:
+    """The media_index of each counts on after the media of those before it."""
     pieces, media = [], 0
     for sequence in sequences:
         index = sequence.media_index
         pieces.append(torch.where(index < 0, index, index + media))
         media += len(sequence.media)
-    input_ids = torch.cat([sequence.input_ids for sequence in sequences])[:max_tokens]
-    labels = torch.cat([sequence.labels for sequence in sequences])[:max_tokens]
-    labels[:1] = IGNORED_LABEL
     return Sequence(
-        input_ids,
-        labels,
-        torch.cat(pieces)[:max_tokens],
+        torch.cat([sequence.input_ids for sequence in sequences]),
+        torch.cat([sequence.labels for sequence in sequences]),
+        torch.cat(pieces),
         tuple(medium for sequence in sequences for medium in sequence.media),
         tuple(sample for sequence in sequences for sample in sequence.samples),
     )

@@ -18,6 +18,7 @@ class StepMetrics:
     step_seconds: the whole update, waiting for data included. data_seconds: the waiting alone.
     skipped: the update was not applied, because its gradient was not finite.
     substituted: samples that could not be used and were replaced.
+    padding: share of the batch's positions that hold no token.
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     skipped: bool
     images: int = 0
     substituted: int = 0
+    padding: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The flat object of metrics.jsonl; numbers that are not finite become null, for JSON has none of them."""
@@ -43,6 +45,7 @@ class StepMetrics:
             "lr": self.lr,
             **{f"samples/{name}": value for name, value in self.samples.items()},
             "tokens": self.tokens,
+            "padding": round(self.padding, 6),
             "images": self.images,
             "substituted": self.substituted,
             "step_seconds": round(self.step_seconds, 6),

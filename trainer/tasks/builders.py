@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from model.language_model import separates_packed_documents
 from model.tokens import FlamingoTokenizer
 from model.vision_encoder import VisionEncoder
 from trainer.config.schema import (
@@ -100,6 +101,16 @@ def contrastive_builders(
         for source in data.sources
         if isinstance(source, ImageTextSource)
     }
+
+
+def check_packing(data: DataConfig, lm: nn.Module) -> None:
+    """Raises ValueError where a source packs and the language model would let its documents see one another."""
+    packed = [f"data.sources.{number}.pack" for number, source in enumerate(data.sources) if source.pack]
+    if packed and not separates_packed_documents(lm):
+        raise ValueError(
+            f"{', '.join(packed)}: {type(lm).__name__} does not keep packed documents apart (its attention mask is made "
+            "without their positions, or it has layers that are no attention): set pack to false, or take another model"
+        )
 
 
 def flamingo_encoding(tokenizer: FlamingoTokenizer) -> TextEncoding:

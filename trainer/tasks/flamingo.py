@@ -11,7 +11,7 @@ from trainer.data.loader import micro_batches_per_update
 from trainer.distributed import World
 from trainer.engine import partitioned_loading
 from trainer.loop import Task
-from trainer.tasks.builders import flamingo_builders
+from trainer.tasks.builders import check_packing, flamingo_builders
 
 
 def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
@@ -30,6 +30,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
             gather=placement.gather,
             partition=placement.partition,
         )
+    check_packing(config.data, model.language_model.lm)
     if config.training.activation_checkpointing:
         model.activation_checkpointing()
     size = model.vision_encoder.image_size

@@ -24,7 +24,7 @@ from trainer.data.reader import ShardReader
 from trainer.distributed import World, barrier
 from trainer.engine import partitioned_loading
 from trainer.loop import Task
-from trainer.tasks.builders import text_builders
+from trainer.tasks.builders import check_packing, text_builders
 
 
 @dataclass
@@ -42,10 +42,17 @@ class CausalLanguageModel(nn.Module):
         self.language_model = language_model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **unused: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **unused: Tensor,
     ) -> LanguageModelOutput:
-        """input_ids, attention_mask, labels: int64 [B, L]; labels at their token's own position, -100 ignored."""
-        logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        """All int64 [B, L]; labels at their token's own position, -100 ignored. Packed documents come as position_ids
+        that restart with each, and without an attention mask."""
+        attention = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
+        logits = self.language_model(input_ids=input_ids, use_cache=False, **attention).logits
         positions, targets = label_positions(labels)
         return LanguageModelOutput(summed_cross_entropy(logits.flatten(0, 1)[positions], targets))
 
@@ -116,6 +123,7 @@ def build_language_model_task(config: LanguageModelRunConfig, world: World) -> T
         language_model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**architecture), dtype=torch_dtype(config.training.dtype)
         )
+    check_packing(config.data, language_model)
     return Task(
         module=CausalLanguageModel(language_model),
         builders=text_builders(config.data, tokenizer),
