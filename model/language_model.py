@@ -35,7 +35,8 @@ BeforeBlock = Callable[[Tensor], Tensor]
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 # A mask made with the positions as an argument, or from a mapping of arguments that has them.
 _MASK_FROM_POSITIONS = re.compile(
-    r"(create_\w*mask\w*|mask_function)\([^()]*\bposition_ids\b|mask_kwargs = \{[^{}]*\"position_ids\""
+    r"(create_\w*mask\w*|mask_function)\([^()]*\bposition_ids\b"
+    r'|mask_kwargs = \{[^{}]*"position_ids"'
 )
 
 

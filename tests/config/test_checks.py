@@ -213,3 +213,24 @@ def test_a_raw_file_must_be_a_json_object(write_yaml: WriteYaml, tmp_path: Path)
         assert message in problem.message
     raw.write_text(json.dumps({"wall_clock_breakdown": True}))
     load_config(write_yaml({**run_values(), "deepspeed": {"raw": str(raw)}}), [], FlamingoRunConfig, check_files=False)
+
+
+def test_packing_filters_and_augmentation(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    pairs, documents = values["data"]["sources"]
+    pairs |= {"filters": {"min_words": 5, "max_words": 4}, "augment": {"crop_scale": [0.9, 0.5]}}
+    documents |= {"type": "text", "pack": True, "samples_per_row": 2, "filters": {"min_side": 64}}
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=False)}
+    assert "more than filters.max_words 4" in found["data.sources.0.filters.min_words"]
+    assert "the smaller number first" in found["data.sources.0.augment.crop_scale"]
+    assert "rows that are not packed" in found["data.sources.1.samples_per_row"]
+    assert "only text" in found["data.sources.1.filters.min_side"]
+
+
+def test_video_sources_and_overrides_of_their_sections(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    values["data"]["sources"][0] |= {"type": "video_text", "frames": 4}
+    words = ["--data.sources.pairs.filters.min_side", "64", "--data.sources.0.pack", "true"]
+    config = load_config(write_yaml(values), words, FlamingoRunConfig, check_files=False)
+    source = config.data.sources[0]
+    assert (source.type, source.frames, source.filters.min_side, source.pack) == ("video_text", 4, 64, True)

@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def documents_of(batch: Batch) -> Iterator[list[tuple[object, ...]]]:
         n = int(batch.attention_mask[row].sum())
         starts = [*torch.nonzero(batch.position_ids[row, :n] == 0).flatten().tolist(), n]
         documents: list[tuple[object, ...]] = []
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             index = batch.media_index[row, start:stop]
             used = [int(i) for i in index.unique() if i >= 0]
             local = torch.where(index < 0, index, index - min(used, default=0))
@@ -162,7 +163,7 @@ def test_a_row_is_its_documents(shards: Path) -> None:
         for batch in update.micro_batches:
             assert batch.position_ids is not None and "attention_mask" not in batch.inputs
             for row in documents_of(batch):
-                for sample, ids, labels, index, media in row:
+                for _, ids, labels, index, media in row:
                     assert ids[0] == BOS and labels[0] == -100 and index[0] in (-1, 0)  # type: ignore[index]
                     assert len(media) == (0 if batch.source == "text" else 1)  # type: ignore[arg-type]
                     assert (max(index) >= 0) == bool(media)  # type: ignore[call-overload]

@@ -108,8 +108,8 @@ def check_packing(data: DataConfig, lm: nn.Module) -> None:
     packed = [f"data.sources.{number}.pack" for number, source in enumerate(data.sources) if source.pack]
     if packed and not separates_packed_documents(lm):
         raise ValueError(
-            f"{', '.join(packed)}: {type(lm).__name__} does not keep packed documents apart (its attention mask is made "
-            "without their positions, or it has layers that are no attention): set pack to false, or take another model"
+            f"{', '.join(packed)}: {type(lm).__name__} does not keep packed documents apart (its attention mask "
+            "ignores their positions, or it has layers that are no attention): set pack to false, or take another model"
         )
 
 
