@@ -1,7 +1,8 @@
-"""What the data are, as text.
+"""What the data are, as text, and what a Flamingo is fed, as a page with its images.
 
     python -m trainer.inspect MANIFEST [--samples N]               shards, and the first samples' members
     python -m trainer.inspect CONFIG.yaml --step T [--section.key VALUE ...]   the samples of global batch T
+    python -m trainer.inspect CONFIG.yaml --step T --html FILE [--rows N]      its images, tokens and what they see
 
 Steps count updates from 0. Nothing is trained or changed; the second form reads the run's configuration like the
 trainers do, and says the same for any number of processes.
@@ -17,8 +18,12 @@ from pathlib import Path
 import yaml
 
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import DataConfig, RunConfig
+from trainer.config.schema import DataConfig, FlamingoRunConfig, RunConfig
+from trainer.data.contact_sheet import contact_sheet
+from trainer.data.errors import DataError
+from trainer.data.files import write_atomically
 from trainer.data.manifest import Manifest, load_manifest
+from trainer.data.micro_batches import MicroBatches
 from trainer.data.plan import build_orders, plan_update
 from trainer.data.reader import ShardReader
 from trainer.errors import ConfigError, TrainerError
@@ -34,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path: Path = arguments.path
     try:
         if path.suffix in (".yaml", ".yml"):
-            lines = describe_update(_data_of(path, overrides), arguments.step)
+            config = _config_of(path, overrides)
+            if arguments.html is not None:
+                write_contact_sheet(config, arguments.step, arguments.html, arguments.rows)
+            lines = describe_update(config.data, arguments.step)
         elif overrides:
             raise ValueError(f"unknown arguments: {' '.join(overrides)}")
         else:
@@ -52,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _data_of(path: Path, overrides: Sequence[str]) -> DataConfig:
+def _config_of(path: Path, overrides: Sequence[str]) -> RunConfig:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     schema = schema_of(values if isinstance(values, dict) else {})
     if not issubclass(schema, RunConfig):
         raise ValueError(f"{path} is not the configuration of a training run")
     config: RunConfig = load_config(path, overrides, schema)
-    return config.data
+    return config
 
 
 def describe_manifest(manifest: Manifest, samples: int) -> Iterator[str]:
@@ -84,6 +92,12 @@ def describe_update(data: DataConfig, step: int) -> Iterator[str]:
     plans = plan_update(data, 1)
     manifests = [load_manifest(source.manifest) for source in data.sources]
     for plan, manifest, order in zip(plans, manifests, build_orders(data, plans, manifests), strict=True):
+        if plan.source.pack:
+            yield (
+                f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} packed rows from "
+                f"{order.lanes} lanes; which samples share a row depends on their tokens: --html shows them"
+            )
+            continue
         reader = ShardReader(manifest)
         yield (
             f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} sequences from {order.lanes} "
@@ -94,6 +108,47 @@ def describe_update(data: DataConfig, step: int) -> Iterator[str]:
                 sample = describe_sample(*reader.read(place.shard, place.index))
                 yield f"  lane {lane} epoch {place.epoch} {manifest.url(place.shard)}[{place.index}] {sample}"
         reader.close()
+
+
+def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> None:
+    """Global batch ``step`` as one HTML page; rows: at most so many of each source.
+
+    Loads the tower, for its input size and mean colour, and the tokenizer. The texts of packed sources are gone through
+    from the start of the run. Raises ValueError (settings), ShardError and TooManyBadSamplesError.
+    """
+    if not isinstance(config, FlamingoRunConfig):
+        raise ValueError("--html shows the batches of trainer.train; this is the configuration of another trainer")
+    # Heavy imports, which text output does without.
+    from model.factory import build_tokenizer
+    from model.vision_encoder import VisionEncoder, build_tower
+    from trainer.tasks.builders import flamingo_builders
+
+    tokenizer = build_tokenizer(config.model)
+    encoder = VisionEncoder(build_tower(config.model.vision), config.model.vision)
+    micro_batches = MicroBatches(
+        config.data,
+        flamingo_builders(config.data, tokenizer, encoder),
+        [load_manifest(source.manifest) for source in config.data.sources],
+        pad_id=tokenizer.pad_id,
+        media_shape=(1, 3, encoder.image_size, encoder.image_size),
+        rank=0,
+        world_size=1,
+    )
+    each = micro_batches.micro_batches_per_update
+    made = [micro_batches[index] for index in range(step * each, (step + 1) * each)]
+    batches = []
+    for one in made:
+        if isinstance(one, DataError):
+            raise one
+        batches.append(one.batch)
+    page = contact_sheet(
+        batches,
+        lambda token: tokenizer.tokenizer.decode([token], skip_special_tokens=False),
+        tokenizer.image_id,
+        title=f"{config.run_dir.name}: global batch {step}",
+        rows=rows,
+    )
+    write_atomically(path, page.encode())
 
 
 def describe_sample(key: str, members: Mapping[str, bytes]) -> str:
@@ -116,6 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", type=Path, metavar="MANIFEST|CONFIG.yaml")
     parser.add_argument("--step", type=int, default=0, metavar="T", help="of a configuration: which global batch")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="of a manifest: how many samples")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="of a configuration: write a page with its images")
+    parser.add_argument("--rows", type=int, default=32, metavar="N", help="of that page: rows of each source")
     return parser
 
 
