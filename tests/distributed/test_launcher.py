@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -102,9 +103,34 @@ def test_killed_under_the_launcher_and_started_again(assets: Path, tmp_path: Pat
     (tmp_path / "a.png").write_bytes(image_bytes((10, 200, 30), size=(40, 20)))
     said = python("trainer.generate", str(tmp_path / "whole" / "export"), "--image", str(tmp_path / "a.png"))
     assert said.returncode == 0, said.stderr
+    check_evaluation(assets, tmp_path / "whole" / "export", tmp_path)
     exported = python("trainer.export", str(tmp_path / "whole"), "--output", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights[1]
+
+
+def check_evaluation(assets: Path, model: Path, folder: Path) -> None:
+    """The report holds every figure, and a missed bound is an exit code."""
+    pairs, documents = (str(assets / "data" / name / "manifest.npz") for name in ("pairs", "documents"))
+    settings = {
+        "model": str(model),
+        "report": str(folder / "report.json"),
+        "samples": 4,
+        "max_new_tokens": 6,
+        "tasks": [
+            {"name": "pairs", "manifest": pairs},
+            {"name": "first", "manifest": documents, "type": "interleaved", "control": "shuffled", "maximum": 1.0},
+            {"name": "blind", "manifest": pairs, "control": "without_images"},
+        ],
+    }
+    config = write_settings(folder / "evaluate.yaml", settings)
+    result = python("trainer.evaluate", str(config))
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads((folder / "report.json").read_text())) == {"pairs", "first", "blind"}
+    result = python("trainer.evaluate", str(config), "--tasks.pairs.minimum", "1.0")
+    assert result.returncode == 1 and "missed: pairs" in result.stderr
+    result = python("trainer.evaluate", str(config), "--model", str(folder))
+    assert result.returncode == 1 and "is not an exported Flamingo" in result.stderr
 
 
 def test_a_wrong_configuration_is_told_at_once_with_code_2(assets: Path, tmp_path: Path) -> None:
