@@ -6,6 +6,7 @@ Nothing heavy is imported before the configuration is known to be good, so that 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from trainer.config.loader import check_world_size, config_to_yaml, parse_arguments
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -26,7 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION = 0, 1, 2
 COMPLETE = "complete"
 # Errors whose message says all that a user needs; anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, RuntimeError)
+_USER_ERRORS = (TrainerError, ValueError, OSError)
 
 _log = logging.getLogger("trainer")
 
@@ -47,7 +48,8 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
     """
     config = parse_arguments(schema, argv)
     if is_complete(config):
-        print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
         return EXIT_OK
 
     from trainer import distributed

@@ -125,7 +125,7 @@ def _save(
 ) -> None:
     state = TrainingState(step, world.size, data, task.frozen, task.model, in_a_row)
     folder = checkpoint_folder(config)
-    save_checkpoint(folder, state, engine.save, world)
+    save_checkpoint(folder, state, config_to_yaml(config), engine.save, world)
     prune_checkpoints(folder, config.checkpoint, world)
 
 
