@@ -15,7 +15,10 @@ Attention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class CrossShape:
-    """Text of `batch` rows of `length` tokens; every row has its own `media` media, spread evenly, the first at 0."""
+    """Text of `batch` rows of `length` tokens, each with its own `media` media, spread evenly.
+
+    leading_text: there is as much text before the first medium, which sees none, as after each of the others.
+    """
 
     batch: int
     length: int
@@ -23,17 +26,27 @@ class CrossShape:
     heads: int
     width: int
     latents: int = 64
+    leading_text: bool = False
+
+    def within_row(self, device: str) -> Tensor:
+        """[length]: the medium of its row that a token sees, or -1."""
+        leading = int(self.leading_text)
+        return torch.arange(self.length, device=device) * (self.media + leading) // self.length - leading
 
     def media_index(self, device: str) -> Tensor:
-        """[batch * length]: rows of the flat media list, non-decreasing."""
-        within = torch.arange(self.length, device=device) * self.media // self.length
-        return (within + self.media * torch.arange(self.batch, device=device)[:, None]).flatten()
+        """[batch * length]: the same in the flat media list of the batch."""
+        within = self.within_row(device)
+        of_row = self.media * torch.arange(self.batch, device=device)[:, None]
+        return torch.where(within >= 0, within + of_row, -1).flatten()
 
     def mask(self, device: str) -> Tensor:
-        """[1 or batch, 1, length, media * latents], true where a token sees a latent. The rows of a batch are alike."""
-        within = torch.arange(self.length, device=device) * self.media // self.length
+        """[1, 1, length, media * latents], true where a token sees a latent. The rows of a batch are alike."""
         medium = torch.arange(self.media, device=device).repeat_interleave(self.latents)
-        return (within[:, None] == medium)[None, None]
+        return (self.within_row(device)[:, None] == medium)[None, None]
+
+    def blind(self, device: str) -> Tensor | None:
+        """[1, 1, length, 1], true where a token sees no medium, or None if all see one."""
+        return (self.within_row(device) < 0)[None, None, :, None] if self.leading_text else None
 
 
 def by_batch(shape: CrossShape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,10 +59,11 @@ def by_batch(shape: CrossShape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 
 def dense_sdpa(shape: CrossShape, device: str) -> Attention:
     """SDPA over all media of a row, with a mask."""
-    mask = shape.mask(device)
+    mask, blind = shape.mask(device), shape.blind(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(*by_batch(shape, q, k, v), attn_mask=mask)
+        out = out if blind is None else out.masked_fill(blind, 0.0)
         return out.transpose(1, 2).flatten(0, 1)
 
     return attention
@@ -57,14 +71,16 @@ def dense_sdpa(shape: CrossShape, device: str) -> Attention:
 
 def masked_einsum(shape: CrossShape, device: str) -> Attention:
     """Scores of all media of a row, masked, softmax, weights: as OpenFlamingo computes it."""
-    mask = shape.mask(device)
+    mask, blind = shape.mask(device), shape.blind(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = by_batch(shape, q, k, v)
         scores = torch.einsum("bhid,bhjd->bhij", q * shape.width**-0.5, k)
         scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         scores = scores - scores.amax(dim=-1, keepdim=True).detach()
-        return torch.einsum("bhij,bhjd->bhid", scores.softmax(dim=-1), v).transpose(1, 2).flatten(0, 1)
+        weights = scores.softmax(dim=-1)
+        weights = weights if blind is None else weights.masked_fill(blind, 0.0)
+        return torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(0, 1)
 
     return attention
 
@@ -87,7 +103,7 @@ def flex(shape: CrossShape, device: str) -> Attention:
 
 
 def varlen(shape: CrossShape, device: str) -> Attention:
-    """torch's varlen_attn: a sequence for every medium, its text as queries. Valid as all rows see a medium here."""
+    """torch's varlen_attn: a sequence for every medium, its text as queries. All rows must see a medium."""
     counts = shape.media_index(device).bincount()
     cu_rows = F.pad(counts.cumsum(0), (1, 0)).int()
     cu_keys = torch.arange(0, counts.numel() + 1, device=device, dtype=torch.int32) * shape.latents
@@ -125,7 +141,7 @@ def flash_attention(shape: CrossShape, device: str) -> Attention:
 def cross_rivals(shape: CrossShape, device: str) -> dict[str, Attention]:
     """By name, those that run on this device."""
     rivals = {"SDPA + dense mask": dense_sdpa(shape, device), "masked einsum": masked_einsum(shape, device)}
-    if device == "cuda":
+    if device == "cuda" and not shape.leading_text:
         rivals |= {"FlexAttention": flex(shape, device), "varlen_attn": varlen(shape, device)}
         if importlib.util.find_spec("flash_attn") is not None:
             rivals["flash-attn"] = flash_attention(shape, device)

@@ -31,7 +31,7 @@ H100_BYTES_PER_SECOND = 3.35e12
 CPU_DTYPES, CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.bfloat16,)
 
 CROSS_SHAPES = {
-    "cpu": [CrossShape(1, 512, 8, 8, 64)],
+    "cpu": [CrossShape(1, 512, 8, 8, 64, leading_text=True)],
     "cuda": [CrossShape(8, 2048, media, *heads) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)],
 }
 RESAMPLER_SHAPES = {
@@ -214,9 +214,7 @@ def _cuda_peak(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _memory_row(
-    case: str, op: str, ours: Attention, inputs: Sequence[Tensor], rival: str, rival_bytes: int
-) -> Row:
+def _memory_row(case: str, op: str, ours: Attention, inputs: Sequence[Tensor], rival: str, rival_bytes: int) -> Row:
     """Peak memory of forward and backward beyond the output and the gradients, which any implementation returns."""
     grad = torch.randn_like(ours(*inputs))
     returned = grad.nbytes + sum(x.nbytes for x in inputs)
@@ -231,12 +229,13 @@ def _memory_row(
 def _cpu_peak(step: Callable[[], object]) -> int:
     """Bytes of resident memory that a step needs at its peak, beyond what is there before. Linux only.
 
-    Free memory that the allocator keeps would hide what a step needs, so it is given back first.
+    Memory that the allocator or the kernels keep would hide what a step needs, so it is given back first.
     """
     step()
     peaks = []
     for _ in range(5):
         gc.collect()
+        torch.ops.flamingo.release_cpu_scratch()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
         before = _status_bytes("VmRSS")
