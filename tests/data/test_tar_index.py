@@ -211,7 +211,7 @@ def test_sidecar_round_trip_and_damage(tmp_path: Path) -> None:
     save_sidecar(index, path)
     loaded = load_sidecar(path)
     assert loaded.offsets.tolist() == index.offsets.tolist()
-    assert (loaded.checksum, loaded.tar_bytes, loaded.mtime_ns) == (index.checksum, index.tar_bytes, index.mtime_ns)
+    assert (loaded.checksum, loaded.tar_bytes, loaded.version) == (index.checksum, index.tar_bytes, index.version)
     assert (loaded.required, loaded.rejected) == (index.required, index.rejected)
     data = path.read_bytes()
     for broken in (b"", data[:50], data[:-1], b"X" + data[1:], data[:8] + b"\x09" + data[9:]):

@@ -18,6 +18,7 @@ from trainer.data.order import Location, SourceOrder, lanes_of
 from trainer.data.plan import build_orders, plan_update
 from trainer.data.reader import ShardReader
 from trainer.data.sequences import Builder, join, sample_rng
+from trainer.data.storage import StorageSettings, check_cache_size
 
 SUBSTITUTES = 16  # with half of all samples bad, sixteen in a row happen once in 65,000
 
@@ -59,8 +60,11 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         self.config, self.builders, self.pad_id, self.media_shape = config, builders, pad_id, media_shape
         self.plans = plan_update(config, world_size)
         self.orders = build_orders(config, self.plans, manifests)
-        self.readers = tuple(ShardReader(manifest) for manifest in manifests)
+        storage = StorageSettings.of(config)
+        self.readers = tuple(ShardReader(manifest, storage=storage) for manifest in manifests)
         self._lanes = [lanes_of(rank, world_size, plan.lanes) for plan in self.plans]
+        for plan, manifest, lanes in zip(self.plans, manifests, self._lanes, strict=True):
+            check_cache_size(manifest, storage, len(lanes), config.window, f"source {plan.source.name!r}")
         self._slots = [(number, micro) for number, plan in enumerate(self.plans) for micro in range(plan.micro_batches)]
 
     @property
