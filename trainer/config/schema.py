@@ -111,7 +111,8 @@ class DataConfig:
     max_pixels: images whose header says more are skipped before they are decoded.
     ledger: write ``ledger/rank-N.jsonl``, one line a sample that an applied step consumed.
     max_bad_fraction: share of a source's last ``bad_window`` samples (over all ranks) that may be bad; one more stops
-        the run with the reasons. Substitutes that are bad themselves count too. The window starts empty at a resume.
+        the run with the reasons. Substitutes that are bad themselves count too, what filters leave out does not. The
+        window starts empty at a resume.
     cache_dir: where blocks of remote shards are kept, a folder on a disk of the node that all its processes share;
         None takes a folder of this user's in the system's temporary folder.
     cache_bytes: the most that cache_dir holds; the blocks that were not used for longest go first.
