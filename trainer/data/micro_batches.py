@@ -72,6 +72,11 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         """Of all sources together; the same for every rank and step."""
         return len(self._slots)
 
+    def prepare(self, step: int) -> None:
+        """Before loader processes are forked: the orders that they will share instead of each making its own."""
+        for order in self.orders:
+            order.prepare(step)
+
     def __getitem__(self, index: int) -> MicroBatch | DataError:
         try:
             return self._micro_batch(index)

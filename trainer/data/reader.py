@@ -13,7 +13,7 @@ from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.remote import RemoteStore
 from trainer.data.storage import LocalShard, RemoteShard, StorageSettings
 from trainer.data.tar_index import ShardIndex, load_sidecar
-from trainer.data.tar_members import TarDamageError, read_members, split_name
+from trainer.data.tar_members import TarDamageError, sample_members
 
 _OPEN_SHARDS = 256
 
@@ -42,17 +42,11 @@ class ShardReader:
         if not 0 <= index < len(opened.offsets):
             raise ShardError(f"{self._where(shard)}: no sample {index}, it has {len(opened.offsets)}")
         data = opened.sample(index)
-        key, members = "", {}
         try:
-            for member in read_members(lambda offset, n: data[offset : offset + n], len(data), whole=False):
-                parts = split_name(member.name)
-                if parts is not None:
-                    key, extension = parts
-                    members[extension] = data[member.data : member.data + member.size]
+            return sample_members(data)
         except TarDamageError as error:
             start = int(opened.offsets[index][0])
             raise ShardError(f"{self._where(shard)}: sample {index} at byte {start}: {error}") from error
-        return key, members
 
     def close(self) -> None:
         """Closes every open shard and block."""

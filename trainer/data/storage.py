@@ -49,7 +49,7 @@ class LocalShard:
 
     def sample(self, index: int) -> bytes:
         """The bytes of a sample's members. Raises ShardError."""
-        start, end = self.offsets[index].tolist()
+        start, end = self.offsets.item(index, 0), self.offsets.item(index, 1)
         try:
             data = os.pread(self._descriptor, end - start, start)
         except OSError as error:
