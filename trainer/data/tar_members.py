@@ -56,8 +56,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 def sample_members(data: bytes) -> tuple[str, dict[str, bytes]]:
     """The key and the members (lower-case extension -> bytes) of one sample's byte range.
 
-    The common headers (ustar, and pax records that give neither name nor size) are read in a tight loop, since this runs
-    for every sample; anything else goes through ``read_members``. Every header's checksum counts either way.
+    The common headers (ustar, and pax records that give neither name nor size) are read in a tight loop, since this
+    runs for every sample; anything else goes through ``read_members``. Every header's checksum counts either way.
     Raises TarDamageError.
     """
     key, members, offset, end = "", {}, 0, len(data)
