@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from trainer.data.errors import ShardError
 from trainer.data.image_text import ImageTextBuilder
 from trainer.data.loader import UpdateLoader
 from trainer.data.manifest import Manifest, load_manifest
+from trainer.data.order import SourceOrder
+from trainer.data.prefetch import BlockPrefetcher
 from trainer.data.reader import ShardReader
 from trainer.data.remote import RemoteError, RemoteStore, RetryPolicy
 from trainer.data.storage import StorageSettings
@@ -284,3 +287,31 @@ def test_pipe_urls_never_run_anywhere(tmp_path: Path) -> None:
         ShardReader(manifest).read(0, 0)
     assert index.main(["--output", str(tmp_path / "m.npz"), url]) == 2
     assert os.listdir(tmp_path) == []
+
+
+def test_the_next_window_is_fetched_while_one_is_read(server: Server, tmp_path: Path) -> None:
+    """After one sample, the blocks of that lane's window and of the next are in the cache."""
+    manifest = load_manifest(indexed(server, tmp_path / "run"))
+    order = SourceOrder("text", manifest.samples, seed=0, lanes=2, samples_per_update=2, block=8, window=10)
+    one = BlockPrefetcher(manifest, order, settings(tmp_path))
+    wanted = {*order.blocks_of(1, 0, 0), *order.blocks_of(1, 0, 1)}
+    positions = [order.at(1, position) for position in range(20)]
+    assert wanted == {(place.shard, place.index // 8) for place in positions}
+    server.ranges.clear()
+    one.reading(1, 0)
+    one.reading(1, 9)
+    deadline = time.monotonic() + 5
+    while len(list((tmp_path / "cache").glob("??/*.block"))) < len(wanted) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(server.ranges) == len(wanted)
+    reader = ShardReader(manifest, storage=settings(tmp_path))
+    for place in positions:
+        reader.read(place.shard, place.index)
+    assert len(server.ranges) == len(wanted)
+
+
+def test_blocks_ahead_of_an_epochs_end_are_of_the_next_epoch() -> None:
+    order = SourceOrder("text", COUNTS, seed=0, lanes=2, samples_per_update=2, block=8, window=10)
+    last = order.samples_per_lane - 1
+    places = [order.at(1, position) for position in range(last + 1, last + 11)]
+    assert order.blocks_of(1, last, 1) == list(dict.fromkeys((place.shard, place.index // 8) for place in places))

@@ -243,7 +243,7 @@ def _cpu_seconds() -> float:
 
 
 def _scale() -> Iterator[Row]:
-    """2 billion samples in 2 million shards, in a fresh process."""
+    """2 billion samples in 2 million shards, in fresh processes; the better of two counts."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "manifest.npz"
         urls = [f"s3://bucket/some/dataset/part-{shard:07d}.tar" for shard in range(SHARDS)]
@@ -251,13 +251,14 @@ def _scale() -> Iterator[Row]:
         Manifest.create(path, urls, counts, [25_000_000] * SHARDS, list(range(SHARDS)), [False] * SHARDS).save()
         del urls, counts
         context = multiprocessing.get_context("spawn")
-        found = {}
-        for position in ("start", "far"):
+        found: dict[str, dict[str, float]] = {}
+        for position in ("start", "far") * 2:
             receive, send = context.Pipe(duplex=False)
             process = context.Process(target=partial(_measure_scale, path, position, send))
             process.start()
-            found[position] = receive.recv()
+            once = receive.recv()
             process.join()
+            found[position] = {name: min(value, found.get(position, once)[name]) for name, value in once.items()}
     case = f"{SHARDS * SAMPLES_PER_SHARD:,} samples in {SHARDS:,} shards"
     start, far = found["start"], found["far"]
     yield _against(case, "ready for the first batch", "s", start["ready"], "limit", 10.0, 1.0)

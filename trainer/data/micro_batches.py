@@ -16,6 +16,7 @@ from trainer.data.errors import DataError, SampleError, TooManyBadSamplesError
 from trainer.data.manifest import Manifest
 from trainer.data.order import Location, SourceOrder, lanes_of
 from trainer.data.plan import build_orders, plan_update
+from trainer.data.prefetch import BlockPrefetcher
 from trainer.data.reader import ShardReader
 from trainer.data.sequences import Builder, join, sample_rng
 from trainer.data.storage import StorageSettings, check_cache_size
@@ -62,6 +63,9 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         self.orders = build_orders(config, self.plans, manifests)
         storage = StorageSettings.of(config)
         self.readers = tuple(ShardReader(manifest, storage=storage) for manifest in manifests)
+        self._prefetchers = tuple(
+            BlockPrefetcher(manifest, order, storage) for manifest, order in zip(manifests, self.orders, strict=True)
+        )
         self._lanes = [lanes_of(rank, world_size, plan.lanes) for plan in self.plans]
         for plan, manifest, lanes in zip(self.plans, manifests, self._lanes, strict=True):
             check_cache_size(manifest, storage, len(lanes), config.window, f"source {plan.source.name!r}")
@@ -105,6 +109,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
 
     def _sample(self, source: int, lane: int, position: int, skipped: list[Skipped]) -> Sequence:
         order = self.orders[source]
+        self._prefetchers[source].reading(lane, position)
         location: Location | None = order.at(lane, position)
         failed = 0
         while location is not None and failed <= SUBSTITUTES:

@@ -114,6 +114,9 @@ class SourceOrder:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: dict[int, _Window] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": OrderedDict(), "_windows": {}}  # a spawned process makes its own
+
     def samples_of(self, update: int, lanes: Sequence[int] | None = None) -> list[list[Location]]:
         """The samples of an update, a list for each of ``lanes`` (all by default)."""
         chosen = range(self.lanes) if lanes is None else lanes
@@ -137,6 +140,22 @@ class SourceOrder:
         start = stable_key(self.seed, self.name, "substitute", lane, position) % others
         chosen = (offset + 1 + (start + attempt) % others) % (others + 1)
         return Location(window.epoch, int(window.shards[chosen]), int(window.indices[chosen]))
+
+    def window_of(self, position: int) -> tuple[int, int]:
+        """(epoch, number) of the window that a lane's position is in."""
+        epoch, within = divmod(position, self.samples_per_lane)
+        return epoch, within // self.window
+
+    def blocks_of(self, lane: int, position: int, ahead: int = 0) -> list[tuple[int, int]]:
+        """(shard, block in the shard) that a lane's window reads from, in the order in which it comes to them.
+
+        ahead: 0 for the window that ``position`` is in, 1 for the next one.
+        """
+        epoch, number = self.window_of(position)
+        windows = -(-self.samples_per_lane // self.window)
+        epoch, number = epoch + (number + ahead) // windows, (number + ahead) % windows
+        window = self._make_window(epoch, lane, number)
+        return list(dict.fromkeys(zip(window.shards.tolist(), (window.indices // self.block).tolist(), strict=True)))
 
     def prepare(self, update: int) -> None:
         """Makes what an update needs and what forked processes can share: the order of its epoch."""

@@ -38,7 +38,7 @@ class ShardReader:
 
     def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         """The key and the members (lower-case extension -> bytes) of a sample."""
-        opened = self._shard(shard)
+        opened = self.open(shard)
         if not 0 <= index < len(opened.offsets):
             raise ShardError(f"{self._where(shard)}: no sample {index}, it has {len(opened.offsets)}")
         data = opened.sample(index)
@@ -57,7 +57,8 @@ class ShardReader:
     def _where(self, shard: int) -> str:
         return f"shard {self.manifest.url(shard)} of {self.manifest.path}"
 
-    def _shard(self, shard: int) -> LocalShard | RemoteShard:
+    def open(self, shard: int) -> LocalShard | RemoteShard:
+        """A shard, checked against the manifest when it was not open yet. Raises ShardError."""
         opened = self._open.get(shard)
         if opened is not None:
             self._open.move_to_end(shard)

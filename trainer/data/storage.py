@@ -105,7 +105,8 @@ def check_cache_size(manifest: Manifest, settings: StorageSettings, lanes: int, 
     if not manifest.has_remote or not manifest.total_samples:
         return
     block_bytes = settings.block * int(manifest.shard_bytes.sum()) / manifest.total_samples
-    needed = int(lanes * (-(-window // settings.block) + 1) * block_bytes)
+    blocks = -(-window // settings.block) + 1
+    needed = int(lanes * 2 * blocks * block_bytes)  # of the window that is read and of the next
     needed = min(needed, int(manifest.shard_bytes.sum()))
     if needed > settings.cache_bytes:
         raise ValueError(
