@@ -19,10 +19,9 @@ processes=${QUICKSTART_PROCESSES:-2}
 # One thread a process: two processes share what may be two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 if ! nvidia-smi >/dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi
-launch() { # the deepspeed launcher hides how a child died; every trainer leaves runs/.../complete only at its end
-  local module=$1 config=$2
+launch() {
   local port=$((20000 + RANDOM % 20000))
-  deepspeed --num_accelerators "$processes" --master_port "$port" --module "trainer.$module" "$config"
+  deepspeed --log_level warning --num_accelerators "$processes" --master_port "$port" --module "trainer.$1" "$2"
 }
 
 step "2/6 data: handwritten digits as webdataset shards"

@@ -86,7 +86,7 @@ def generate(
         eos_token_id=stops,
         pad_token_id=tokens.pad_id,
         bos_token_id=tokens.bos_id,
-        suppress_tokens=[tokens.image_id],
+        suppress_tokens=[tokens.image_id, *generation_settings.pop("suppress_tokens", ())],
         use_cache=True,
         **sampling,
         **generation_settings,

@@ -14,11 +14,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+
+from trainer.errors import TrainerError
 
 Key = TypeVar("Key", bound=Hashable)
 # srun sets none of the variables that torch reads.
 _SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+class RankFailedError(TrainerError):
+    """Another rank failed; its own message is in this one's."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def from_main(value: Any, world: World) -> Any:
 def raise_together(error: Exception | None, world: World) -> None:
     """Raise on every rank if any rank failed, so that nobody waits in a collective for one that is gone.
 
-    Raises: the rank's own error, or RuntimeError naming the first rank that failed.
+    Raises: the rank's own error, or RankFailedError naming the first rank that failed.
     """
     messages: list[str | None] = [None] * world.size
     dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
@@ -120,16 +125,9 @@ def raise_together(error: Exception | None, world: World) -> None:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
+            raise RankFailedError(f"rank {rank} failed: {message}")
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
-
-
-def gather_tensors(tensors: Sequence[Tensor], world: World) -> list[list[Tensor]]:
-    """For each rank its tensors (small, on CPU), on every rank."""
-    gathered: list[list[Tensor] | None] = [None] * world.size
-    dist.all_gather_object(gathered, list(tensors))
-    return [list(row) for row in gathered if row is not None]

@@ -6,8 +6,10 @@ Nothing heavy is imported before the configuration is known to be good, so that 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from trainer.config.loader import check_world_size, config_to_yaml, parse_arguments
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -26,7 +28,7 @@ Config = TypeVar("Config", bound=RunConfig)
 EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION = 0, 1, 2
 COMPLETE = "complete"
 # Errors whose message says all that a user needs; anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, RuntimeError)
+_USER_ERRORS = (TrainerError, ValueError, OSError)
 
 _log = logging.getLogger("trainer")
 
@@ -42,12 +44,14 @@ class Tools(Generic[Config]):
 def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callable[[], Tools[Config]]) -> int:
     """Run a training entry point and return its exit code.
 
-    0: the run is complete. 2: the configuration is wrong; all its errors were printed before anything was loaded.
-    1: it failed later. A run that is complete already is left as it is.
+    0: the run is complete (one that was complete already is left as it is). 2: the configuration is wrong; all its
+    errors were printed before anything was loaded. 75: it was asked to stop and saved a checkpoint: start it again.
+    1: it failed.
     """
     config = parse_arguments(schema, argv)
     if is_complete(config):
-        print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
         return EXIT_OK
 
     from trainer import distributed
@@ -57,17 +61,35 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
     try:
         check_world_size(config, world.size)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        _train_and_export(config, world, tools())
+        with _locked(config.run_dir, world):
+            _train_and_export(config, world, tools())
     except ConfigError as error:
         if world.is_main:
             print(error, file=sys.stderr)
         return EXIT_CONFIGURATION
     except _USER_ERRORS as error:
         _log.error("%s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG))
-        return EXIT_FAILED
+        return getattr(error, "exit_code", EXIT_FAILED)
     finally:
         distributed.shut_down()
     return EXIT_OK
+
+
+@contextmanager
+def _locked(run_dir: Path, world: World) -> Iterator[None]:
+    """The run folder is this job's; all ranks fail together when it is another's."""
+    from trainer.distributed import raise_together
+    from trainer.resilience.run_lock import RunLockedError, run_lock
+
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if world.is_main:
+            try:
+                stack.enter_context(run_lock(run_dir))
+            except (OSError, RunLockedError) as caught:
+                error = caught
+        raise_together(error, world)
+        yield
 
 
 def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:

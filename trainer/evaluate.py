@@ -19,12 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from rich.console import Console
     from rich.table import Table
+    from transformers.utils.logging import disable_progress_bar
 
     from model.pretrained import from_pretrained, tokenizer_of
     from trainer.checkpoint.files import write_json
     from trainer.evaluation import evaluate_task
     from trainer.generate import decoder_of
 
+    disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState
     checkpoint = find_checkpoint(checkpoint_folder(config))
     if checkpoint is None:
         raise CheckpointError(f"{config.run_dir} has no complete checkpoint yet")
-    weights = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
-    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # progress of its parts
+        weights = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+        )
     return dict(weights), read_state(checkpoint)
 
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
 from trainer.metrics.step import StepMetrics
 from trainer.optimizer import learning_rate_factor
+from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import SkippedSteps
 
 _log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ class Task:
 def train(task: Task, config: RunConfig, world: World) -> None:
     """Train to ``config.training.steps``, from the newest good checkpoint of ``config.run_dir`` if there is one.
 
-    Raises: CheckpointError when that checkpoint does not fit; ValueError for data that does not; TrainingDivergedError.
+    Raises: CheckpointError when that checkpoint does not fit; ValueError for data that do not; TrainingDivergedError;
+    PreemptedError after a signal, with a checkpoint of the update it came in.
     """
     torch.manual_seed(config.training.seed + world.rank)
     engine = Engine(task.module, config.optimizer, task.deepspeed, world)
@@ -85,26 +88,29 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
-    writer = MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step)
-    limit = BadSampleLimit(config.data)
-    ledger = LedgerWriter(config.run_dir, world.rank, state.step, world.size) if config.data.ledger else None
+    preemption, limit = Preemption(world), BadSampleLimit(config.data)
 
-    for update, data_seconds in _timed(loader):
-        start = time.perf_counter()
-        result, losses = _run_update(engine, update, task, config, world)
-        skipped.record(update.step, result.applied)
-        if ledger is not None and result.applied:
-            ledger.write(update.step + 1, [sample for batch in update.micro_batches for sample in batch.samples])
-        step_seconds = time.perf_counter() - start + data_seconds
-        consumed, replaced = _samples(update, config, world)
-        writer.write(_metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds))
-        limit.record(consumed, replaced)
-        done = update.step + 1
-        if done % config.checkpoint.every == 0 or done == config.training.steps:
-            _save(engine, task, config, world, done, loader.state(done), skipped.in_a_row)
-    writer.close()
-    if ledger is not None:
-        ledger.close()
+    with (
+        preemption.listening(),
+        MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
+        closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
+    ):
+        for update, data_seconds in _timed(loader):
+            start = time.perf_counter()
+            result, losses = _run_update(engine, update, task, config, world)
+            if config.data.ledger and result.applied:
+                ledger.write(update.step + 1, [sample for batch in update.micro_batches for sample in batch.samples])
+            step_seconds = time.perf_counter() - start + data_seconds
+            consumed, replaced = _samples(update, config, world)
+            writer.write(_metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds))
+            skipped.record(update.step + 1, result.applied)
+            limit.record(consumed, replaced)
+            done = update.step + 1
+            stop = preemption.agreed()
+            if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
+                _save(engine, task, config, world, done, loader.state(done), skipped.in_a_row)
+            if stop and done < config.training.steps:
+                raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -129,7 +135,7 @@ def _save(
 ) -> None:
     state = TrainingState(step, world.size, data, task.frozen, task.model, in_a_row)
     folder = checkpoint_folder(config)
-    save_checkpoint(folder, state, engine.save, world)
+    save_checkpoint(folder, state, config_to_yaml(config), engine.save, world)
     prune_checkpoints(folder, config.checkpoint, world)
 
 

@@ -48,6 +48,13 @@ struct Attention {
     return {low / kBlockKeys, (high + kBlockKeys - 1) / kBlockKeys};
   }
 
+  // Whether a row sees every key of a block, and the block is full.
+  static bool sees_block(const Group& group, int64_t row, int64_t block) {
+    const int64_t begin = group.key_begin ? group.key_begin[row] : 0;
+    const int64_t end = group.key_begin ? group.key_end[row] : group.key_count();
+    return begin <= block * kBlockKeys && (block + 1) * kBlockKeys <= end;
+  }
+
   struct RowSum {
     float largest, total;  // largest scaled score, sum of the exponentials relative to it
   };
@@ -61,7 +68,7 @@ struct Attention {
     Vec largest = lowest;
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       float* s = scores + (b * kTileRows + r) * kBlockKeys;
-      const bool whole = begin <= b * kBlockKeys && (b + 1) * kBlockKeys <= end;
+      const bool whole = sees_block(group, row, b);
       for (int64_t j = 0; j < kBlockKeys; j += kLanes) {
         Vec x = load(s + j);
         if (!whole) {
@@ -159,26 +166,50 @@ struct Attention {
     }
   }
 
-  // Turns weights and their gradients into the gradients of the scores (in `grads`) and returns the sum over the
-  // rows of weight * gradient, which is the gradient of out_scale.
-  static double score_gradients(const Group& group, const float* weights, float* grads, int64_t count, Range blocks) {
-    double total = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      Vec products = {};
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        const int64_t at = (b * kTileRows + r) * kBlockKeys;
-        for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
-          products += load(weights + at + j) * load(grads + at + j);
-      }
-      const float mean = sum_lanes(products);
-      total += mean;
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        const int64_t at = (b * kTileRows + r) * kBlockKeys;
-        for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
-          store(grads + at + j, load(weights + at + j) * (load(grads + at + j) - splat(mean)));
-      }
+  // Scores of one row to weights and, in `grads`, gradients of the weights to gradients of the scores. Returns the
+  // sum of weight * gradient, which is this row's part of the gradient of out_scale.
+  static float row_gradients(const Group& group, float* scores, float* grads, int64_t row, int64_t r, Range blocks) {
+    if (blocks.end - blocks.begin == 1 && sees_block(group, row, blocks.begin)) {
+      const int64_t at = (blocks.begin * kTileRows + r) * kBlockKeys;
+      return row_gradients_of_block(scores + at, grads + at, group.scale);
     }
-    return total;
+    softmax_row(group, scores, row, r, blocks);
+    Vec products = {};
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      const int64_t at = (b * kTileRows + r) * kBlockKeys;
+      for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
+        products += load(scores + at + j) * load(grads + at + j);
+    }
+    const float mean = sum_lanes(products);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      const int64_t at = (b * kTileRows + r) * kBlockKeys;
+      for (int64_t j = 0; j < columns_of(group, b); j += kLanes)
+        store(grads + at + j, load(scores + at + j) * (load(grads + at + j) - splat(mean)));
+    }
+    return mean;
+  }
+
+  // The same for a row that sees one whole block, in registers.
+  static float row_gradients_of_block(float* scores, float* grads, float scale) {
+    constexpr int kVectors = kBlockKeys / kLanes;
+    Vec weights[kVectors], largest = splat(-3.0e38f), sums = {}, products = {};
+    for (int i = 0; i < kVectors; ++i) {
+      weights[i] = load(scores + i * kLanes);
+      largest = maximum(largest, weights[i]);
+    }
+    const Vec top = splat(max_lanes(largest)), factor = splat(scale);
+    for (int i = 0; i < kVectors; ++i) {
+      weights[i] = exp_nonpositive((weights[i] - top) * factor);
+      sums += weights[i];
+      products += weights[i] * load(grads + i * kLanes);
+    }
+    const float inverse = 1.0f / sum_lanes(sums), mean = sum_lanes(products) * inverse;
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec weight = weights[i] * splat(inverse);
+      store(scores + i * kLanes, weight);
+      store(grads + i * kLanes, weight * (load(grads + i * kLanes) - splat(mean)));
+    }
+    return mean;
   }
 
   static void store_keys(const Group& group, const float* dk, const float* dv, int64_t block) {
@@ -244,8 +275,8 @@ struct Attention {
         gemm(count, columns, depth, g_left, depth, 1, values_t + b * packed, kBlockKeys, grads + at, kBlockKeys,
              false);
       }
-      for (int64_t r = 0; r < count; ++r) softmax_row(group, scores, first + r, r, range);
-      out_scale_grad += score_gradients(group, scores, grads, count, range);
+      for (int64_t r = 0; r < count; ++r)
+        out_scale_grad += row_gradients(group, scores, grads, first + r, r, range);
       for (int64_t b = range.begin; b < range.end; ++b) {
         const int64_t columns = columns_of(group, b), at = b * kTileRows * kBlockKeys;
         const int64_t row_depth = (count + kDepth - 1) / kDepth;

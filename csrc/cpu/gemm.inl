@@ -26,6 +26,8 @@ static inline void gemm_columns(int64_t rows, int64_t depth, const Element* a, i
   int64_t m = 0;
   for (; m + 6 <= rows; m += 6)
     gemm_tile<6, kVectors>(depth, a + m * a_row, a_row, a_depth, b, b_stride, c + m * c_stride, c_stride, accumulate);
+  for (; m + 4 <= rows; m += 4)
+    gemm_tile<4, kVectors>(depth, a + m * a_row, a_row, a_depth, b, b_stride, c + m * c_stride, c_stride, accumulate);
   for (; m + 2 <= rows; m += 2)
     gemm_tile<2, kVectors>(depth, a + m * a_row, a_row, a_depth, b, b_stride, c + m * c_stride, c_stride, accumulate);
   if (m < rows)

@@ -1,6 +1,7 @@
 // The CPU library: the schemas of all ops (the CUDA library only adds implementations) and the choice of kernels.
 #include "../include/tensors.h"
 #include "attention_kernel.h"
+#include "run.h"
 
 namespace flamingo {
 
@@ -13,6 +14,9 @@ int64_t cpu_isa(int64_t level) {
   }
   return static_cast<int64_t>(cpu::selected_isa());
 }
+
+// Gives back the scratch memory that the calling thread keeps between calls and returns its size. For measurements.
+int64_t release_cpu_scratch() { return cpu::scratch_of_this_thread().release(); }
 
 STABLE_TORCH_LIBRARY(flamingo, m) {
   m.def(
@@ -29,8 +33,12 @@ STABLE_TORCH_LIBRARY(flamingo, m) {
       "Tensor v_features, Tensor k_latents, Tensor v_latents, Tensor cu_media, float scale) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa(int level) -> int");
+  m.def("release_cpu_scratch() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flamingo, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(flamingo, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("release_cpu_scratch", TORCH_BOX(&release_cpu_scratch));
+}
 
 }  // namespace flamingo

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <functional>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "../include/tensors.h"
@@ -39,31 +39,55 @@ inline std::vector<int64_t> values_of(const Tensor& index) {
   return values;
 }
 
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
+// Scratch memory of one thread, kept for its next task and its next call: fresh memory costs a page fault for every
+// 4 KiB. What is larger than kKept is given back.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  void* at_least(int64_t bytes) {
+    if (bytes > capacity_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+      capacity_ = memory_ ? bytes : 0;
+      STD_TORCH_CHECK(memory_, "out of memory: ", bytes, " bytes of scratch memory");
+    }
+    return memory_;
+  }
+
+  void trim() {
+    if (capacity_ > kKept) release();
+  }
+
+  // Returns how much it was.
+  int64_t release() {
+    std::free(memory_);
+    memory_ = nullptr;
+    return std::exchange(capacity_, 0);
+  }
+
+ private:
+  static constexpr int64_t kKept = 4 << 20;
+  void* memory_ = nullptr;
+  int64_t capacity_ = 0;
 };
 
+inline Scratch& scratch_of_this_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // Runs task(i, scratch) for every i on torch's threads. Tasks differ in size, so a thread takes the next one when it
-// is done; each writes its own outputs, so the result does not depend on who does what. A thread's scratch memory
-// is as large as the largest task it has met.
+// is done; each writes its own outputs, so the result does not depend on who does what.
 inline void run_tasks(int64_t count, const std::function<int64_t(int64_t)>& scratch_bytes,
                       const std::function<void(int64_t, void*)>& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      std::unique_ptr<void, FreeDeleter> scratch;
-      int64_t capacity = 0;
-      for (int64_t i = next++; i < count; i = next++) {
-        const int64_t needed = scratch_bytes(i);
-        if (needed > capacity) {
-          scratch.reset(std::aligned_alloc(64, (needed + 63) / 64 * 64));
-          STD_TORCH_CHECK(scratch, "out of memory: ", needed, " bytes of scratch memory");
-          capacity = needed;
-        }
-        task(i, scratch.get());
-      }
-    }
+    Scratch& scratch = scratch_of_this_thread();
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = next++; i < count; i = next++) task(i, scratch.at_least(scratch_bytes(i)));
+    scratch.trim();
   });
 }
 

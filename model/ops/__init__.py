@@ -59,7 +59,7 @@ def masked_cross_attention(
     checks.masked_cross_attention(q, k, v, media_index, gate, first_media, scale)
     if use_fused("masked_cross_attention", q, backend):
         out_scale = None if gate is None else torch.tanh(gate.float()).view(1)
-        return torch.ops.flamingo.masked_cross_attention(  # type: ignore[no-any-return]
+        return torch.ops.flamingo.masked_cross_attention(
             *map(unit_last_stride, (q, k, v)),
             media_index.contiguous(),
             None if first_media is None else first_media.contiguous(),
@@ -107,5 +107,5 @@ def resampler_attention(
         inputs = map(unit_last_stride, (q, k_features, v_features, k_latents, v_latents))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, _ = torch.ops.flamingo.resampler_attention(*inputs, cu_media.contiguous(), scale)
-        return out  # type: ignore[no-any-return]
+        return out
     return reference.resampler_attention(q, k_features, v_features, k_latents, v_latents, cu_media, scale=scale)

@@ -116,9 +116,7 @@ def _media_range(media_index: Tensor, first_media: Tensor | None, media: int) ->
     low, high = (int(x) for x in media_index.aminmax())
     if low < -1 or high >= media:
         raise ValueError(f"media_index must be -1 (none) to {media - 1} (k has {media} media), got {low} to {high}")
-    if first_media is not None and bool(
-        ((media_index >= 0) & ((first_media < 0) | (first_media > media_index))).any()
-    ):
+    if first_media is not None and bool(((media_index >= 0) & ((first_media < 0) | (first_media > media_index))).any()):
         raise ValueError("first_media must be 0 to media_index wherever media_index is not -1")
 
 

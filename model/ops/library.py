@@ -83,9 +83,14 @@ def _register() -> None:
 _AUTOCAST = torch.library.Library("flamingo", "FRAGMENT")
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_inputs(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the type that autocast asks for on this device; as they are where it is off."""
-    if not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -173,9 +178,7 @@ def _save_resampler_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def _resampler_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    grads = torch.ops.flamingo.resampler_attention_backward(
-        unit_last_stride(grad), out, lse, *tensors, ctx.scale
-    )
+    grads = torch.ops.flamingo.resampler_attention_backward(unit_last_stride(grad), out, lse, *tensors, ctx.scale)
     return (*grads, None, None)
 
 

@@ -29,7 +29,7 @@ def write_shard(folder: Path, tag: str) -> None:
 
 def save_steps(world: World, folder: Path, steps: list[int], config: CheckpointConfig | None = None) -> list[str]:
     for step in steps:
-        save_checkpoint(folder, state(step), write_shard, world)
+        save_checkpoint(folder, state(step), "run_dir: here\n", write_shard, world)
         if config is not None:
             prune_checkpoints(folder, config, world)
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -39,9 +39,9 @@ def save_with_a_failing_shard(world: World, folder: Path) -> str:
     def fail(folder: Path, tag: str) -> None:
         raise OSError(28, "No space left on device")
 
-    save_checkpoint(folder, state(1), write_shard, world)
+    save_checkpoint(folder, state(1), "run_dir: here\n", write_shard, world)
     try:
-        save_checkpoint(folder, state(2), fail, world)
+        save_checkpoint(folder, state(2), "run_dir: here\n", fail, world)
     except OSError as error:
         return str(error)
     return "no error"
@@ -88,7 +88,7 @@ def test_any_damaged_file_is_found_and_the_older_checkpoint_taken(
     checkpoints: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     names = sorted(path.name for path in (checkpoints / tag_of(20)).iterdir())
-    assert {"shard.pt", "state.json", MANIFEST} < set(names)
+    assert {"shard.pt", "state.json", "config.yaml", MANIFEST} < set(names)
     for name in names:
         broken = checkpoints / "broken" / tag_of(20)
         shutil.copytree(checkpoints / tag_of(20), broken, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -38,7 +39,13 @@ def launch(config: Path, processes: int = 2) -> subprocess.Popen[str]:
 def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -59,14 +66,19 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def kill_a_rank_at_step(launched: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """kill -9 for one of the training processes, once the run has logged that many steps."""
+def wait_for_step(launched: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the run has logged that many steps."""
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 180
     while not metrics.exists() or metrics.read_text().count("\n") < step:
         assert launched.poll() is None, f"it ended before it could be killed:\n{finish(launched)[1]}"
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def kill_a_rank_at_step(launched: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """kill -9 for one of the training processes, once the run has logged that many steps."""
+    wait_for_step(launched, run_dir, step)
     ranks = [
         child for child in psutil.Process(launched.pid).children(recursive=True) if "--local_rank=1" in child.cmdline()
     ]
@@ -102,9 +114,48 @@ def test_killed_under_the_launcher_and_started_again(assets: Path, tmp_path: Pat
     (tmp_path / "a.png").write_bytes(image_bytes((10, 200, 30), size=(40, 20)))
     said = python("trainer.generate", str(tmp_path / "whole" / "export"), "--image", str(tmp_path / "a.png"))
     assert said.returncode == 0, said.stderr
+    check_evaluation(assets, tmp_path / "whole" / "export", tmp_path)
     exported = python("trainer.export", str(tmp_path / "whole"), "--output", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights[1]
+
+
+def test_the_launcher_passes_a_request_to_stop_on(assets: Path, tmp_path: Path) -> None:
+    config = write_settings(tmp_path / "run.yaml", run_settings(assets, tmp_path / "run", steps=500))
+    launched = launch(config)
+    wait_for_step(launched, tmp_path / "run", 3)
+    second = python("trainer.train", str(config))
+    assert second.returncode == 1 and "is in use by another job" in second.stderr
+    # As a scheduler or a terminal does: the launcher's outermost process passes nothing on by itself.
+    os.killpg(launched.pid, signal.SIGTERM)
+    code, output = finish(launched)
+    assert code != 0 and "asked to stop: saved update" in output
+    saved = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    assert saved == f"step-{len(losses(tmp_path / 'run')):08d}", "the last update that was logged is the one saved"
+
+
+def check_evaluation(assets: Path, model: Path, folder: Path) -> None:
+    """The report holds every figure, and a missed bound is an exit code."""
+    pairs, documents = (str(assets / "data" / name / "manifest.npz") for name in ("pairs", "documents"))
+    settings = {
+        "model": str(model),
+        "report": str(folder / "report.json"),
+        "samples": 4,
+        "max_new_tokens": 6,
+        "tasks": [
+            {"name": "pairs", "manifest": pairs},
+            {"name": "first", "manifest": documents, "type": "interleaved", "control": "shuffled", "maximum": 1.0},
+            {"name": "blind", "manifest": pairs, "control": "without_images"},
+        ],
+    }
+    config = write_settings(folder / "evaluate.yaml", settings)
+    result = python("trainer.evaluate", str(config))
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads((folder / "report.json").read_text())) == {"pairs", "first", "blind"}
+    result = python("trainer.evaluate", str(config), "--tasks.pairs.minimum", "1.0")
+    assert result.returncode == 1 and "missed: pairs" in result.stderr
+    result = python("trainer.evaluate", str(config), "--model", str(folder))
+    assert result.returncode == 1 and "is not an exported Flamingo" in result.stderr
 
 
 def test_a_wrong_configuration_is_told_at_once_with_code_2(assets: Path, tmp_path: Path) -> None:

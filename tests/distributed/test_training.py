@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,31 @@ def test_interrupted_and_resumed_is_the_same_run(
     run_distributed(train_run, 2, settings, stop_after)
     run_distributed(train_run, 2, settings)
     assert losses(tmp_path / "run") == losses(uninterrupted), "bit for bit"
+    assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
+
+
+def stopped_by_a_signal(world: World, settings: dict[str, Any]) -> str:
+    """Rank 1 alone is sent SIGTERM in its third update."""
+    from trainer import loop
+
+    original = loop._run_update
+
+    def run_update(engine: Any, update: Any, *rest: Any) -> Any:
+        if world.rank == 1 and update.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(engine, update, *rest)
+
+    loop._run_update = run_update
+    return resume_error(world, settings)
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = run_settings(assets, tmp_path / "run")
+    for error in run_distributed(stopped_by_a_signal, 2, settings):
+        assert error.startswith("PreemptedError") and "saved update 3 of 6" in error
+    assert find_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000003"
+    run_distributed(train_run, 2, settings)
+    assert losses(tmp_path / "run") == losses(uninterrupted)
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
 
 

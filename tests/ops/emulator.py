@@ -158,8 +158,14 @@ class Emulator:
         return out, dq, dk, dv, partial.sum()
 
     def resampler(
-        self, q: Tensor, k_features: Tensor, v_features: Tensor, k_latents: Tensor, v_latents: Tensor,
-        cu_media: Tensor, grad: Tensor,
+        self,
+        q: Tensor,
+        k_features: Tensor,
+        v_features: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        cu_media: Tensor,
+        grad: Tensor,
     ) -> tuple[Tensor, ...]:
         """Output and the gradients of the five tensors; shapes as in `model.ops.resampler_attention`."""
         media, latents, _, width = q.shape

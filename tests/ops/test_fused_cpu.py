@@ -125,9 +125,7 @@ def test_opcheck_cross_attention(so_far: bool) -> None:
     args = (*inputs, case.media_index, case.first_media, out_scale, 0.125)
     torch.library.opcheck(torch.ops.flamingo.masked_cross_attention.default, args)
     detached = [None if x is None else x.detach() for x in args[:-1]]
-    torch.library.opcheck(
-        torch.ops.flamingo.masked_cross_attention_backward.default, (case.grad, *detached, 0.125)
-    )
+    torch.library.opcheck(torch.ops.flamingo.masked_cross_attention_backward.default, (case.grad, *detached, 0.125))
 
 
 def test_opcheck_resampler() -> None:

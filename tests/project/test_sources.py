@@ -19,7 +19,7 @@ from trainer.config.validation import setting_paths
 # What a distribution is called, where it differs from the package that is imported.
 DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 # Taken when somebody installed them, never required (NVIDIA apex is not on PyPI; torch brings triton).
-OPTIONAL = {"apex", "amp_C", "triton"}
+OPTIONAL = {"apex", "flash_attn", "amp_C", "triton"}
 SKIPPED = {".venv", ".git", "runs", "data", "build", "wandb"}
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from trainer.checkpoint.files import checksum, sync_folder, write_atomically, write_json
 from trainer.checkpoint.state import (
+    CONFIG,
     LATEST,
     MANIFEST,
     STATE,
@@ -26,9 +27,10 @@ from trainer.distributed import World, barrier, raise_together
 SaveShards = Callable[[Path, str], None]
 
 
-def save_checkpoint(folder: Path, state: TrainingState, save_shards: SaveShards, world: World) -> Path:
+def save_checkpoint(folder: Path, state: TrainingState, config: str, save_shards: SaveShards, world: World) -> Path:
     """Write ``folder/step-N`` and move ``latest`` to it. A collective; returns the checkpoint's folder.
 
+    config: the run's settings as YAML, kept beside.
     save_shards: writes this rank's tensors (``Engine.save``); a collective itself.
     Raises: OSError (a full disk, a read-only folder) on all ranks alike; ``latest`` then still names the older one.
     """
@@ -37,7 +39,7 @@ def save_checkpoint(folder: Path, state: TrainingState, save_shards: SaveShards,
     _together(world, lambda: _start(target) if world.is_main else None)
     save_shards(folder, tag)
     _together(world, lambda: _save_rng(target, world))
-    _together(world, lambda: _finish(target, state) if world.is_main else None)
+    _together(world, lambda: _finish(target, state, config) if world.is_main else None)
     return target
 
 
@@ -63,7 +65,8 @@ def _save_rng(target: Path, world: World) -> None:
     save_file(states, rng_file(target, world.rank))
 
 
-def _finish(target: Path, state: TrainingState) -> None:
+def _finish(target: Path, state: TrainingState, config: str) -> None:
+    write_atomically(target / CONFIG, config)
     write_json(target / STATE, state.to_json())
     files = sorted(path for path in target.rglob("*") if path.is_file())
     entries = {

@@ -7,6 +7,7 @@
         *_model_states.pt, *_optim_states.pt   DeepSpeed's shards: trainable weights and optimiser, one set a rank
         rng-rank-00000.safetensors             random states of that rank
         state.json                             TrainingState
+        config.yaml                            the run's settings as they were resolved
         manifest.json                          size and sha256 of every other file; written last: without it the
                                                checkpoint does not exist
 """
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.files import canonical_json
+from trainer.errors import TrainerError
 
 FORMAT_VERSION = 1
-LATEST, MANIFEST, STATE = "latest", "manifest.json", "state.json"
+LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
 _TAG = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrainerError):
     """A checkpoint that cannot be used, or not for this run; the message says what to do."""
 
 

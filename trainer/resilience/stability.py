@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from trainer.errors import TrainerError
+
 _log = logging.getLogger(__name__)
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(TrainerError):
     """Too many updates in a row were skipped."""
 
 

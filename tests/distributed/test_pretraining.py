@@ -1,0 +1,142 @@
+"""The two pretrainers, small, on one and two processes, and what they export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.distributed.processes import run_distributed
+from tests.distributed.small_run import WORDS, losses, make_assets, write_settings
+from tests.model.builders import FAMILIES
+from trainer.config.loader import load_config
+from trainer.config.schema import ContrastiveRunConfig, LanguageModelRunConfig
+from trainer.distributed import World
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return folder
+
+
+def common(assets: Path, run_dir: Path, source: dict[str, Any]) -> dict[str, Any]:
+    name = source["name"]
+    return {
+        "run_dir": str(run_dir),
+        "data": {
+            "sources": [{"manifest": str(assets / "data" / name / "manifest.npz"), **source}],
+            "block": 5,
+            "window": 4,
+        },
+        "training": {"steps": 8, "dtype": "float32", "threads": 1},
+        "optimizer": {"lr": 0.01},
+        "schedule": {"warmup_steps": 1},
+        "deepspeed": {"zero_stage": 2, "timeout_seconds": 120},
+        "checkpoint": {"every": 8},
+        "logging": {"tensorboard": False},
+    }
+
+
+def language_model_settings(assets: Path, run_dir: Path) -> dict[str, Any]:
+    source = {"type": "text", "name": "texts", "batch_size": 4, "max_tokens": 16, "samples_per_row": 3}
+    architecture = {key: value for key, value in FAMILIES["llama"].items() if "token_id" not in key}
+    return {
+        **common(assets, run_dir, source),
+        "architecture": {**architecture, "tie_word_embeddings": True},
+        "tokenizer": {"vocabulary": 270, "samples": 30},
+    }
+
+
+def contrastive_settings(assets: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12},
+        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1, "pool_type": "last"},
+    }
+    source = {"type": "image_text", "name": "pairs", "batch_size": 8}
+    settings = {**common(assets, run_dir, source), "architecture": architecture, "tokenizer": str(assets / "lm")}
+    return settings | more
+
+
+def pretrain(world: World, kind: str, settings: dict[str, Any]) -> None:
+    from trainer import export, loop
+    from trainer.tasks import contrastive, language_model
+
+    Path(settings["run_dir"]).mkdir(parents=True, exist_ok=True)
+    path = write_settings(Path(settings["run_dir"]) / f"settings-{world.rank}.yaml", settings)
+    if kind == "language_model":
+        config = load_config(path, [], LanguageModelRunConfig)
+        loop.train(language_model.build_language_model_task(config, world), config, world)
+        if world.is_main:
+            export.export_language_model(config, config.run_dir / "export")
+    else:
+        towers = load_config(path, [], ContrastiveRunConfig)
+        loop.train(contrastive.build_contrastive_task(towers, world), towers, world)
+        if world.is_main:
+            export.export_contrastive(towers, towers.run_dir / "export")
+
+
+def test_language_model(assets: Path, tmp_path: Path) -> None:
+    for size in (1, 2):
+        run_distributed(pretrain, size, "language_model", language_model_settings(assets, tmp_path / str(size)))
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert two == pytest.approx(one, rel=1e-4)
+    assert two[-1] < 0.9 * two[0]
+    export = tmp_path / "2" / "export"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ids = tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == " ".join(WORDS) and tokenizer.eos_token_id not in ids
+    model = AutoModelForCausalLM.from_pretrained(export)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "no longer tied"
+    assert torch.isfinite(model(torch.tensor([ids])).logits).all()
+
+
+def test_contrastive_towers(assets: Path, tmp_path: Path) -> None:
+    for size in (1, 2):
+        run_distributed(pretrain, size, "contrastive", contrastive_settings(assets, tmp_path / str(size)))
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert two == pytest.approx(one, rel=1e-4), "negatives of the other process, or their gradients, are missing"
+    assert two[-1] < two[0]
+    clip = open_clip.create_model(f"local-dir:{tmp_path / '2' / 'export'}")
+    assert clip.logit_scale.shape == () and clip.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+
+
+def test_stage_3_is_refused_for_the_towers(assets: Path, tmp_path: Path) -> None:
+    settings = contrastive_settings(assets, tmp_path / "run", deepspeed={"zero_stage": 3})
+    with pytest.raises(AssertionError, match="zero_stage"):
+        run_distributed(pretrain, 1, "contrastive", settings)
+
+
+def loss_with_duplicates(world: World, mask: bool) -> tuple[float, float]:
+    """The loss of four pairs of which two share their caption, and the same computed by definition."""
+    from trainer.tasks.contrastive import DuplicateAwareClipLoss
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=-1)
+    texts = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=-1)
+    texts[2] = texts[0]
+    duplicates = torch.zeros(4, 4, dtype=torch.bool)
+    duplicates[0, 2] = duplicates[2, 0] = True
+    loss = DuplicateAwareClipLoss()(images, texts, torch.tensor(10.0), duplicates if mask else None)
+    expected = 0.0
+    for features, others in ((images, texts), (texts, images)):
+        for row in range(4):
+            logits = 10 * features[row] @ others.T
+            kept = [column for column in range(4) if not (mask and duplicates[row, column])]
+            expected += float(logits[kept].logsumexp(0) - logits[row]) / 8
+    return float(loss), expected
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_equal_captions_are_no_negatives(mask: bool) -> None:
+    [(loss, expected)] = run_distributed(loss_with_duplicates, 1, mask)
+    assert loss == pytest.approx(expected, rel=1e-5)

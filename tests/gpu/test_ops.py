@@ -1,0 +1,128 @@
+"""The CUDA kernels on a GPU: against float64, against their rivals, repeated, and with input out of range."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import ops
+from model.ops import reference
+from tests.ops.cases import (
+    PACKED,
+    UNORDERED,
+    CrossCase,
+    assert_as_good_as,
+    cross_case,
+    cross_truth,
+    gate_terms,
+    resampler_case,
+    resampler_truth,
+    run_cross,
+    run_resampler,
+)
+from trainer.benchmarks.attention_rivals import CrossShape, ResamplerShape, cross_rivals, resampler_rivals
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+WIDTHS = pytest.mark.parametrize("width", [64, 96, 128])
+
+
+def check_cross(case: CrossCase) -> None:
+    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
+    by_torch = run_cross(reference.masked_cross_attention, case)
+    assert_as_good_as(fused, by_torch, cross_truth(case), gate_terms=gate_terms(case))
+
+
+@TYPES
+@WIDTHS
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_cross_attention(dtype: torch.dtype, width: int, so_far: bool) -> None:
+    inputs = ((64, PACKED * 4), (5, PACKED), (70, UNORDERED), (64, [-1] * 5), (64, [7]))
+    for seed, (latents, index) in enumerate(inputs):
+        options = {"latents": latents, "width": width, "dtype": dtype, "so_far": so_far}
+        check_cross(cross_case(index, media=8, heads=3, seed=seed, device="cuda", **options))
+
+
+@TYPES
+@WIDTHS
+def test_resampler(dtype: torch.dtype, width: int) -> None:
+    for seed, (latents, lengths) in enumerate(((64, [300, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]), (64, [0]))):
+        case = resampler_case(lengths, latents=latents, width=width, dtype=dtype, heads=3, seed=seed, device="cuda")
+        fused = run_resampler(ops.resampler_attention, case, backend="fused")
+        assert_as_good_as(fused, run_resampler(reference.resampler_attention, case), resampler_truth(case))
+
+
+def test_training_sizes() -> None:
+    index = [row * 5 + position // 410 for row in range(8) for position in range(2048)]
+    check_cross(cross_case(index, media=40, heads=4, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_repeated_runs_are_equal_bit_for_bit() -> None:
+    case = cross_case(PACKED * 8, media=8, dtype=torch.bfloat16, so_far=True, device="cuda")
+    media = resampler_case([500, 20, 77], dtype=torch.bfloat16, device="cuda")
+    first = run_cross(ops.masked_cross_attention, case), run_resampler(ops.resampler_attention, media)
+    for _ in range(20):
+        again = run_cross(ops.masked_cross_attention, case), run_resampler(ops.resampler_attention, media)
+        assert all(torch.equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_strided_and_misaligned_inputs() -> None:
+    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, device="cuda")
+    plain = run_cross(ops.masked_cross_attention, case)
+    wide = torch.zeros(len(PACKED), 2, 67, dtype=torch.bfloat16, device="cuda")
+    wide[..., 1:65] = case.q
+    for x, y in zip(plain, run_cross(ops.masked_cross_attention, case._replace(q=wide[..., 1:65])), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_float32_and_other_widths_fall_back() -> None:
+    for options in ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "width": 80}):
+        case = cross_case(PACKED, media=8, device="cuda", **options)
+        assert run_cross(ops.masked_cross_attention, case)[0].shape == case.q.shape
+        with pytest.raises(RuntimeError, match="no kernels for"):
+            run_cross(ops.masked_cross_attention, case, backend="fused")
+
+
+def test_opcheck() -> None:
+    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, device="cuda")
+    inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
+    scale = torch.tensor([0.5], device="cuda", requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.flamingo.masked_cross_attention.default, (*inputs, case.media_index, None, scale, 0.125)
+    )
+    media = resampler_case([20, 0, 70], dtype=torch.bfloat16, device="cuda")
+    inputs = [x.detach().clone().requires_grad_() for x in media[:5]]
+    torch.library.opcheck(torch.ops.flamingo.resampler_attention.default, (*inputs, media.cu_media, 0.125))
+
+
+def test_a_media_index_out_of_range_stops_the_process_with_a_device_assertion() -> None:
+    script = (
+        "import torch; from model import ops\n"
+        "q, k = (torch.zeros(s, device='cuda', dtype=torch.bfloat16) for s in ((2, 1, 64), (1, 64, 1, 64)))\n"
+        "ops.masked_cross_attention(q, k, k, torch.tensor([0, 1], device='cuda'), backend='fused')\n"
+        "torch.cuda.synchronize()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "media_index is out of range" in result.stdout + result.stderr
+
+
+def test_rivals_compute_the_same() -> None:
+    shape = CrossShape(2, 256, 4, 2, 64)
+    q, grid = torch.randn(512, 2, 64), torch.randn(2, 8, 64, 2, 64)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, *grid.unbind(0)))
+    ours = ops.masked_cross_attention(q, k, v, shape.media_index("cuda"), backend="fused")
+    for name, rival in cross_rivals(shape, "cuda").items():
+        torch.testing.assert_close(rival(q, k, v), ours, rtol=2e-2, atol=2e-2, msg=name)
+    media = ResamplerShape(3, 100, 2, 64)
+    case = resampler_case([100] * 3, dtype=torch.bfloat16, device="cuda")
+    resampled = ops.resampler_attention(*case[:6], backend="fused")
+    for name, rival in resampler_rivals(media, "cuda").items():
+        if "features only" not in name:  # leaves out the latents: a rival in speed alone
+            torch.testing.assert_close(rival(*case[:5]), resampled, rtol=2e-2, atol=2e-2, msg=name)
