@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -16,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from trainer.errors import TrainerError
 
+Key = TypeVar("Key", bound=Hashable)
 # srun sets none of the variables that torch reads.
 _SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -89,6 +91,13 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def sum_counts(counts: Counter[Key], world: World) -> Counter[Key]:
+    """The sums over all ranks of counts whose keys may differ from rank to rank."""
+    gathered: list[Counter[Key]] = [Counter()] * world.size
+    dist.all_gather_object(gathered, counts)
+    return sum(gathered, Counter())
 
 
 def any_rank(flag: bool, world: World) -> bool:

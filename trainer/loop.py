@@ -25,10 +25,11 @@ from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
+from trainer.data.limits import BadSampleLimit
 from trainer.data.loader import Update, UpdateLoader
 from trainer.data.sequences import Builder
 from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
-from trainer.distributed import World, gather_objects, sum_over_ranks
+from trainer.distributed import World, gather_objects, sum_counts, sum_over_ranks
 from trainer.engine import Engine, StepResult
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
@@ -89,7 +90,7 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
-    preemption = Preemption(world)
+    preemption, limit = Preemption(world), BadSampleLimit(config.data)
 
     with (
         preemption.listening(),
@@ -102,8 +103,10 @@ def train(task: Task, config: RunConfig, world: World) -> None:
             if config.data.ledger and result.applied:
                 ledger.write(update.step + 1, [sample for batch in update.micro_batches for sample in batch.samples])
             step_seconds = time.perf_counter() - start + data_seconds
-            writer.write(_metrics(update, result, losses, config, world, step_seconds, data_seconds))
+            consumed, replaced = _samples(update, config, world)
+            writer.write(_metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds))
             skipped.record(update.step + 1, result.applied)
+            limit.record(consumed, replaced)
             done = update.step + 1
             stop = preemption.agreed()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
@@ -186,10 +189,23 @@ def _normalizers(
     return {name: max(1.0, total) for name, total in zip(sources, totals, strict=True)}
 
 
+def _samples(update: Update, config: RunConfig, world: World) -> tuple[dict[str, int], Counter[tuple[str, str]]]:
+    """Of the global batch: how many samples of each source, and (source, reason) of those that were replaced."""
+    consumed = {source.name: 0 for source in config.data.sources}
+    replaced: Counter[tuple[str, str]] = Counter()
+    for batch in update.micro_batches:
+        consumed[batch.source] += len(batch.samples)
+        replaced.update({(batch.source, reason): count for reason, count in batch.skipped.items()})
+    *totals, any_replaced = sum_over_ranks([*consumed.values(), replaced.total()], world)
+    # The reasons differ from rank to rank; that there are some, every rank knows now.
+    return dict(zip(consumed, map(int, totals), strict=True)), sum_counts(replaced, world) if any_replaced else replaced
+
+
 def _metrics(
     update: Update,
     result: StepResult,
     losses: dict[str, float],
+    replaced: Mapping[tuple[str, str], int],
     config: RunConfig,
     world: World,
     step_seconds: float,
@@ -201,25 +217,25 @@ def _metrics(
     counts = {
         source.name: sum(batch.sequences for batch in batches if batch.source == source.name) for source in sources
     }
-    reasons = sum((batch.skipped for batch in batches), Counter[str]())
+    reasons: Counter[str] = Counter()
+    for (_, reason), count in replaced.items():
+        reasons[reason] += count
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     positions = sum(batch.attention_mask.numel() for batch in batches)
     images = sum(int(batch.media_index.max() >= 0) * len(batch.media) for batch in batches)
-    summed = sum_over_ranks(
-        [tokens, images, sum(reasons.values()), step_seconds, data_seconds, positions, *counts.values()], world
-    )
+    summed = sum_over_ranks([tokens, images, step_seconds, data_seconds, positions, *counts.values()], world)
     return StepMetrics(
         step=update.step + 1,
         loss=sum(source.weight * losses[source.name] for source in sources),
         losses=losses,
         grad_norm=result.grad_norm,
         lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
-        samples={name: int(count) for name, count in zip(counts, summed[6:], strict=True)},
+        samples={name: int(count) for name, count in zip(counts, summed[5:], strict=True)},
         tokens=int(summed[0]),
-        padding=1 - summed[0] / summed[5],
+        padding=1 - summed[0] / summed[4],
         images=int(summed[1]),
-        substituted=int(summed[2]),
-        step_seconds=summed[3] / world.size,
-        data_seconds=summed[4] / world.size,
+        replaced=reasons,
+        step_seconds=summed[2] / world.size,
+        data_seconds=summed[3] / world.size,
         skipped=not result.applied,
     )

@@ -14,7 +14,7 @@ import pytest
 
 from tests.data.helpers import text_shards, write_shard
 from trainer import index
-from trainer.data import files
+from trainer.data import files, shard_scan
 from trainer.data.errors import ShardError
 from trainer.data.manifest import Manifest, load_manifest
 
@@ -79,13 +79,13 @@ def test_rejected_samples_stop_the_manifest_unless_allowed(tmp_path: Path, capsy
 def test_unchanged_sidecars_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text_shards(tmp_path, [2, 3])
     scanned: list[str] = []
-    scan = index.scan_shard
+    scan = shard_scan.scan_shard
 
     def counted(path: Path, required: tuple[str, ...]) -> object:
         scanned.append(path.name)
         return scan(path, required)
 
-    monkeypatch.setattr(index, "scan_shard", counted)
+    monkeypatch.setattr(shard_scan, "scan_shard", counted)
     arguments = ["--processes", "1", str(tmp_path / "*.tar")]
     assert run(tmp_path, *arguments) == 0
     assert scanned == []
@@ -101,7 +101,8 @@ def test_unchanged_sidecars_are_reused(tmp_path: Path, monkeypatch: pytest.Monke
     ("url", "message"),
     [
         ("pipe:touch {folder}/ran", "never opened"),
-        ("s3://bucket/a.tar", "not from s3:"),
+        ("ftp://host/a.tar", "not from ftp:"),
+        ("s3://bucket/a.tar::s3://other/b.tar", "chained"),
         ("{folder}/nothing-*.tar", "nothing matches"),
     ],
 )
@@ -129,14 +130,16 @@ def test_ranks_of_mpi_make_the_same_manifest(tmp_path: Path, monkeypatch: pytest
             self.rank, self.other, self.sent = rank, other, []
 
         def bcast(self, value: object) -> object:
-            return [*sorted(tmp_path.glob("*.tar"))] if self.rank else value
+            return sorted(map(str, tmp_path.glob("*.tar"))) if self.rank else value
 
         def gather(self, value: list[object]) -> list[object] | None:
             self.sent = value
             return [value, self.other] if self.rank == 0 else None
 
     one = Communicator(1)
-    monkeypatch.setattr(one, "bcast", lambda value: [*sorted(tmp_path.glob("*.tar"))] if value is None else value)
+    monkeypatch.setattr(
+        one, "bcast", lambda value: sorted(map(str, tmp_path.glob("*.tar"))) if value is None else value
+    )
     monkeypatch.setattr(index, "_mpi_communicator", lambda: one)
     assert run(tmp_path, str(tmp_path / "*.tar")) == 0
     assert len(one.sent) == 2

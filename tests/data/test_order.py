@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.order import Location, SourceOrder, lanes_of
+from trainer.data.order import Location, SourceOrder, _permutation, lanes_of
 
 COUNTS = [37, 0, 12, 80, 5, 66]
 
@@ -136,3 +136,21 @@ def test_memory_and_time_do_not_grow_with_the_position() -> None:
     far = made.at(5, 10**12)
     assert far.epoch == 10**12 // 25
     assert made.at(5, 10**12) == far
+
+
+@pytest.mark.parametrize("length", [4095, 4096, 5000, 70_000])
+@pytest.mark.parametrize("distinct", [1, 3, 5000, 2**64 - 1])
+def test_the_fast_permutation_is_the_stable_sort(length: int, distinct: int) -> None:
+    """Also where many keys are equal, or differ in their low bits alone."""
+
+    class Generator:
+        def __init__(self, low: bool) -> None:
+            keys = np.random.default_rng(0).integers(0, distinct, length, dtype=np.uint64)
+            self.keys = keys if low else keys << np.uint64(max(0, 63 - int(distinct).bit_length()))
+
+        def random_raw(self, size: int) -> np.ndarray:
+            return self.keys[:size].copy()
+
+    for low in (True, False):
+        found = _permutation(Generator(low), length)
+        assert found.tolist() == np.argsort(Generator(low).keys, kind="stable").tolist()

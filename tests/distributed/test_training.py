@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.helpers import build_manifest, image_bytes, write_shard
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, read_ledger, read_metrics, run_settings, write_settings
 from trainer.checkpoint.load import find_checkpoint
@@ -298,3 +299,26 @@ def test_a_non_finite_update_is_skipped_logged_and_at_last_fatal(assets: Path, t
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines][-1] is True and lines[0]["skipped"] is False
     assert {line["step"] for line in lines if line["skipped"]}.isdisjoint({s[0] for s in read_ledger(tmp_path / "run")})
+
+
+def stop_at_bad_samples(world: World, settings: dict[str, Any]) -> None:
+    """The same error on every rank, though only some of them met bad samples in that step."""
+    from trainer.data.errors import TooManyBadSamplesError
+
+    with pytest.raises(TooManyBadSamplesError, match=r"'pairs'.*empty_image \d+.*data\.max_bad_fraction"):
+        train_run(world, settings)
+
+
+def test_too_many_bad_samples_stop_every_rank(assets: Path, tmp_path: Path) -> None:
+    good = {"png": image_bytes(size=(16, 16)), "txt": b"a red sky"}
+    bad = {"png": b"", "txt": b"a red sky"}
+    samples = ((f"p{n}", bad if n % 6 == 0 else good) for n in range(60))
+    write_shard(tmp_path / "bad" / "0.tar", samples)
+    build_manifest(tmp_path / "bad")
+    settings = run_settings(assets, tmp_path / "run")
+    settings["data"]["sources"][0]["manifest"] = str(tmp_path / "bad/manifest.npz")
+    settings["data"] |= {"max_bad_fraction": 0.15, "bad_window": 20}
+    run_distributed(stop_at_bad_samples, 2, settings)
+    lines = read_metrics(tmp_path / "run")
+    assert 0 < len(lines) < 6
+    assert lines[-1]["substituted/empty_image"] == lines[-1]["substituted"] > 0

@@ -201,7 +201,7 @@ def test_the_console_line_says_everything() -> None:
         "step   7/500  loss 2.5000 (pairs 2.0000, documents 3.0000)  lr 1.00e-04  grad norm 0.75  2k tokens/s  "
         "48 samples/s  data wait 20%  4m 06s left"
     )
-    skipped = console_line(step(7, skipped=True, substituted=2), rates, 500)
+    skipped = console_line(step(7, skipped=True, replaced={"corrupt_image": 2}), rates, 500)
     assert skipped.endswith("SKIPPED (gradient not finite)  2 bad samples replaced")
 
 

@@ -92,5 +92,7 @@ def test_the_example_configuration_loads(tmp_path: Path) -> None:
 def test_the_fields_of_metrics_jsonl_are_those_that_are_written() -> None:
     (cell,) = re.findall(r"^\| `metrics.jsonl` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     documented = set(re.findall(r"`([^`]+)`", cell))
-    metrics = StepMetrics(1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
+    metrics = StepMetrics(
+        1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False, replaced={"<reason>": 1}
+    )
     assert documented == set(metrics.to_json())

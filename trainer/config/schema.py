@@ -194,6 +194,15 @@ class DataConfig:
         paper), "crop" resizes the short side and crops the centre (open_clip), "stretch" ignores the aspect.
     max_pixels: images, and videos' frames, whose header says more are skipped before they are decoded.
     ledger: write ``ledger/rank-N.jsonl``, one line a sample that an applied step consumed.
+    max_bad_fraction: share of a source's last ``bad_window`` samples (over all ranks) that may be bad; one more stops
+        the run with the reasons. Substitutes that are bad themselves count too, what filters leave out does not. The
+        window starts empty at a resume.
+    cache_dir: where blocks of remote shards are kept, a folder on a disk of the node that all its processes share;
+        None takes a folder of this user's in the system's temporary folder.
+    cache_bytes: the most that cache_dir holds; the blocks that were not used for longest go first.
+    read_retries: how often a failed or cut read from remote storage is tried again, after growing waits.
+    read_timeout_seconds: how long remote storage may be silent before a read counts as failed.
+    read_deadline_seconds: how long a read may take in all, with its repetitions; then the run stops.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -208,6 +217,13 @@ class DataConfig:
     image_fit: Literal["pad", "crop", "stretch"] = "pad"
     max_pixels: Positive = 178_956_970
     ledger: bool = False
+    max_bad_fraction: Probability = 0.1
+    bad_window: Positive = 10_000
+    cache_dir: Path | None = None
+    cache_bytes: Positive = 20_000_000_000
+    read_retries: NonNegative = 10
+    read_timeout_seconds: PositiveFloat = 30.0
+    read_deadline_seconds: PositiveFloat = 300.0
 
 
 @dataclass(frozen=True)

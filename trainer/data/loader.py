@@ -93,6 +93,7 @@ class UpdateLoader:
 
     def __iter__(self) -> Iterator[Update]:
         each = self.micro_batches_per_update
+        self._dataset.prepare(self.start_step)
         stream = iter(self._stream(range(self.start_step * each, self.stop_step * each)))
         try:
             for step in range(self.start_step, self.stop_step):

@@ -2,7 +2,8 @@
 
 It is an uncompressed ``.npz`` (any numpy reads it, nothing is pickled): ``url_bytes`` (utf-8, one after the other) with
 ``url_ends``, ``samples``, ``bytes`` and ``checksum`` (of ``trainer.data.tar_index``) per shard. Its sha256 is over
-these columns, not over the file, and stands in every checkpoint.
+these columns, not over the file, and stands in every checkpoint. A last column, ``index_beside``, says where a shard's
+index lies: beside the shard, or (0: the shard is remote, or its folder read-only) in the folder ``MANIFEST.index``.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from numpy.typing import NDArray
 
 from trainer.data.errors import ShardError
 from trainer.data.files import local_path, write_atomically
+from trainer.data.tar_index import collected_sidecar_path, sidecar_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no index_beside: all indices lay beside their shards, and it is read so
+_CONTENT_VERSION = 1  # of the columns that sha256 covers
 _COLUMNS = {"url_bytes": "|u1", "url_ends": "<i8", "samples": "<i8", "bytes": "<i8", "checksum": "<u8"}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A list of shards. ``samples`` and ``shard_bytes`` are int64 [shards], ``checksums`` uint64 [shards]."""
+    """A list of shards. ``samples`` and ``shard_bytes`` are int64 [shards], ``checksums`` uint64 [shards].
+
+    index_beside: bool [shards], whether the shard's index lies beside it.
+    """
 
     path: Path
     url_bytes: NDArray[np.uint8]
@@ -37,6 +43,7 @@ class Manifest:
     samples: NDArray[np.int64]
     shard_bytes: NDArray[np.int64]
     checksums: NDArray[np.uint64]
+    index_beside: NDArray[np.bool_]
 
     @classmethod
     def create(
@@ -46,8 +53,9 @@ class Manifest:
         samples: Sequence[int],
         shard_bytes: Sequence[int],
         checksums: Sequence[int],
+        index_beside: Sequence[bool] | None = None,
     ) -> Manifest:
-        """A manifest in memory; ``save`` writes it. Raises ValueError when a url comes twice."""
+        """A manifest in memory; ``save`` writes it. index_beside: None for all. Raises ValueError for a url twice."""
         if len(set(urls)) != len(urls):
             twice = Counter(urls).most_common(1)[0][0]
             raise ValueError(f"{path}: the shard {twice!r} is listed twice: its samples would count double")
@@ -59,6 +67,7 @@ class Manifest:
             np.asarray(samples, np.int64),
             np.asarray(shard_bytes, np.int64),
             np.asarray(checksums, np.uint64),
+            np.ones(len(urls), np.bool_) if index_beside is None else np.asarray(index_beside, np.bool_),
         )
 
     def __len__(self) -> int:
@@ -73,6 +82,17 @@ class Manifest:
         """The file of a shard; relative urls start at the manifest's folder. Raises ValueError (scheme)."""
         return local_path(self.url(shard), self.path.parent)
 
+    def index_path(self, shard: int) -> Path:
+        """The file of a shard's index."""
+        if self.index_beside[shard]:
+            return sidecar_path(self.shard_path(shard))
+        return collected_sidecar_path(self.path, self.url(shard))
+
+    @property
+    def has_remote(self) -> bool:
+        """Whether a url may be remote (any with ``://``)."""
+        return b"://" in self.url_bytes.tobytes()
+
     @property
     def total_samples(self) -> int:
         """Samples of all shards."""
@@ -81,7 +101,7 @@ class Manifest:
     @cached_property
     def sha256(self) -> str:
         """Of the content, wherever the file lies."""
-        digest = hashlib.sha256(f"flamingo-manifest {FORMAT_VERSION}".encode())
+        digest = hashlib.sha256(f"flamingo-manifest {_CONTENT_VERSION}".encode())
         for name, column in self._columns().items():
             digest.update(name.encode() + len(column).to_bytes(8, "little") + column.tobytes())
         return digest.hexdigest()
@@ -89,7 +109,8 @@ class Manifest:
     def save(self) -> None:
         """Writes ``path`` atomically."""
         buffer = io.BytesIO()
-        np.savez(buffer, **{"format_version": np.int64(FORMAT_VERSION), **self._columns()})  # type: ignore[arg-type]
+        columns = {**self._columns(), "index_beside": self.index_beside.astype(np.uint8)}
+        np.savez(buffer, **{"format_version": np.int64(FORMAT_VERSION), **columns})  # type: ignore[arg-type]
         write_atomically(self.path, buffer.getvalue())
 
     def _columns(self) -> dict[str, NDArray[Any]]:
@@ -105,11 +126,12 @@ def load_manifest(path: Path) -> Manifest:
     try:
         with np.load(path, allow_pickle=False) as file:
             version = int(file["format_version"])
-            if version != FORMAT_VERSION:
+            if version not in (1, FORMAT_VERSION):
                 raise ValueError(
                     f"{path}: manifest version {version}, this trainer reads {FORMAT_VERSION}: run trainer.index again"
                 )
             columns = {name: file[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
+            beside = file["index_beside"] if version > 1 else np.ones(len(columns["samples"]), np.uint8)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such manifest; write it with python -m trainer.index --output {path}") from error
     except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
@@ -120,8 +142,17 @@ def load_manifest(path: Path) -> Manifest:
         raise ShardError(f"{path}: not a manifest, or damaged ({error})") from error
     shards = len(columns["samples"])
     ends = columns["url_ends"]
-    if any(len(columns[name]) != shards for name in ("url_ends", "bytes", "checksum")) or (
+    lengths = {len(columns[name]) for name in ("url_ends", "bytes", "checksum")} | {len(beside)}
+    if lengths != {shards} or (
         shards and (np.any(np.diff(ends, prepend=0) <= 0) or int(ends[-1]) != len(columns["url_bytes"]))
     ):
         raise ShardError(f"{path}: damaged: its columns do not fit together")
-    return Manifest(path, columns["url_bytes"], ends, columns["samples"], columns["bytes"], columns["checksum"])
+    return Manifest(
+        path,
+        columns["url_bytes"],
+        ends,
+        columns["samples"],
+        columns["bytes"],
+        columns["checksum"],
+        beside.astype(np.bool_),
+    )

@@ -19,8 +19,10 @@ from trainer.data.order import Location, SourceOrder, lanes_of
 from trainer.data.packed_rows import PackedRows, too_many_bad_samples
 from trainer.data.packing import LanePosition, LanePositions
 from trainer.data.plan import build_orders, plan_update
+from trainer.data.prefetch import BlockPrefetcher
 from trainer.data.reader import ShardReader
 from trainer.data.sequences import Builder, join, sample_rng
+from trainer.data.storage import StorageSettings, check_cache_size
 
 SUBSTITUTES = 16  # with half of all samples bad, sixteen in a row happen once in 65,000
 
@@ -59,8 +61,14 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         self.config, self.builders, self.pad_id, self.media_shape = config, builders, pad_id, media_shape
         self.plans = plan_update(config, world_size)
         self.orders = build_orders(config, self.plans, manifests)
-        self.readers = tuple(ShardReader(manifest) for manifest in manifests)
+        storage = StorageSettings.of(config)
+        self.readers = tuple(ShardReader(manifest, storage=storage) for manifest in manifests)
+        self._prefetchers = tuple(
+            BlockPrefetcher(manifest, order, storage) for manifest, order in zip(manifests, self.orders, strict=True)
+        )
         self._lanes = [lanes_of(rank, world_size, plan.lanes) for plan in self.plans]
+        for plan, manifest, lanes in zip(self.plans, manifests, self._lanes, strict=True):
+            check_cache_size(manifest, storage, len(lanes), config.window, f"source {plan.source.name!r}")
         positions = lane_positions or {}
         self._packed = {
             number: self._pack(number, start_step, positions.get(plan.source.name, {}))
@@ -73,6 +81,11 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
     def micro_batches_per_update(self) -> int:
         """Of all sources together; the same for every rank and step."""
         return len(self._slots)
+
+    def prepare(self, step: int) -> None:
+        """Before loader processes are forked: the orders that they will share instead of each making its own."""
+        for order in self.orders:
+            order.prepare(step)
 
     def __getitem__(self, index: int) -> MicroBatch | DataError:
         try:
@@ -137,6 +150,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
     ) -> Iterator[tuple[SampleId, dict[str, bytes]]]:
         """The sample that the order has at a place, then its substitutes; ``first`` leaves out that many of these."""
         order = self.orders[source]
+        self._prefetchers[source].reading(lane, position)
         if first == 0:
             yield self._read(source, order, order.at(lane, position))
         for attempt in range(max(0, first - 1), SUBSTITUTES):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ORDER_VERSION = 1
+_FEW = 1 << 12  # keys that are sorted the plain way
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,9 @@ class SourceOrder:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: dict[int, _Window] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": OrderedDict(), "_windows": {}}  # a spawned process makes its own
+
     def samples_of(self, update: int, lanes: Sequence[int] | None = None) -> list[list[Location]]:
         """The samples of an update, a list for each of ``lanes`` (all by default)."""
         chosen = range(self.lanes) if lanes is None else lanes
@@ -136,6 +140,26 @@ class SourceOrder:
         start = stable_key(self.seed, self.name, "substitute", lane, position) % others
         chosen = (offset + 1 + (start + attempt) % others) % (others + 1)
         return Location(window.epoch, int(window.shards[chosen]), int(window.indices[chosen]))
+
+    def window_of(self, position: int) -> tuple[int, int]:
+        """(epoch, number) of the window that a lane's position is in."""
+        epoch, within = divmod(position, self.samples_per_lane)
+        return epoch, within // self.window
+
+    def blocks_of(self, lane: int, position: int, ahead: int = 0) -> list[tuple[int, int]]:
+        """(shard, block in the shard) that a lane's window reads from, in the order in which it comes to them.
+
+        ahead: 0 for the window that ``position`` is in, 1 for the next one.
+        """
+        epoch, number = self.window_of(position)
+        windows = -(-self.samples_per_lane // self.window)
+        epoch, number = epoch + (number + ahead) // windows, (number + ahead) % windows
+        window = self._make_window(epoch, lane, number)
+        return list(dict.fromkeys(zip(window.shards.tolist(), (window.indices // self.block).tolist(), strict=True)))
+
+    def prepare(self, update: int) -> None:
+        """Makes what an update needs and what forked processes can share: the order of its epoch."""
+        self._epoch(update * self.per_lane // self.samples_per_lane)
 
     def _locate(self, lane: int, position: int) -> tuple[_Window, int]:
         if not 0 <= lane < self.lanes or position < 0:
@@ -168,13 +192,15 @@ class SourceOrder:
             generator = philox(self.seed, self.name, epoch)
             rotation = int(generator.random_raw()) % self.samples
             blocks = _permutation(generator, int(self._first_block[-1])).astype(np.uint32)
-            order = self._epochs[epoch] = _Epoch(blocks, np.cumsum(self._block_sizes()[blocks]), rotation)
+            order = self._epochs[epoch] = _Epoch(
+                blocks, np.cumsum(self._block_sizes()[blocks], dtype=np.int64), rotation
+            )
             if len(self._epochs) > 2:  # an update may straddle two epochs
                 self._epochs.popitem(last=False)
         return order
 
-    def _block_sizes(self) -> NDArray[np.int64]:
-        sizes = np.full(int(self._first_block[-1]), self.block, np.int64)
+    def _block_sizes(self) -> NDArray[np.uint32]:
+        sizes = np.full(int(self._first_block[-1]), self.block, np.uint32)
         used = np.flatnonzero(self._counts)
         sizes[self._first_block[used + 1] - 1] = (self._counts[used] - 1) % self.block + 1
         return sizes
@@ -182,4 +208,20 @@ class SourceOrder:
 
 def _permutation(generator: np.random.Philox, length: int) -> NDArray[np.int64]:
     """Sorting random keys: a pure function of the raw stream. Ties (2^-64 a pair) keep their order."""
-    return np.argsort(generator.random_raw(length), kind="stable")
+    keys = generator.random_raw(length)
+    if length < _FEW:
+        return np.argsort(keys, kind="stable")
+    # The same result, several times faster: each key's low bits give way to its position, and numbers are sorted
+    # instead of being compared through an index. The few keys that agree in their high bits are put right afterwards.
+    bits = np.uint64((length - 1).bit_length())
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    packed = keys & ~low
+    packed |= np.arange(length, dtype=np.uint64)
+    packed.sort()
+    tied = np.flatnonzero((packed[1:] ^ packed[:-1]) <= low)
+    packed &= low
+    order = packed.view(np.int64)
+    for run in np.split(tied, np.flatnonzero(np.diff(tied) > 1) + 1) if len(tied) else []:
+        span = slice(int(run[0]), int(run[-1]) + 2)
+        order[span] = order[span][np.argsort(keys[order[span]], kind="stable")]
+    return order

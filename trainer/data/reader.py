@@ -4,107 +4,87 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from trainer.data.cache import BlockCache
 from trainer.data.errors import ShardError
+from trainer.data.files import is_remote
 from trainer.data.manifest import Manifest, load_manifest
-from trainer.data.tar_index import load_sidecar, sidecar_path
-from trainer.data.tar_members import TarDamageError, read_members, split_name
+from trainer.data.remote import RemoteStore
+from trainer.data.storage import LocalShard, RemoteShard, StorageSettings
+from trainer.data.tar_index import ShardIndex, load_sidecar
+from trainer.data.tar_members import TarDamageError, sample_members
 
 _OPEN_SHARDS = 256
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    descriptor: int
-    offsets: NDArray[np.uint64]
 
 
 class ShardReader:
     """Samples of a manifest's shards by (shard, index).
 
     The most recently used shards stay open with their index. Every problem is a ShardError and none is skipped: a
-    missing shard, one whose size or index is no longer what the manifest says, a short read, a damaged header.
+    missing shard, one whose size or index is no longer what the manifest says, a short read, a damaged header, remote
+    storage that does not answer. storage: for remote shards; None takes the defaults of ``data``.
     """
 
-    def __init__(self, manifest: Manifest, open_shards: int = _OPEN_SHARDS) -> None:
+    def __init__(
+        self, manifest: Manifest, open_shards: int = _OPEN_SHARDS, storage: StorageSettings | None = None
+    ) -> None:
         self.manifest = manifest
         self._limit = open_shards
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
+        self._storage = storage or StorageSettings()
+        self._store = RemoteStore(self._storage.retry)
+        self._cache = BlockCache(self._storage.cache_dir, self._storage.cache_bytes)
 
     def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         """The key and the members (lower-case extension -> bytes) of a sample."""
-        opened = self._shard(shard)
+        opened = self.open(shard)
         if not 0 <= index < len(opened.offsets):
             raise ShardError(f"{self._where(shard)}: no sample {index}, it has {len(opened.offsets)}")
-        start, end = map(int, opened.offsets[index])
-        data = self._pread(shard, opened.descriptor, start, end)
-        key, members = "", {}
+        data = opened.sample(index)
         try:
-            for member in read_members(lambda offset, n: data[offset : offset + n], len(data), whole=False):
-                parts = split_name(member.name)
-                if parts is not None:
-                    key, extension = parts
-                    members[extension] = data[member.data : member.data + member.size]
+            return sample_members(data)
         except TarDamageError as error:
+            start = int(opened.offsets[index][0])
             raise ShardError(f"{self._where(shard)}: sample {index} at byte {start}: {error}") from error
-        return key, members
 
     def close(self) -> None:
-        """Closes every open shard."""
+        """Closes every open shard and block."""
         while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+            self._open.popitem()[1].close()
+        self._cache.close()
 
     def _where(self, shard: int) -> str:
         return f"shard {self.manifest.url(shard)} of {self.manifest.path}"
 
-    def _shard(self, shard: int) -> _OpenShard:
+    def open(self, shard: int) -> LocalShard | RemoteShard:
+        """A shard, checked against the manifest when it was not open yet. Raises ShardError."""
         opened = self._open.get(shard)
         if opened is not None:
             self._open.move_to_end(shard)
             return opened
-        path = self.manifest.shard_path(shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{self._where(shard)}: {error.strerror} ({path})") from error
-        try:
-            size, expected = os.fstat(descriptor).st_size, int(self.manifest.shard_bytes[shard])
-            if size != expected:
-                raise ShardError(
-                    f"{self._where(shard)}: {size} bytes, but the manifest says {expected}: run trainer.index again"
-                )
-            index = load_sidecar(sidecar_path(path))
-            if (len(index.offsets), index.checksum) != (
-                int(self.manifest.samples[shard]),
-                int(self.manifest.checksums[shard]),
-            ):
-                raise ShardError(f"{self._where(shard)}: its index is of another scan: run trainer.index again")
-        except BaseException:
-            os.close(descriptor)
-            raise
+        url, size = self.manifest.url(shard), int(self.manifest.shard_bytes[shard])
+        if is_remote(url):
+            index = self._index(shard)
+            opened = RemoteShard(url, size, index, self._store, self._cache, self._storage.block)
+        else:
+            path = self.manifest.shard_path(shard)
+            opened = LocalShard(path, size, self._index(shard), self._where(shard))
         if len(self._open) >= self._limit:
-            os.close(self._open.popitem(last=False)[1].descriptor)
-        opened = self._open[shard] = _OpenShard(descriptor, index.offsets)
+            self._open.popitem(last=False)[1].close()
+        self._open[shard] = opened
         return opened
 
-    def _pread(self, shard: int, descriptor: int, start: int, end: int) -> bytes:
-        try:
-            data = os.pread(descriptor, end - start, start)
-        except OSError as error:
-            raise ShardError(f"{self._where(shard)}: {error.strerror} at byte {start}") from error
-        if len(data) != end - start:
-            raise ShardError(f"{self._where(shard)}: ends at byte {start + len(data)}, expected {end}")
-        return data
+    def _index(self, shard: int) -> ShardIndex:
+        index = load_sidecar(self.manifest.index_path(shard))
+        expected = (int(self.manifest.samples[shard]), int(self.manifest.checksums[shard]))
+        if (len(index.offsets), index.checksum) != expected:
+            raise ShardError(f"{self._where(shard)}: its index is of another scan: run trainer.index again")
+        return index
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.manifest.path, self._limit)
+        return _reopen, (self.manifest.path, self._limit, self._storage)
 
 
-def _reopen(path: os.PathLike[str], open_shards: int) -> ShardReader:
-    from pathlib import Path
-
-    return ShardReader(load_manifest(Path(path)), open_shards)
+def _reopen(path: os.PathLike[str], open_shards: int, storage: StorageSettings) -> ShardReader:
+    return ShardReader(load_manifest(Path(path)), open_shards, storage)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from trainer.data.tar_members import Member, TarDamageError, read_members, split
 
 _MAGIC = b"FLTARIDX"
 _VERSION = 1
-_HEADER = struct.Struct("<8sIIQQqQ16x")  # magic, version, tail bytes, samples, tar bytes, tar mtime in ns, checksum
+_HEADER = struct.Struct("<8sIIQQqQ16x")  # magic, version, tail bytes, samples, tar bytes, tar version, checksum
 _READ_BUFFER = 1 << 17
 
 
@@ -41,13 +41,15 @@ class Rejection:
 class ShardIndex:
     """offsets: uint64 [samples, 2], start and end of each complete sample in the shard's order.
 
+    version: the file's time of change in ns, or 63 bits of what remote storage calls its version (0: it does not).
+
     checksum: 64 bits over every header block and over the offsets; it changes when members are renamed, resized,
     added or moved, not when only a member's content changes (that is what costs nothing to check).
     """
 
     offsets: NDArray[np.uint64]
     tar_bytes: int
-    mtime_ns: int
+    version: int
     checksum: int
     required: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
@@ -76,15 +78,7 @@ class _Group:
 
 
 def scan_shard(path: Path, required: Collection[str] = ()) -> ShardIndex:
-    """Reads the headers of a tar once.
-
-    required: extensions that every sample must have ("jpg" or "jpg,png" for one of several). A key that comes back
-    later in the shard is rejected in all places: whether it was two samples or one with its members apart is unknown.
-    Raises ShardError when the file cannot be opened at all.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    groups: list[_Group] = []
-    damage: TarDamageError | None = None
+    """``scan_tar`` of a local file. Raises ShardError when it cannot be opened at all."""
     try:
         with open(path, "rb", buffering=_READ_BUFFER) as file:
             status = os.fstat(file.fileno())
@@ -93,18 +87,31 @@ def scan_shard(path: Path, required: Collection[str] = ()) -> ShardIndex:
                 file.seek(offset)
                 return file.read(length)
 
-            try:
-                for member in read_members(read, status.st_size, on_header=digest.update):
-                    _group(groups, member)
-            except TarDamageError as error:
-                damage = error
+            return scan_tar(read, status.st_size, status.st_mtime_ns, required)
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror or error}") from error
-    good, rejected = _accept(groups, required, damage, status.st_size)
+
+
+def scan_tar(read: Callable[[int, int], bytes], size: int, version: int, required: Collection[str] = ()) -> ShardIndex:
+    """Reads the headers of a tar once.
+
+    read: (offset, length) -> bytes. size: in bytes. version: kept in the index (a time, or what a store calls it).
+    required: extensions that every sample must have ("jpg" or "jpg,png" for one of several). A key that comes back
+    later in the shard is rejected in all places: whether it was two samples or one with its members apart is unknown.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    groups: list[_Group] = []
+    damage: TarDamageError | None = None
+    try:
+        for member in read_members(read, size, on_header=digest.update):
+            _group(groups, member)
+    except TarDamageError as error:
+        damage = error
+    good, rejected = _accept(groups, required, damage, size)
     offsets = np.array([(group.start, group.end) for group in good], dtype="<u8").reshape(-1, 2)
     digest.update(offsets.tobytes())
     checksum = int.from_bytes(digest.digest(), "little")
-    return ShardIndex(offsets, status.st_size, status.st_mtime_ns, checksum, tuple(sorted(required)), tuple(rejected))
+    return ShardIndex(offsets, size, version, checksum, tuple(sorted(required)), tuple(rejected))
 
 
 def _group(groups: list[_Group], member: Member) -> None:
@@ -152,11 +159,20 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index")
 
 
+def collected_sidecar_path(manifest: Path, url: str) -> Path:
+    """Where the index of a shard lies that cannot have it beside itself: in a folder beside the manifest.
+
+    url: as it stands in the manifest. 4,096 folders keep 2 million indices apart.
+    """
+    digest = hashlib.blake2b(url.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return manifest.with_name(manifest.name + ".index") / digest[:3] / f"{digest}.index"
+
+
 def save_sidecar(index: ShardIndex, path: Path) -> None:
     """Writes a sidecar atomically: readers see the old one or the new one."""
     tail = json.dumps({"required": index.required, "rejected": [asdict(one) for one in index.rejected]}).encode()
     header = _HEADER.pack(
-        _MAGIC, _VERSION, len(tail), len(index.offsets), index.tar_bytes, index.mtime_ns, index.checksum
+        _MAGIC, _VERSION, len(tail), len(index.offsets), index.tar_bytes, index.version, index.checksum
     )
     write_atomically(path, header + index.offsets.astype("<u8").tobytes() + tail)
 
@@ -168,7 +184,7 @@ def load_sidecar(path: Path) -> ShardIndex:
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror}: run python -m trainer.index again") from error
     try:
-        magic, version, tail, samples, tar_bytes, mtime_ns, checksum = _HEADER.unpack_from(data)
+        magic, version, tail, samples, tar_bytes, tar_version, checksum = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != _VERSION or len(data) != _HEADER.size + 16 * samples + tail:
             raise ValueError("not an index of this version, or cut")
         offsets = np.frombuffer(data, "<u8", 2 * samples, _HEADER.size).reshape(-1, 2)
@@ -177,4 +193,4 @@ def load_sidecar(path: Path) -> ShardIndex:
         required = tuple(facts["required"])
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: damaged index ({error}): run python -m trainer.index again") from error
-    return ShardIndex(offsets, tar_bytes, mtime_ns, checksum, required, rejected)
+    return ShardIndex(offsets, tar_bytes, tar_version, checksum, required, rejected)

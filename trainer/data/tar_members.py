@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from zlib import adler32
 
 BLOCK = 512
 _MAX_EXTENSION = 1 << 20  # a name of more than a megabyte is damage, not a name
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _END = bytes(BLOCK)
+_FILE, _PAX = ord("0"), ord("x")
 _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # how gzip, bzip2, xz and zstd files begin
 
 
@@ -49,6 +51,48 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not dot or not stem or (not slash and base.startswith("__") and base.endswith("__")):
         return None
     return folder + slash + stem, extension.lower()
+
+
+def sample_members(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """The key and the members (lower-case extension -> bytes) of one sample's byte range.
+
+    The common headers (ustar, and pax records that give neither name nor size) are read in a tight loop, since this
+    runs for every sample; anything else goes through ``read_members``. Every header's checksum counts either way.
+    Raises TarDamageError.
+    """
+    key, members, offset, end = "", {}, 0, len(data)
+    try:
+        while offset < end:
+            header = data[offset : offset + BLOCK]
+            kind, length, body = header[156], int(header[124:135], 8), offset + BLOCK
+            found = adler32(header[156:], adler32(header[:148])) & 0xFFFF  # see _check_sum
+            if found != (int(header[148:154], 8) - 255) % 65521 or body + length > end:
+                return _sample_members(data)
+            offset = body + -(-length // BLOCK) * BLOCK
+            if kind == _PAX:
+                records = data[body : body + length]
+                if b"path=" in records or b"size=" in records or b"GNU" in records:
+                    return _sample_members(data)
+            elif kind == _FILE and not header[345] and header[135] <= 32:
+                parts = split_name(header[: header.index(0, 0, 100)].decode())
+                if parts is not None:
+                    key = parts[0]
+                    members[parts[1]] = data[body : body + length]
+            else:
+                return _sample_members(data)
+    except (ValueError, IndexError):  # a number or a name that is written in another way
+        return _sample_members(data)
+    return key, members
+
+
+def _sample_members(data: bytes) -> tuple[str, dict[str, bytes]]:
+    key, members = "", {}
+    for member in read_members(lambda offset, n: data[offset : offset + n], len(data), whole=False):
+        parts = split_name(member.name)
+        if parts is not None:
+            key, extension = parts
+            members[extension] = data[member.data : member.data + member.size]
+    return key, members
 
 
 def read_members(
@@ -111,6 +155,10 @@ def _check_sum(header: bytes, offset: int) -> None:
     except ValueError:
         expected = -1
     rest = header[:148] + header[156:]
+    # The low half of Adler-32 is the bytes' sum modulo 65521 (plus 1), thirty times as fast as summing in Python. A
+    # sum of 504 bytes is below twice that, so only one other sum is taken for the right one, and nothing makes it.
+    if 0 <= expected - 256 <= 255 * len(rest) and adler32(rest) & 0xFFFF == (expected - 256 + 1) % 65521:
+        return
     # Old tars summed signed characters.
     if sum(rest) + 256 != expected and sum(b - 256 if b > 127 else b for b in rest) + 256 != expected:
         if offset == 0 and header[:2] in _COMPRESSED:

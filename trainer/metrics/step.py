@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,8 +17,8 @@ class StepMetrics:
     samples: sequences of each source. tokens: without padding. images: real ones, without the dummies.
     step_seconds: the whole update, waiting for data included. data_seconds: the waiting alone.
     skipped: the update was not applied, because its gradient was not finite.
-    substituted: samples that could not be used and were replaced.
     padding: share of the batch's positions that hold no token.
+    replaced: samples that could not be used and were replaced, by reason.
     """
 
     step: int
@@ -32,8 +32,13 @@ class StepMetrics:
     data_seconds: float
     skipped: bool
     images: int = 0
-    substituted: int = 0
     padding: float = 0.0
+    replaced: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def substituted(self) -> int:
+        """Samples that were replaced, for whatever reason."""
+        return sum(self.replaced.values())
 
     def to_json(self) -> dict[str, Any]:
         """The flat object of metrics.jsonl; numbers that are not finite become null, for JSON has none of them."""
@@ -48,6 +53,7 @@ class StepMetrics:
             "padding": round(self.padding, 6),
             "images": self.images,
             "substituted": self.substituted,
+            **{f"substituted/{reason}": count for reason, count in sorted(self.replaced.items())},
             "step_seconds": round(self.step_seconds, 6),
             "data_seconds": round(self.data_seconds, 6),
             "skipped": self.skipped,
