@@ -28,11 +28,14 @@ class OpStatus(NamedTuple):
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of all ops in this process: "auto", "fused" (an error where there is none) or "reference"."""
+    """Choose the backend of all ops in this process: "fused" (an error where there is none) or "reference".
+
+    "auto" takes the choice back: then FLAMINGO_OPS decides, or what this machine has.
+    """
     global _configured
     if name not in BACKENDS:
         raise ValueError(f"the backend of model.ops must be one of {', '.join(BACKENDS)}, got {name!r}")
-    _configured = name
+    _configured = None if name == "auto" else name
 
 
 def get_backend() -> str:

@@ -33,6 +33,8 @@ def test_an_argument_overrides_the_setting_and_the_setting_the_environment(monke
     assert uses_fused()
     monkeypatch.setenv("FLAMINGO_OPS", "reference")
     assert not uses_fused()
+    ops.set_backend("auto")
+    assert ops.get_backend() == "reference", "a run's default leaves the choice to the environment"
     ops.set_backend("fused")
     assert uses_fused()
     assert not uses_fused(backend="reference")

@@ -331,7 +331,8 @@ class TrainingConfig:
     max_skipped_in_a_row: that many non-finite updates one after another abort the run.
     activation_checkpointing: recompute each language-model block (with its cross-attention) in the backward.
     threads: torch threads a process on the CPU; None leaves torch's own choice.
-    ops: implementation of the fused attention ops: "auto" takes the fastest that is there, "fused" insists on it.
+    ops: implementation of the fused attention ops: "auto" takes the fastest that is there (or what the
+        environment variable FLAMINGO_OPS says), "fused" insists on it.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
