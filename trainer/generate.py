@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from model.flamingo import Flamingo
 from model.generation import generate
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: as it was trained")
     arguments = parser.parse_args(argv)
+    disable_progress_bar()
     try:
         model = from_pretrained(arguments.model, dtype=arguments.dtype, device=arguments.device)
         tokenizer = tokenizer_of(arguments.model)
