@@ -8,11 +8,10 @@ a folder that open_clip, and ``model.vision.name``, take as ``local-dir:FOLDER``
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from trainer.config.schema import ContrastiveRunConfig
-from trainer.entry import Tools, run_training
+from trainer.entry import Tools, leave, run_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,4 +28,4 @@ def _tools() -> Tools[ContrastiveRunConfig]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,11 +8,10 @@ an export that ``trainer.generate`` and ``trainer.evaluate`` take.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from trainer.config.schema import FlamingoRunConfig
-from trainer.entry import Tools, run_training
+from trainer.entry import Tools, leave, run_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,4 +28,4 @@ def _tools() -> Tools[FlamingoRunConfig]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
