@@ -95,9 +95,7 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
 
 def sum_counts(counts: Counter[Key], world: World) -> Counter[Key]:
     """The sums over all ranks of counts whose keys may differ from rank to rank."""
-    gathered: list[Counter[Key]] = [Counter()] * world.size
-    dist.all_gather_object(gathered, counts)
-    return sum(gathered, Counter())
+    return sum(gather_objects(counts, world), Counter[Key]())
 
 
 def any_rank(flag: bool, world: World) -> bool:
@@ -119,8 +117,7 @@ def raise_together(error: Exception | None, world: World) -> None:
 
     Raises: the rank's own error, or RankFailedError naming the first rank that failed.
     """
-    messages: list[str | None] = [None] * world.size
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", world)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
