@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from launch_scripts.digit_sentences import caption, sentence
 from trainer import index
-from trainer.data.files import write_atomically
+from trainer.files import write_atomically
 
 SIZE = 32  # side of a picture, in pixels
 STAMP = "finished.json"

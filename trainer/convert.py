@@ -20,8 +20,8 @@ from pathlib import Path
 
 from trainer.data.conversion import Refused, Result, folder_pairs, mmc4_documents, obelics_documents, table_pairs
 from trainer.data.errors import ShardError
-from trainer.data.files import write_atomically
 from trainer.data.writer import IndexedShardWriter
+from trainer.files import write_atomically
 
 _LISTED = 10_000  # refused inputs that are listed one by one
 

@@ -105,8 +105,8 @@ def leave(code: int) -> NoReturn:
 
 
 def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:
-    from trainer.checkpoint.files import write_atomically
     from trainer.distributed import raise_together
+    from trainer.files import write_atomically
     from trainer.loop import train
 
     train(tools.build_task(config, world), config, world)

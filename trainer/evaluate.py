@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from model.pretrained import from_pretrained, tokenizer_of
-    from trainer.checkpoint.files import write_json
     from trainer.evaluation import evaluate_task
+    from trainer.files import write_json
     from trainer.generate import decoder_of
 
     disable_progress_bar()

@@ -21,12 +21,12 @@ from trainer.config.loader import load_config, schema_of
 from trainer.config.schema import DataConfig, FlamingoRunConfig, RunConfig
 from trainer.data.contact_sheet import contact_sheet
 from trainer.data.errors import DataError
-from trainer.data.files import write_atomically
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.micro_batches import MicroBatches
 from trainer.data.plan import build_orders, plan_update
 from trainer.data.reader import ShardReader
 from trainer.errors import ConfigError, TrainerError
+from trainer.files import write_atomically
 
 _TEXT_EXTENSIONS = ("txt", "json")
 _SHOWN_CHARACTERS = 100

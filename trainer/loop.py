@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import write_atomically
 from trainer.checkpoint.load import check_fits, restore, resume_point
 from trainer.checkpoint.save import prune_checkpoints, save_checkpoint
 from trainer.checkpoint.state import TrainingState
@@ -31,6 +30,7 @@ from trainer.data.sequences import Builder
 from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
 from trainer.distributed import World, gather_objects, sum_counts, sum_over_ranks
 from trainer.engine import Engine, StepResult
+from trainer.files import write_atomically
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
 from trainer.metrics.step import StepMetrics

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.data.helpers import text_shards, write_shard
-from trainer import index
-from trainer.data import files, shard_scan
+from trainer import files, index
+from trainer.data import shard_scan
 from trainer.data.errors import ShardError
 from trainer.data.manifest import Manifest, load_manifest
 

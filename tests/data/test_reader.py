@@ -11,9 +11,9 @@ import webdataset
 
 from tests.data.helpers import build_manifest, text_shards, write_shard
 from trainer.data.errors import ShardError
-from trainer.data.files import local_path
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.reader import ShardReader
+from trainer.data.urls import local_path
 
 
 class Bomb:

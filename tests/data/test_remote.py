@@ -12,8 +12,8 @@ import pytest
 
 from tests.data.http_server import Server, cut, drip, hang, serve, shifted, status, whole_file, wrong_size
 from trainer.data.errors import ShardError
-from trainer.data.files import is_remote
 from trainer.data.remote import RemoteError, RemoteStore, RetryPolicy, shown
+from trainer.data.urls import is_remote
 
 DATA = bytes(range(256)) * 40
 QUICK = RemoteStore(RetryPolicy(retries=4, timeout_seconds=0.3, deadline_seconds=5.0))

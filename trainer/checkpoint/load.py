@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from model.parameters import explain_difference
-from trainer.checkpoint.files import canonical_json, checksum
 from trainer.checkpoint.state import (
     LATEST,
     MANIFEST,
@@ -25,6 +24,7 @@ from trainer.checkpoint.state import (
     tag_of,
 )
 from trainer.distributed import World, from_main
+from trainer.files import canonical_json, checksum
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from trainer.checkpoint.files import checksum, sync_folder, write_atomically, write_json
 from trainer.checkpoint.state import (
     CONFIG,
     LATEST,
@@ -23,6 +22,7 @@ from trainer.checkpoint.state import (
 )
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed import World, barrier, raise_together
+from trainer.files import checksum, sync_folder, write_atomically, write_json
 
 SaveShards = Callable[[Path, str], None]
 

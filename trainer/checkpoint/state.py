@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.files import canonical_json
 from trainer.errors import TrainerError
+from trainer.files import canonical_json
 
 FORMAT_VERSION = 1
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.errors import ShardError
-from trainer.data.files import local_path, write_atomically
 from trainer.data.tar_index import collected_sidecar_path, sidecar_path
+from trainer.data.urls import local_path
+from trainer.files import write_atomically
 
 FORMAT_VERSION = 2  # 1 had no index_beside: all indices lay beside their shards, and it is read so
 _CONTENT_VERSION = 1  # of the columns that sha256 covers

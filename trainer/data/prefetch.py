@@ -13,11 +13,11 @@ import queue
 import threading
 
 from trainer.data.errors import ShardError
-from trainer.data.files import is_remote
 from trainer.data.manifest import Manifest
 from trainer.data.order import SourceOrder
 from trainer.data.reader import ShardReader
 from trainer.data.storage import RemoteShard, StorageSettings
+from trainer.data.urls import is_remote
 
 _THREADS = 4
 _LOG = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from trainer.data.cache import BlockCache
 from trainer.data.errors import ShardError
-from trainer.data.files import is_remote
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.remote import RemoteStore
 from trainer.data.storage import LocalShard, RemoteShard, StorageSettings
 from trainer.data.tar_index import ShardIndex, load_sidecar
 from trainer.data.tar_members import TarDamageError, sample_members
+from trainer.data.urls import is_remote
 
 _OPEN_SHARDS = 256
 

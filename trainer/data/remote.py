@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import fsspec
 
 from trainer.data.errors import ShardError
-from trainer.data.files import HTTP_SCHEMES, is_remote, scheme_of
 from trainer.data.http_range import PassingFailure, PermanentFailure, http_range, http_stat
+from trainer.data.urls import HTTP_SCHEMES, is_remote, scheme_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 20.0  # seconds
 # What stores call the version of an object, best first.

@@ -12,7 +12,6 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from trainer.data.errors import ShardError
-from trainer.data.files import is_remote, local_path
 from trainer.data.manifest import Manifest
 from trainer.data.remote import RemoteStore
 from trainer.data.tar_index import (
@@ -25,6 +24,7 @@ from trainer.data.tar_index import (
     scan_tar,
     sidecar_path,
 )
+from trainer.data.urls import is_remote, local_path
 
 _READ_AHEAD = 4 << 20  # bytes of a remote shard that are read at once; members that are larger are skipped over
 

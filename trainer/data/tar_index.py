@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.errors import ShardError
-from trainer.data.files import write_atomically
 from trainer.data.tar_members import Member, TarDamageError, read_members, split_name
+from trainer.files import write_atomically
 
 _MAGIC = b"FLTARIDX"
 _VERSION = 1

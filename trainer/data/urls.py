@@ -1,8 +1,7 @@
-"""Files and urls: which urls are read at all, and writing without half-written results."""
+"""Which urls are read at all, and which path a local one means."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -52,16 +51,3 @@ def local_path(url: str, folder: Path | None = None) -> Path:
         known = ", ".join((*HTTP_SCHEMES, *OBJECT_SCHEMES))
         raise ValueError(f"{url!r}: shards are read from local paths, file: urls and {known}, not from {scheme}:")
     return path if folder is None else folder / path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside the target, syncs and renames, so that a crash never leaves a part under the final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

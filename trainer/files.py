@@ -11,14 +11,17 @@ from typing import Any
 _CHUNK_BYTES = 8 * 2**20
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file in one step: after a crash it holds the old text or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file in one step: after a crash it holds the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
