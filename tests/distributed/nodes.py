@@ -32,6 +32,9 @@ _SSHD = "/usr/sbin/sshd"
 # What a login on the nodes has, so that tests do not depend on who runs pytest.
 _KEPT = ("HOME", "LANG", "HF_HUB_OFFLINE", "WANDB_MODE")
 
+_NAMESPACES = (
+    "setpriv --pdeathsig KILL unshare --net --uts --ipc --mount --pid --fork --kill-child --mount-proc".split()
+)
 _START = """
 set -e
 mount -t tmpfs -o size=2g,mode=1777 tmpfs /dev/shm
@@ -150,7 +153,8 @@ class Cluster:
         self._on_network(self.head, f"link add {node.link} type veth peer name {INTERFACE} netns {node.pid}")
         self._on_network(self.head, f"link set {node.link} master {INTERFACE} up")
         self._join(node)
-        _until(lambda: self.run_on(self.head, "ssh", node.address, "true")[0] == 0, f"ssh to {node.name}")
+        ssh = ("ssh", "-o", "ConnectTimeout=1", node.address, "true")
+        _until(lambda: self.run_on(self.head, *ssh)[0] == 0, f"ssh to {node.name}")
 
     def start_on(
         self, node: Node, *command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
@@ -192,8 +196,7 @@ class Cluster:
         script = _START.format(name=node.name, folder=self.folder, sshd=_SSHD)
         with (self.folder / f"{node.name}.log").open("ab") as log:
             node.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--ipc", "--mount", "--pid"]
-                + ["--fork", "--kill-child", "--mount-proc", "bash", "-c", script],
+                [*_NAMESPACES, "bash", "-c", script],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -204,6 +207,9 @@ class Cluster:
         node.pid = outer.children()[0].pid
 
     def _join(self, node: Node) -> None:
+        # Always the same hardware address: the others remember it, also over a restart.
+        hardware = f"02:00:00:00:00:{int(node.address.rpartition('.')[2]):02x}"
+        self._on_network(node, f"link set {INTERFACE} address {hardware}")
         self._on_network(node, f"address add {node.address}/24 dev {INTERFACE}")
         self._on_network(node, f"link set {INTERFACE} up")
         assert node.process is not None and node.process.stdin is not None
