@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint.load import check_fits, restore, resume_point
-from trainer.checkpoint.save import prune_checkpoints, save_checkpoint
+from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.schema import RunConfig
@@ -91,6 +91,7 @@ def train(task: Task, config: RunConfig, world: World) -> None:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
     preemption, limit = Preemption(world), BadSampleLimit(config.data)
+    checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, world)
 
     with (
         preemption.listening(),
@@ -109,10 +110,15 @@ def train(task: Task, config: RunConfig, world: World) -> None:
             limit.record(consumed, replaced)
             done = update.step + 1
             stop = preemption.agreed()
+            checkpoints.poll()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
-                _save(engine, task, config, world, done, _data_state(loader, done, world), skipped.in_a_row)
+                data = _data_state(loader, done, world)
+                state = TrainingState(done, world.size, data, task.frozen, task.model, skipped.in_a_row)
+                checkpoints.save(state, config_to_yaml(config), engine.save)
             if stop and done < config.training.steps:
+                checkpoints.wait()
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+        checkpoints.wait()
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -126,19 +132,10 @@ def _resume(engine: Engine, task: Task, config: RunConfig, world: World) -> Trai
     if found is None:
         return TrainingState(0, world.size, {}, task.frozen, task.model)
     checkpoint, state = found
-    check_fits(state, world_size=world.size, model=task.model, frozen=task.frozen)
-    restore(checkpoint, engine.load, world)
+    check_fits(state, model=task.model, frozen=task.frozen)
+    restore(checkpoint, state, engine.load, engine.load_universal, world)
     _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
     return state
-
-
-def _save(
-    engine: Engine, task: Task, config: RunConfig, world: World, step: int, data: Mapping[str, Any], in_a_row: int
-) -> None:
-    state = TrainingState(step, world.size, data, task.frozen, task.model, in_a_row)
-    folder = checkpoint_folder(config)
-    save_checkpoint(folder, state, config_to_yaml(config), engine.save, world)
-    prune_checkpoints(folder, config.checkpoint, world)
 
 
 def _data_state(loader: UpdateLoader, step: int, world: World) -> dict[str, Any]:

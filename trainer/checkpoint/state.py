@@ -8,8 +8,10 @@
         rng-rank-00000.safetensors             random states of that rank
         state.json                             TrainingState
         config.yaml                            the run's settings as they were resolved
-        manifest.json                          size and sha256 of every other file; written last: without it the
+        manifest.json                          size and sha256 of every file above; written last: without it the
                                                checkpoint does not exist
+        universal/                             the same tensors in DeepSpeed's universal format, for other numbers of
+                                               processes; made when first needed, with a manifest.json of its own
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from trainer.files import canonical_json
 
 FORMAT_VERSION = 1
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
+UNIVERSAL = "universal"
 _TAG = re.compile(r"step-(\d{8,})")
 
 
@@ -38,6 +41,7 @@ class TrainingState:
     """Everything but tensors.
 
     step: updates done, skipped ones included; the next update is global batch ``step``.
+    world_size: processes that wrote it; another number reads its universal form.
     data: what ``trainer.data.loader.data_state`` says; the stream is a pure function of it and of ``step``.
     frozen: a digest of every frozen tensor by name (``model.parameters``); the tensors are not in the checkpoint.
     model: the model's configuration, as plain values.

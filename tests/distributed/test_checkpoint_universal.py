@@ -1,0 +1,165 @@
+"""Weights, moments, steps and hyperparameters after a resume on another number of processes, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor, nn
+
+from tests.distributed.processes import run_distributed
+from trainer.checkpoint.load import _restore_random_states, restore, resume_point
+from trainer.checkpoint.save import Checkpoints
+from trainer.checkpoint.state import TrainingState
+from trainer.config.schema import CheckpointConfig, OptimizerConfig
+from trainer.distributed import World
+from trainer.engine import Engine
+
+pytestmark = pytest.mark.distributed
+
+OPTIMIZER = OptimizerConfig(lr=0.05, weight_decay=0.1, gate_lr_multiplier=3.0)
+ROWS, BEFORE, AFTER = 12, 3, 2
+# stage, bfloat16, offloaded optimiser
+VARIANTS = [(1, False, False), (1, True, False), (2, False, True), (2, True, False), (3, False, False), (3, True, True)]
+
+
+class Gated(nn.Module):
+    """Sizes that no number of processes divides, a gate that few of them have a part of, and a buffer that counts."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 5)
+        self.outer = nn.Linear(5, 1)
+        self.frozen = nn.Linear(1, 1, bias=False).requires_grad_(False)
+        self.attention_gate = nn.Parameter(torch.tensor([0.5]))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        self.calls += 1
+        hidden = torch.tanh(self.inner(x)) * torch.tanh(self.attention_gate)
+        return SimpleNamespace(loss=(self.frozen(self.outer(hidden)) - y).float().square().sum())
+
+
+def build(world: World, variant: tuple[int, bool, bool]) -> Engine:
+    stage, bf16, offload = variant
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if bf16 and stage >= 2:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return Engine(Gated().bfloat16() if bf16 else Gated(), OPTIMIZER, settings, world)
+
+
+def updates(engine: Engine, world: World, steps: range, bf16: bool) -> list[float]:
+    """The loss of the global batch in each update."""
+    losses = []
+    for step in steps:
+        draw = torch.Generator().manual_seed(step)
+        x, y = torch.randn(ROWS, 7, generator=draw), torch.randn(ROWS, 1, generator=draw)
+        mine = slice(world.rank * ROWS // world.size, (world.rank + 1) * ROWS // world.size)
+        inputs = {"x": x[mine].bfloat16() if bf16 else x[mine], "y": y[mine]}
+        loss = engine.forward_backward(inputs, scale=1 / ROWS)
+        torch.distributed.all_reduce(loss)
+        losses.append(float(loss))
+        engine.step(1.0)
+    return losses
+
+
+def whole_moment(engine: Engine, parameter: Any, key: str) -> Tensor | None:
+    """As DeepSpeed's own function says it, which under ZeRO-1 and 2 does not find moments before a resume."""
+    if hasattr(parameter, "ds_id"):
+        return safe_get_full_optimizer_state(parameter, key)
+    whole = torch.zeros(parameter.numel())
+    mapping = parameter._hp_mapping
+    if mapping is not None:
+        here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        optimizer = engine._deepspeed.optimizer
+        [group] = [i for i, group in enumerate(optimizer.bit16_groups) if any(p is parameter for p in group)]
+        [flat] = optimizer.optimizer.param_groups[group]["params"]
+        part = optimizer.optimizer.state[flat][key].narrow(0, there.start, there.numel)
+        whole.narrow(0, here.start, here.numel).copy_(part)
+    torch.distributed.all_reduce(whole)
+    return whole.view(parameter.shape)
+
+
+def exactly(tensor: Tensor | None) -> list[float]:
+    """Numbers that leave the process unchanged."""
+    assert tensor is not None
+    return [float(value) for value in tensor.double().flatten().tolist()]
+
+
+def everything(engine: Engine) -> dict[str, Any]:
+    """What the optimiser knows, whole; its learning rate is set in every update."""
+    found: dict[str, Any] = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            found[name] = exactly(safe_get_full_fp32_param(parameter))
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {key}"] = exactly(whole_moment(engine, parameter, key))
+    base = engine._optimizer
+    found["groups"] = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in base.param_groups]
+    found["steps"] = [float(state["step"]) for state in engine._deepspeed.optimizer.optimizer.state.values()]
+    found["calls"] = dict(engine.module.named_buffers())["calls"].tolist()
+    return found
+
+
+def train_and_save(world: World, folder: Path) -> list[tuple[dict[str, Any], list[float]]]:
+    results = []
+    for number, variant in enumerate(VARIANTS):
+        engine = build(world, variant)
+        updates(engine, world, range(BEFORE), variant[1])
+        checkpoints = Checkpoints(folder / str(number), CheckpointConfig(), world)
+        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "", engine.save)
+        saved = everything(engine)
+        results.append((saved, updates(engine, world, range(BEFORE, BEFORE + AFTER), variant[1])))
+        checkpoints.wait()
+    return results
+
+
+def resume_and_train(world: World, folder: Path) -> list[tuple[dict[str, Any], list[float], int]]:
+    results = []
+    for number, variant in enumerate(VARIANTS):
+        engine = build(world, variant)
+        found = resume_point(folder / str(number), world)
+        assert found is not None
+        restore(*found, engine.load, engine.load_universal, world)
+        loaded, seed = everything(engine), torch.initial_seed()
+        _restore_random_states(*found, world)
+        assert torch.initial_seed() == seed, "it is the same at every resume"
+        results.append((loaded, updates(engine, world, range(BEFORE, BEFORE + AFTER), variant[1]), seed))
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[dict[str, Any], list[float]]]]:
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_distributed(train_and_save, 2, folder)[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_everything_is_restored(saved: tuple[Path, list[tuple[dict[str, Any], list[float]]]], world_size: int) -> None:
+    folder, expected = saved
+    results = run_distributed(resume_and_train, world_size, folder)
+    for rank in results:
+        for (want, want_losses), (got, got_losses, _), (_, bf16, _) in zip(expected, rank, VARIANTS, strict=True):
+            for name in want.keys() - {"steps"}:
+                assert got[name] == want[name], name
+            assert set(got["steps"]) == {float(BEFORE)}
+            assert got_losses == pytest.approx(want_losses, rel=2e-2 if bf16 else 1e-5)
+    new_seeds = [rank[0][2] for rank in results[2:]]
+    assert len(set(new_seeds)) == len(new_seeds), "ranks that did not exist draw other numbers than one another"

@@ -1,0 +1,76 @@
+"""A run goes on with another number of processes as if nothing had happened: losses, samples, optimiser, data."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.helpers import build_manifest, image_bytes, write_shard
+from tests.distributed.processes import run_distributed
+from tests.distributed.small_run import losses, make_assets, run_settings
+from tests.distributed.test_packing import read_ledger
+from tests.distributed.test_training import train_run
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As for other runs, and pairs of which every seventh cannot be used."""
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    for shard in range(2):
+        samples = []
+        for i in range(14):
+            colour = (20 * i, 255 - 10 * i, 100 * shard)
+            picture = b"no image" if i % 7 == 3 else image_bytes(colour, size=(16, 16))
+            samples.append(
+                (f"b{i}", {"png": picture, "txt": f"a {'red green blue dark light'.split()[i % 5]} sky".encode()})
+            )
+        write_shard(folder / "data" / "bad" / f"{shard}.tar", samples)
+    build_manifest(folder / "data" / "bad")
+    return folder
+
+
+def settings_of(assets: Path, run_dir: Path, **deepspeed: Any) -> dict[str, Any]:
+    """A mixture of packed and unpacked sources that 1, 2, 3 and 4 processes divide; more than an epoch of the bad."""
+    settings = run_settings(assets, run_dir, steps=STEPS)
+    bad, documents, texts = settings["data"]["sources"]
+    bad |= {"name": "bad", "manifest": str(assets / "data/bad/manifest.npz"), "batch_size": 12}
+    documents |= {"batch_size": 12}
+    texts |= {"batch_size": 12, "pack": True, "max_tokens": 40}
+    settings["data"] |= {"max_bad_fraction": 0.5}
+    settings["deepspeed"] |= deepspeed
+    return settings
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_distributed(train_run, 2, settings_of(assets, run_dir))
+    return run_dir
+
+
+def run_in_pieces(settings: dict[str, Any], pieces: list[tuple[int, int | None]]) -> None:
+    """Train with each number of processes until the given update, where all of them are gone without a word."""
+    for world_size, stop_after in pieces:
+        run_distributed(train_run, world_size, settings, stop_after)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_and_resumed_with_other_numbers_of_processes(
+    assets: Path, uninterrupted: Path, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    settings = settings_of(assets, tmp_path / "run")
+    settings["checkpoint"] |= {"every": 1, "asynchronous": seed % 2 == 0}
+    sizes = draw.sample([1, 2, 3, 4], 4)
+    stops = [*sorted(draw.sample(range(2, STEPS), 3)), None]
+    run_in_pieces(settings, list(zip(sizes, stops, strict=True)))
+    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
