@@ -1,0 +1,57 @@
+"""Going back to an older checkpoint, so that a crash at any moment of it is a resume from that same older one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoint.load import read_state, verify_checkpoint
+from trainer.checkpoint.state import LATEST, MANIFEST, CheckpointError, TrainingState, step_of, tag_of
+from trainer.distributed import World, from_main, raise_together
+from trainer.files import write_atomically
+
+
+def has_checkpoint(folder: Path, at_most: int, world: World) -> bool:
+    """Whether there is a good checkpoint of at most that step; a collective."""
+    found = False
+    if world.is_main:
+        steps = sorted((step for step in _finished(folder) if step <= at_most), reverse=True)
+        found = any(verify_checkpoint(folder / tag_of(step)) is None for step in steps)
+    return bool(from_main(found, world))
+
+
+def drop_checkpoints(folder: Path, is_stale: Callable[[TrainingState], bool], world: World) -> None:
+    """Move ``latest`` to the newest checkpoint that is not stale, then remove the stale ones; a collective.
+
+    Raises: CheckpointError on all ranks when every checkpoint is stale; nothing is removed then.
+    """
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            _drop(folder, is_stale)
+        except (OSError, CheckpointError) as caught:
+            error = caught
+    raise_together(error, world)
+
+
+def _drop(folder: Path, is_stale: Callable[[TrainingState], bool]) -> None:
+    finished = _finished(folder)
+    stale = [step for step in finished if is_stale(read_state(folder / tag_of(step)))]
+    if not stale:
+        return
+    kept = sorted(set(finished) - set(stale))
+    if not kept:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is from before the updates that this run has to pass over; remove "
+            "skipped_windows.json from the run folder to go on from the newest one with them, or choose another run_dir"
+        )
+    write_atomically(folder / LATEST, tag_of(kept[-1]))
+    for step in stale:
+        (folder / tag_of(step) / MANIFEST).unlink()  # without it a checkpoint does not exist
+        shutil.rmtree(folder / tag_of(step), ignore_errors=True)
+
+
+def _finished(folder: Path) -> list[int]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(step for path in paths if (step := step_of(path.name)) is not None and (path / MANIFEST).exists())
