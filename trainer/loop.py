@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint.load import check_fits, restore, resume_point
+from trainer.checkpoint.rewind import drop_checkpoints, has_checkpoint
 from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
@@ -35,8 +36,9 @@ from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
 from trainer.metrics.step import StepMetrics
 from trainer.optimizer import learning_rate_factor
+from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
-from trainer.resilience.stability import SkippedSteps
+from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,22 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     """
     torch.manual_seed(config.training.seed + world.rank)
     engine = Engine(task.module, config.optimizer, task.deepspeed, world)
+    events, preemption = EventLog(config.run_dir, world.is_main), Preemption(world)
+    with preemption.listening():
+        while True:
+            try:
+                return _train_from_checkpoint(engine, task, config, world, preemption, events)
+            except RewindError as rewind:  # from here on as after a kill
+                add_window(config.run_dir, rewind.window, world)
+                events.write("rewind", rewind.window.last, first=rewind.window.first, last=rewind.window.last)
+
+
+def _train_from_checkpoint(
+    engine: Engine, task: Task, config: RunConfig, world: World, preemption: Preemption, events: EventLog
+) -> None:
+    """Resume, then train. Raises: RewindError after a spike of the loss, to be started again; others as ``train``."""
+    folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
+    drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(engine, task, config, world)
     loader = UpdateLoader(
         config.data,
@@ -89,31 +107,40 @@ def train(task: Task, config: RunConfig, world: World) -> None:
         check_data_state(state.data, loader.state(state.step))
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
-    skipped = SkippedSteps(config.training.max_skipped_in_a_row, state.skipped_in_a_row)
-    preemption, limit = Preemption(world), BadSampleLimit(config.data)
-    checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, world)
+    if state.step:
+        events.write("resumed", state.step, world_size=world.size)
+    checkpoints, limit = Checkpoints(folder, config.checkpoint, world), BadSampleLimit(config.data)
+
+    def can_go_back(step: int) -> bool:
+        checkpoints.wait()  # one that is being written counts, and none is when the run goes back
+        return has_checkpoint(folder, step, world)
+
+    stability = Stability(config, windows, state.stability, can_go_back, events)
 
     with (
-        preemption.listening(),
         MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
         closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
     ):
         for update, data_seconds in _timed(loader):
-            start = time.perf_counter()
-            result, losses = _run_update(engine, update, task, config, world)
-            if config.data.ledger and result.applied:
-                ledger.write(update.step + 1, [sample for batch in update.micro_batches for sample in batch.samples])
-            step_seconds = time.perf_counter() - start + data_seconds
-            consumed, replaced = _samples(update, config, world)
-            writer.write(_metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds))
-            skipped.record(update.step + 1, result.applied)
-            limit.record(consumed, replaced)
             done = update.step + 1
+            if (why := stability.why_skipped(done)) is not None:
+                writer.write(_passed_over(done, why, config, data_seconds))
+            else:
+                start = time.perf_counter()
+                result, losses = _run_update(engine, update, task, config, world)
+                if config.data.ledger and result.applied:
+                    ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
+                step_seconds = time.perf_counter() - start + data_seconds
+                consumed, replaced = _samples(update, config, world)
+                metrics = _metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds)
+                writer.write(metrics)
+                stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
+                limit.record(consumed, replaced)
             stop = preemption.agreed()
             checkpoints.poll()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
                 data = _data_state(loader, done, world)
-                state = TrainingState(done, world.size, data, task.frozen, task.model, skipped.in_a_row)
+                state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
                 checkpoints.save(state, config_to_yaml(config), engine.save)
             if stop and done < config.training.steps:
                 checkpoints.wait()
@@ -136,6 +163,17 @@ def _resume(engine: Engine, task: Task, config: RunConfig, world: World) -> Trai
     restore(checkpoint, state, engine.load, engine.load_universal, world)
     _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
     return state
+
+
+def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:
+    """What metrics.jsonl says of an update whose data are not trained on."""
+    nothing = float("nan")
+    losses = {source.name: nothing for source in config.data.sources}
+    samples = dict.fromkeys(losses, 0)
+    lr = config.optimizer.lr * learning_rate_factor(step - 1, config.training.steps, config.schedule)
+    return StepMetrics(
+        step, nothing, losses, nothing, lr, samples, 0, data_seconds, data_seconds, skipped=True, why_skipped=why
+    )
 
 
 def _data_state(loader: UpdateLoader, step: int, world: World) -> dict[str, Any]:

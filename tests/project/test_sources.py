@@ -84,7 +84,8 @@ def test_files_read_in_one_sitting() -> None:
 def test_every_setting_is_documented() -> None:
     """``name: what it does`` stands in the class's docstring (``--help`` shows it); sections explain themselves."""
     undocumented = []
-    for path in (ROOT / "trainer/config/schema.py", ROOT / "trainer/config/evaluation.py", ROOT / "model/config.py"):
+    config = ROOT / "trainer/config"
+    for path in (*(config / f"{name}.py" for name in ("schema", "resilience", "evaluation")), ROOT / "model/config.py"):
         for node in tree_of(path).body:
             if not isinstance(node, ast.ClassDef):
                 continue

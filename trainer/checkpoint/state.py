@@ -19,14 +19,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import TrainerError
 from trainer.files import canonical_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
 UNIVERSAL = "universal"
 _TAG = re.compile(r"step-(\d{8,})")
@@ -45,6 +45,7 @@ class TrainingState:
     data: what ``trainer.data.loader.data_state`` says; the stream is a pure function of it and of ``step``.
     frozen: a digest of every frozen tensor by name (``model.parameters``); the tensors are not in the checkpoint.
     model: the model's configuration, as plain values.
+    stability: what ``trainer.resilience.stability`` goes on from.
     """
 
     step: int
@@ -52,7 +53,7 @@ class TrainingState:
     data: Mapping[str, Any]
     frozen: Mapping[str, str]
     model: Mapping[str, Any]
-    skipped_in_a_row: int = 0
+    stability: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
         *_check_lengths(config),
         *_check_deepspeed(config),
         *_check_optimizer(config),
+        *_check_resilience(config),
         *_check_task(config),
         *raw_problems(config, check_files=check_files),
     ]
@@ -107,6 +108,17 @@ def _check_lengths(config: RunConfig) -> Iterator[Problem]:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
         yield Problem("checkpoint.keep_every", f"{keep_every} is not a multiple of checkpoint.every {every}")
+
+
+def _check_resilience(config: RunConfig) -> Iterator[Problem]:
+    spikes = config.resilience.spikes
+    if spikes.min_updates > spikes.window:
+        message = f"{spikes.min_updates} is more than spikes.window {spikes.window}, so no update would be judged"
+        yield Problem("resilience.spikes.min_updates", message, related=("resilience.spikes.window",))
+    for index, (first, last) in enumerate(config.resilience.skip_updates):
+        if first > last:
+            message = f"goes from {first} to {last}; write the smaller number first"
+            yield Problem(f"resilience.skip_updates.{index}", message)
 
 
 def _check_deepspeed(config: RunConfig) -> Iterator[Problem]:

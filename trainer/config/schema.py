@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Field
 
 from model.config import DType, FlamingoConfig
+from trainer.config.resilience import ResilienceConfig
 
 _FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 
@@ -373,6 +374,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
 
 @dataclass(frozen=True)

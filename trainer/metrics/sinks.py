@@ -101,7 +101,7 @@ def console_line(metrics: StepMetrics, rates: Rates, total_steps: int) -> str:
         f"{format_duration(rates.seconds_left)} left",
     ]
     if metrics.skipped:
-        parts.append("SKIPPED (gradient not finite)")
+        parts.append(f"SKIPPED ({metrics.why_skipped or 'gradient not finite'})")
     if metrics.substituted:
         parts.append(f"{metrics.substituted} bad samples replaced")
     return "  ".join(parts)
@@ -149,7 +149,8 @@ class ConsoleSink:
 
 def scalars(metrics: StepMetrics, rates: Rates) -> dict[str, float]:
     """The numbers of an update that are worth a curve."""
-    values = {key: float(value) for key, value in metrics.to_json().items() if value is not None and key != "step"}
+    numbers = {key: value for key, value in metrics.to_json().items() if isinstance(value, int | float)}
+    values = {key: float(value) for key, value in numbers.items() if key != "step"}
     speed = {"tokens": rates.tokens, "samples": rates.samples, "images": rates.images}
     return values | {f"per_second/{key}": value for key, value in speed.items()}
 

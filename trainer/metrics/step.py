@@ -16,7 +16,7 @@ class StepMetrics:
     grad_norm: before clipping. lr: of this update.
     samples: sequences of each source. tokens: without padding. images: real ones, without the dummies.
     step_seconds: the whole update, waiting for data included. data_seconds: the waiting alone.
-    skipped: the update was not applied, because its gradient was not finite.
+    skipped: the update was not applied: its gradient was not finite, or ``why_skipped`` says why it was passed over.
     padding: share of the batch's positions that hold no token.
     replaced: samples that could not be used and were replaced, by reason.
     """
@@ -34,6 +34,7 @@ class StepMetrics:
     images: int = 0
     padding: float = 0.0
     replaced: Mapping[str, int] = field(default_factory=dict)
+    why_skipped: str | None = None
 
     @property
     def substituted(self) -> int:
@@ -58,6 +59,8 @@ class StepMetrics:
             "data_seconds": round(self.data_seconds, 6),
             "skipped": self.skipped,
         }
+        if self.why_skipped is not None:
+            values["why_skipped"] = self.why_skipped
         return {key: None if _not_finite(value) else value for key, value in values.items()}
 
 

@@ -1,0 +1,141 @@
+"""What a run does by itself about a spike of its loss: two real processes, real weights gone bad, real kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.processes import run_distributed
+from tests.distributed.small_run import make_assets, read_ledger, read_metrics, run_settings, write_settings
+from trainer.config.loader import load_config
+from trainer.config.schema import FlamingoRunConfig
+from trainer.distributed import World
+
+pytestmark = pytest.mark.distributed
+STEPS = 14
+DAMAGED = 8  # the update that damages the weights; the loss shows it from the next one on
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return folder
+
+
+def settings_of(assets: Path, run_dir: Path, **resilience: Any) -> dict[str, Any]:
+    settings = run_settings(assets, run_dir, steps=STEPS)
+    settings["optimizer"]["lr"] = 0.002
+    spikes = {"window": 6, "min_updates": 4, "patience": 2, "threshold": 4.0}
+    settings["resilience"] = {"spikes": spikes, **resilience}
+    return settings
+
+
+def as_config(settings: dict[str, Any]) -> FlamingoRunConfig:
+    run_dir = Path(settings["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / f"settings-{torch.distributed.get_rank()}.yaml"
+    return load_config(write_settings(path, settings), [], FlamingoRunConfig)
+
+
+def train_with_damage(world: World, settings: dict[str, Any], killed_at: str = "") -> str:
+    """Train; update ``DAMAGED`` is applied with a learning rate of several thousand times its own.
+
+    killed_at: end all processes by SIGKILL after "noted" (the window is in the run folder, nothing was done yet), or at
+        "passing" (an update of the window is passed over).
+    """
+    from trainer import loop
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run_update, add_window, passed_over = loop._run_update, loop.add_window, loop._passed_over
+
+    def damaging(engine: Any, update: Any, *rest: Any) -> Any:
+        step = engine.step
+        if update.step + 1 == DAMAGED:
+            engine.step = lambda factor: step(5000 * factor)
+        try:
+            return run_update(engine, update, *rest)
+        finally:
+            engine.step = step
+
+    def noting(*arguments: Any) -> None:
+        add_window(*arguments)
+        if killed_at == "noted":
+            kill()
+
+    def passing(*arguments: Any) -> Any:
+        if killed_at == "passing" and arguments[0] > DAMAGED:
+            kill()
+        return passed_over(*arguments)
+
+    loop._run_update, loop.add_window, loop._passed_over = damaging, noting, passing
+    config = as_config(settings)
+    try:
+        loop.train(build_flamingo_task(config, world), config, world)
+    except Exception as error:  # noqa: BLE001  the test looks at what it was
+        return f"{type(error).__name__}: {error}"
+    return "complete"
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl less what no two runs have in common."""
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [{key: value for key, value in line.items() if "seconds" not in key and key[:3] != "why"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def skipping(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that passes the window over from its beginning."""
+    run_dir = tmp_path_factory.mktemp("runs") / "skipping"
+    settings = settings_of(assets, run_dir, skip_updates=[[DAMAGED, DAMAGED + 2]])
+    assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
+    return run_dir
+
+
+@pytest.mark.parametrize("killed_at", ["", "noted", "passing"])
+def test_after_a_spike_the_run_is_the_one_that_skips_its_data_from_the_beginning(
+    assets: Path, skipping: Path, tmp_path: Path, killed_at: str
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = settings_of(assets, run_dir)
+    if killed_at:
+        with pytest.raises(AssertionError, match="died without an answer"):
+            run_distributed(train_with_damage, 2, settings, killed_at)
+    assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
+    assert without_times(run_dir) == without_times(skipping), "bit for bit"
+    assert read_ledger(run_dir) == read_ledger(skipping)
+    skipped = [line for line in read_metrics(run_dir) if line["skipped"]]
+    assert [line["step"] for line in skipped] == [DAMAGED, DAMAGED + 1, DAMAGED + 2]
+    assert all(line["why_skipped"].startswith("spike: loss") and line["loss"] is None for line in skipped)
+    assert not {line["step"] for line in skipped} & {sample[0] for sample in read_ledger(run_dir)}
+    assert [(event["first"], event["last"]) for event in events(run_dir, "spike")] == [(DAMAGED, DAMAGED + 2)]
+
+
+def test_a_run_that_goes_back_too_often_ends(assets: Path, tmp_path: Path) -> None:
+    settings = settings_of(assets, tmp_path / "run")
+    settings["resilience"]["spikes"]["max_rewinds"] = 0
+    for result in run_distributed(train_with_damage, 2, settings):
+        assert result.startswith("TrainingDivergedError") and "resilience.spikes.max_rewinds" in result
+
+
+def test_without_a_checkpoint_from_before_the_run_goes_on_with_a_warning(assets: Path, tmp_path: Path) -> None:
+    settings = settings_of(assets, tmp_path / "run")
+    settings["checkpoint"]["every"] = STEPS
+    assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
+    assert not any(line["skipped"] for line in read_metrics(tmp_path / "run"))
+    assert events(tmp_path / "run", "spike") and not events(tmp_path / "run", "rewind")

@@ -1,0 +1,51 @@
+"""Settings of what a long run does about spikes of the loss, processes that hang, and slow ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+_FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """A loss far above what it was: the run goes back to a checkpoint from before, and passes these data over.
+
+    action: "rewind", or only "warn", or "off". Without a checkpoint from before the spike, "rewind" warns and goes on.
+    threshold: an update is suspect when its loss is that many robust standard deviations (1.4826 x the median absolute
+        deviation) above the median of the last ``window`` applied updates.
+    min_updates: the fewest applied updates that are judged by.
+    patience: suspect updates one after another that make a spike.
+    grad_norm: judge the gradient's norm as well as the loss.
+    skip_before: updates before the first suspect one that are passed over too; a bad update shows in the next one's
+        loss.
+    max_rewinds: a run that would go back more often ends with an error.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    action: Literal["rewind", "warn", "off"] = "rewind"
+    threshold: Annotated[float, Gt(0)] = 10.0
+    window: Annotated[int, Gt(0)] = 128
+    min_updates: Annotated[int, Gt(1)] = 64
+    patience: Annotated[int, Gt(0)] = 3
+    grad_norm: bool = False
+    skip_before: Annotated[int, Ge(0)] = 1
+    max_rewinds: Annotated[int, Ge(0)] = 5
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    """What a long run does by itself; everything it did stands in ``run_dir/events.jsonl``.
+
+    skip_updates: updates that are passed over, each as [first, last] counted from 1 as in metrics.jsonl: their data are
+        not trained on, and they change nothing.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    skip_updates: tuple[tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]], ...] = ()
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
