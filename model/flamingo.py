@@ -5,6 +5,7 @@ Shape suffixes: B rows, L tokens, M media, F frames, C channels, Y and X pixels,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from model.language_model import BeforeBlock, Call, LanguageModel
 from model.loss import label_positions, summed_cross_entropy
 from model.perceiver_resampler import PerceiverResampler
 from model.tokens import SpecialTokenIds
+from model.tower_patches import Grid, feature_offsets
 from model.vision_encoder import VisionEncoder
 
 
@@ -65,9 +67,17 @@ class Flamingo(nn.Module):
         """Recompute each block of the language model, with its cross-attention, in the backward."""
         self.language_model.activation_checkpointing(enable)
 
-    def encode_media(self, media_MFCYX: Tensor) -> Tensor:
-        """uint8 (or floating point in 0..1) pixels [M, F, 3, Y, X] -> latents [M, R, W]."""
-        latents: Tensor = self.resampler(self.vision_encoder(media_MFCYX))
+    def encode_media(self, media: Tensor, media_grids: Sequence[Grid] | None = None) -> Tensor:
+        """uint8 (or floating point in 0..1) pixels [M, F, 3, Y, X] -> latents [M, R, W].
+
+        With ``media_grids``: patches of media of any shape, as ``VisionEncoder`` takes them.
+        """
+        features = self.vision_encoder(media, media_grids)
+        latents: Tensor
+        if media_grids is None:
+            latents = self.resampler(features)
+        else:
+            latents = self.resampler(features, *feature_offsets(media_grids, media.device))
         return latents
 
     def forward(
@@ -78,6 +88,7 @@ class Flamingo(nn.Module):
         media_index: Tensor | None = None,
         media: Tensor | None = None,
         position_ids: Tensor | None = None,
+        media_grids: Sequence[Grid] | None = None,
     ) -> FlamingoOutput:
         """The loss of a batch, or its logits.
 
@@ -89,13 +100,14 @@ class Flamingo(nn.Module):
             media: [M, F, 3, Y, X], uint8 or floating point in 0..1; None: text only, cross-attention adds exactly 0.
             position_ids: int64 [B, L], for packed documents: restarts at 0 with each of them. Give no attention mask
                 then.
+            media_grids: ``media`` are then patches of media of any shape, as ``VisionEncoder`` takes them.
 
         Returns:
             ``loss`` where labels are given, else ``logits``.
         """
         documents = None if position_ids is None else media_indices.documents_from_positions(position_ids)
         positions, targets = (None, None) if labels is None else label_positions(labels)
-        latents = None if media is None else self.encode_media(media)
+        latents = None if media is None else self.encode_media(media, media_grids)
         if latents is not None and media_index is None:
             media_index = media_indices.preceding(input_ids, self.tokens.image_id, documents)
         first = None

@@ -1,11 +1,13 @@
 """A frozen open_clip or timm image tower, as a source of features.
 
-Shape suffixes: M media, F frames, S features of a frame, V width of the tower, C channels, Y and X pixels.
+Shape suffixes: M media, F frames, S features of a frame, V width of the tower, C channels, Y and X pixels, P patches of
+all media.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
+from model.tower_patches import Grid, features_of_patches, patch_size_of
 
 _TIMM = "timm:"
 
@@ -25,7 +28,8 @@ class VisionEncoder(nn.Module):
 
     Only what leads to the chosen features is kept of the tower: no text tower, pooling, projection or later block. It
     is always in evaluation mode and builds no graph. Attributes: ``features`` of a frame and their ``width``, ``flops``
-    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalisation (for pixels in 0..1).
+    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalisation (for pixels in 0..1),
+    ``patch_size`` in pixels where the tower also takes media of any shape as patches, else None.
     """
 
     def __init__(self, tower: Any, config: VisionEncoderConfig) -> None:
@@ -46,6 +50,7 @@ class VisionEncoder(nn.Module):
         self.statistics_bits: Tensor  # [2, 3]: mean and std
         statistics = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")
         self.register_buffer("statistics_bits", statistics.view(torch.int32), persistent=False)
+        self.patch_size = patch_size_of(tower)
         self.tower: nn.Module = _features_only(tower, config)
         self.requires_grad_(False)
         self.train(False)
@@ -55,18 +60,22 @@ class VisionEncoder(nn.Module):
         """Stays in evaluation mode: a frozen tower has no dropout and no batch statistics."""
         return super().train(False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
         """Features of every frame.
 
         Args:
-            pixels: uint8, or floating point in 0..1, [M, F, 3, Y, X].
+            pixels: uint8, or floating point in 0..1, [M, F, 3, Y, X]; or, with ``grids``, the patches of media of any
+                shape, [P, 3, patch_size, patch_size]: medium after medium, frame after frame, row after row.
+            grids: frames, rows and columns of each medium.
 
         Returns:
-            [M, F, S, V] in the tower's type, without a graph.
+            [M, F, S, V], or [P, V] with ``grids``, in the tower's type, without a graph.
 
         Raises:
-            ValueError: pixels of another rank or size.
+            ValueError: pixels of another rank or size; patches for a tower that takes none.
         """
+        if grids is not None:
+            return self._encode_patches(pixels, grids)
         if pixels.ndim != 5 or pixels.shape[2] != 3:
             raise ValueError(f"media have shape {list(pixels.shape)}; expected [media, frames, 3, height, width]")
         if pixels.shape[3:] != (self.image_size, self.image_size):
@@ -87,6 +96,19 @@ class VisionEncoder(nn.Module):
         dtype = next(self.tower.parameters()).dtype
         features_BVyx = self.tower(self.normalize(pixels_BCYX).to(dtype))
         return features_BVyx.flatten(2).transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def _encode_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        if self.patch_size is None:
+            raise ValueError(f"the tower {self.config.name!r} takes squares only, no patches")
+        number = sum(frames * rows * columns for frames, rows, columns in grids)
+        if patches.shape != (number, 3, self.patch_size, self.patch_size):
+            raise ValueError(
+                f"patches have shape {list(patches.shape)}; expected {[number, 3, self.patch_size, self.patch_size]}"
+            )
+        dtype = next(self.tower.parameters()).dtype
+        features_PV: Tensor = self.tower(self.normalize(patches).to(dtype), grids)
+        return features_PV
 
     def _probe(self) -> tuple[int, int, int]:
         """Features of a frame, their width and the FLOPs, from a run without data: no table of architectures needed.
@@ -174,7 +196,7 @@ def _preprocessing(tower: Any) -> dict[str, Any]:
 
 
 def _features_only(tower: Any, config: VisionEncoderConfig) -> nn.Module:
-    """The tower without unused parts, whose ``forward`` gives the feature map [B, V, y, x].
+    """The tower without unused parts, whose ``forward`` gives the feature map [B, V, y, x], or features of patches.
 
     ``forward`` is bound to ``forward_intermediates``, so that the module is entered through its call: ZeRO-3 gathers
     the parameters that a module owns itself (class and position embeddings) only then.
@@ -196,13 +218,22 @@ def _features_only(tower: Any, config: VisionEncoderConfig) -> nn.Module:
             raise ValueError(f"vision.feature_block {block}: the tower has no such block ({error})") from error
         block = -1
     tower.forward = functools.partial(
-        _feature_map, functools.partial(extract, indices=[block], stop_early=True, intermediates_only=True)
+        _features,
+        functools.partial(extract, indices=[block], stop_early=True, intermediates_only=True),
+        functools.partial(features_of_patches, tower, block=block, feature_norm=config.feature_norm),
     )
     return cast(nn.Module, tower)
 
 
-def _feature_map(extract: Any, pixels_BCYX: Tensor) -> Tensor:
-    found = extract(pixels_BCYX)
+def _features(
+    extract: Callable[[Tensor], Any],
+    of_patches: Callable[[Tensor, Sequence[Grid]], Tensor],
+    pixels: Tensor,
+    grids: Sequence[Grid] | None = None,
+) -> Tensor:
+    if grids is not None:
+        return of_patches(pixels, grids)
+    found = extract(pixels)
     maps = found["image_intermediates"] if isinstance(found, dict) else found
     features: Tensor = maps[-1]
     return features

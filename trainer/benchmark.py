@@ -16,6 +16,7 @@ from pathlib import Path
 BENCHMARKS = {
     "data": "decoding, iteration, hand-over and the order of 2 billion samples against what others take",
     "kernels": "the two fused attentions against the other ways to compute them",
+    "update": "a whole update against the same model in the manner of OpenFlamingo: time and memory",
 }
 
 

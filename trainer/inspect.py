@@ -131,6 +131,7 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
         [load_manifest(source.manifest) for source in config.data.sources],
         pad_id=tokenizer.pad_id,
         media_shape=(1, 3, encoder.image_size, encoder.image_size),
+        patch_size=encoder.patch_size,
         rank=0,
         world_size=1,
     )

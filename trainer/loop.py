@@ -49,8 +49,8 @@ class Task:
 
     module: ``module(**batch.inputs)`` returns an object with ``loss``, summed over this rank's units.
     builders: for each source, what makes a sequence of a sample.
-    pad_id, media_shape: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of videos have
-        more frames, by their own setting).
+    pad_id, media_shape, patch_size: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of
+        videos have more frames, by their own setting), patch_size the tower's, for sources with ``image_tokens``.
     unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
     deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
     frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
@@ -64,6 +64,7 @@ class Task:
     model: Mapping[str, Any]
     frozen: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["token", "sequence"] = "token"
+    patch_size: int | None = None
 
 
 def train(task: Task, config: RunConfig, world: World) -> None:
@@ -96,6 +97,7 @@ def _train_from_checkpoint(
         task.builders,
         pad_id=task.pad_id,
         media_shape=task.media_shape,
+        patch_size=task.patch_size,
         rank=world.rank,
         world_size=world.size,
         start_step=state.step,
@@ -257,7 +259,7 @@ def _metrics(
         reasons[reason] += count
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     positions = sum(batch.attention_mask.numel() for batch in batches)
-    images = sum(int(batch.media_index.max() >= 0) * len(batch.media) for batch in batches)
+    images = sum(int(batch.media_index.max() >= 0) * batch.medium_count for batch in batches)
     summed = sum_over_ranks([tokens, images, step_seconds, data_seconds, positions, *counts.values()], world)
     return StepMetrics(
         step=update.step + 1,

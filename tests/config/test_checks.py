@@ -92,6 +92,20 @@ def test_sources(write_yaml: WriteYaml, change: dict[str, Any], path: str, messa
     assert message in problem.message
 
 
+def test_image_tokens_need_a_tower_of_patches(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    values["data"]["sources"][0] |= {"type": "video_text", "frames": 9, "image_tokens": 100}
+    values["model"] |= {"vision": {"name": "timm:dm_nfnet_f6"}}
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values))}
+    assert set(found) == {"data.sources.0.image_tokens", "data.sources.0.frames"}
+    assert "squares only" in found["data.sources.0.image_tokens"] and "9 is more than" in found["data.sources.0.frames"]
+    del values["model"], values["data"]["sources"][1]
+    values["data"]["sources"][0] |= {"type": "image_text"}
+    del values["data"]["sources"][0]["frames"]
+    (problem,) = problems_of(write_yaml(values), schema=ContrastiveRunConfig)
+    assert problem.path == "data.sources.0.image_tokens"
+
+
 def test_lanes_must_divide_every_batch(write_yaml: WriteYaml) -> None:
     values = run_values()
     values["data"]["lanes"] = 16

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from model.config import VisionEncoderConfig
+from model.vision_encoder import VisionEncoder
 from tests.data.helpers import BOS, EOC, IMAGE, SAMPLE, encoding, image_bytes, text_of
+from trainer.config.schema import DataConfig, ImageTextSource
 from trainer.data.batch import SampleId, collate
 from trainer.data.contrastive import ContrastiveBuilder
 from trainer.data.decode import ImageDecoder
@@ -19,6 +24,7 @@ from trainer.data.image_text import ImageTextBuilder
 from trainer.data.sequences import join, sample_rng
 from trainer.data.text import TextBuilder
 from trainer.data.text_encoding import PlainTextEncoder, TextEncoding
+from trainer.tasks.builders import check_image_tokens
 
 PAIR = {"png": image_bytes((9, 8, 7)), "txt": b"a cat"}
 DECODER = ImageDecoder(8)
@@ -162,3 +168,12 @@ def test_collated_media_are_flat_and_a_batch_without_media_has_a_dummy() -> None
     alone = collate([text], source="s", pad_id=3, media_shape=(1, 3, 8, 8))
     assert alone.media.shape == (1, 1, 3, 8, 8)
     assert alone.media_index.max() == -1
+
+
+def test_a_tower_that_takes_squares_only_is_refused_by_name() -> None:
+    tower = open_clip.create_model("RN50", load_weights=False, device="meta").visual
+    encoder = VisionEncoder(tower, VisionEncoderConfig("RN50"))
+    squares, shapes = (ImageTextSource("pairs", Path("m.npz"), 4, image_tokens=tokens) for tokens in (None, 100))
+    check_image_tokens(DataConfig((squares,)), encoder)
+    with pytest.raises(ValueError, match=r"data.sources.1.image_tokens: the tower 'RN50' takes squares only"):
+        check_image_tokens(DataConfig((squares, shapes)), encoder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.data.helpers import IMAGE, PAD, SAMPLE, encoding, image_bytes, mmc4, text_of
+from tests.data.helpers import IMAGE, PAD, SAMPLE, encoding, image_bytes, mmc4, noise, saved, text_of
 from tests.distributed.small_run import make_assets, run_settings
 from trainer import inspect
 from trainer.data.batch import collate
 from trainer.data.contact_sheet import contact_sheet
-from trainer.data.decode import ImageDecoder
+from trainer.data.decode import ImageDecoder, PatchBudget
 from trainer.data.image_text import ImageTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
 from trainer.data.sequences import pack, sample_rng
@@ -45,6 +46,18 @@ class Page(HTMLParser):
         if tag == "img":
             data = base64.b64decode(values["src"].removeprefix("data:image/png;base64,"))
             self.images.append((color[1] if color else "", np.array(Image.open(io.BytesIO(data)))))
+
+
+def test_images_are_shown_in_their_own_aspect() -> None:
+    pairs = ImageTextBuilder(encoding(), replace(DECODER, budget=PatchBudget(6, 4)))
+    pictures = [noise(20, 30), noise(30, 20, seed=1)]
+    rows = [pairs({"png": saved(one, "PNG"), "txt": b"a"}, SAMPLE, sample_rng(0, SAMPLE)) for one in pictures]
+    batch = collate(rows, source="a", pad_id=PAD, media_shape=(1, 3, 4, 4), patch_size=4)
+    assert (batch.media.shape, batch.media_grids) == ((12, 3, 4, 4), ((1, 2, 3), (1, 3, 2)))
+    page = Page(contact_sheet([batch], lambda token: text_of([token]), IMAGE, title="t", rows=9))
+    for row, (_, shown) in zip(rows, page.images, strict=True):
+        np.testing.assert_array_equal(shown, row.media[0][0].permute(1, 2, 0).numpy())
+    assert [shown.shape for _, shown in page.images] == [(8, 12, 3), (12, 8, 3)]
 
 
 def test_a_packed_row() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from tests.data.helpers import image_bytes, noise, saved
-from trainer.data.decode import ImageDecoder, decode_json, decode_text, image_member, text_member
+from trainer.data.decode import ImageDecoder, PatchBudget, decode_json, decode_text, image_member, text_member
 from trainer.data.errors import SampleError
 
 MEAN = (1, 2, 3)
@@ -63,6 +63,29 @@ def test_fits() -> None:
     cropped = decoder(32, "crop")(data)
     assert difference(cropped, image.resize((64, 32), Image.Resampling.BICUBIC).crop((16, 0, 48, 32))) <= 1
     assert decoder(32, "stretch")(data).shape == (3, 32, 32)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 9000), st.integers(1, 9000))
+def test_a_budget_of_patches_is_kept_and_used(patches: int, height: int, width: int) -> None:
+    sides = PatchBudget(patches, 14).size(height, width)
+    rows, columns = (side // 14 for side in sides)
+    assert (rows * 14, columns * 14) == sides and 1 <= rows * columns <= patches
+    if min(rows, columns) > 1:
+        assert (rows + 1) * (columns + 1) > patches
+        assert rows / (columns + 1) < height / width < (rows + 1) / columns
+    elif height == width:
+        assert patches < 4
+
+
+def test_an_image_keeps_its_aspect() -> None:
+    decode, image = decoder(budget=PatchBudget(24, 4)), noise(40, 60)
+    assert difference(decode(saved(image, "PNG")), image.resize((24, 16), Image.Resampling.BICUBIC)) <= 1
+    assert [tuple(decode(saved(noise(*size), "PNG")).shape) for size in ((20, 20), (5, 300), (300, 5))] == [
+        (3, 16, 16),
+        (3, 4, 96),
+        (3, 96, 4),
+    ]
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])

@@ -26,6 +26,7 @@ from trainer.config.schema import (
 from trainer.errors import Problem
 
 LOCAL_TOWER = "local-dir:"
+TIMM_TOWER = "timm:"
 
 
 def check_settings(config: object, *, check_files: bool = True) -> list[Problem]:
@@ -166,6 +167,8 @@ def _check_task(config: RunConfig) -> Iterator[Problem]:
     if isinstance(config, ContrastiveRunConfig):
         types = {"image_text"}
     for index, source in enumerate(config.data.sources):
+        if not isinstance(config, FlamingoRunConfig) and getattr(source, "image_tokens", None) is not None:
+            yield Problem(f"data.sources.{index}.image_tokens", "only trainer.train keeps the aspect; leave it out")
         if source.pack and isinstance(config, ContrastiveRunConfig):
             yield Problem(f"data.sources.{index}.pack", "contrastive training takes a caption a row; set false")
         if source.type not in types:
@@ -188,6 +191,22 @@ def _check_flamingo(config: FlamingoRunConfig) -> Iterator[Problem]:
         # Not wrong in itself, but the layer at offset - every would be expected and is missing.
         message = f"{cross.offset} must be below cross_attention.every {cross.every}"
         yield Problem("model.cross_attention.offset", message)
+    for index, source in enumerate(config.data.sources):
+        if getattr(source, "image_tokens", None) is not None:
+            yield from _check_image_tokens(f"data.sources.{index}", source, config)
+
+
+def _check_image_tokens(path: str, source: Source, config: FlamingoRunConfig) -> Iterator[Problem]:
+    if config.model.vision.name.startswith(TIMM_TOWER):
+        message = f"{config.model.vision.name} takes squares only; leave this out, or take an open_clip ViT"
+        yield Problem(f"{path}.image_tokens", message, related=("model.vision.name",))
+    frames = getattr(source, "frames", 1)
+    if frames > config.model.resampler.frames:
+        message = (
+            f"{frames} is more than model.resampler.frames {config.model.resampler.frames}, and time embeddings are "
+            "not interpolated where image_tokens is set"
+        )
+        yield Problem(f"{path}.frames", message, related=("model.resampler.frames",))
 
 
 def _check_evaluation(config: EvaluationConfig, check_files: bool) -> Iterator[Problem]:

@@ -111,6 +111,9 @@ class ImageTextSource(SourceBase):
     space_prefix_probability: a single space is prepended to the caption that often (the paper: 0.5).
     end_of_sequence: append ``<EOS>`` after ``<EOC>``, as the paper does; it is trained on when it is there.
     augment: random changes of the image.
+    image_tokens: None makes a square of each image (``data.image_fit``). A number keeps its aspect instead: it is
+        resized to the most patches of the tower, whole ones, that are no more than this (a ViT-L-14 at 224 pixels sees
+        256). For open_clip's own vision transformers; their position embeddings are interpolated.
     """
 
     type: Literal["image_text"] = "image_text"
@@ -118,6 +121,7 @@ class ImageTextSource(SourceBase):
     space_prefix_probability: Probability = 0.0
     end_of_sequence: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_tokens: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class VideoTextSource(SourceBase):
         shorter than frames / frames_per_second repeats its last frame.
     start: "random" or in the "center" of the video.
     max_seconds: videos whose header says more are skipped before they are decoded.
-    space_prefix_probability, end_of_sequence, augment: as for images and their texts.
+    space_prefix_probability, end_of_sequence, augment, image_tokens: as for images and their texts (tokens of a frame).
     """
 
     type: Literal["video_text"] = "video_text"
@@ -143,6 +147,7 @@ class VideoTextSource(SourceBase):
     space_prefix_probability: Probability = 0.0
     end_of_sequence: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_tokens: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class InterleavedSource(SourceBase):
     min_similarity: images below are dropped, in the unit of the data's ``matched_sim`` (MMC4: 0 to 1); None keeps all.
     space_prefix_probability: the texts after images get a space in front that often, drawn once a document.
     augment: random changes of each image.
+    image_tokens: as for images and their texts.
     """
 
     type: Literal["interleaved"] = "interleaved"
@@ -164,6 +170,7 @@ class InterleavedSource(SourceBase):
     min_similarity: float | None = None
     space_prefix_probability: Probability = 0.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_tokens: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -191,8 +198,9 @@ class DataConfig:
     window: samples permuted together within a lane. block: consecutive samples of a shard read at once.
     workers: loader processes a rank; 0 loads in the training process.
     prefetch: updates that each worker prepares ahead.
-    image_fit: how an image becomes the tower's square: "pad" keeps the aspect and pads with the mean colour (the
-        paper), "crop" resizes the short side and crops the centre (open_clip), "stretch" ignores the aspect.
+    image_fit: how an image becomes the tower's square, where a source has no ``image_tokens``: "pad" keeps the aspect
+        and pads with the mean colour (the paper), "crop" resizes the short side and crops the centre (open_clip),
+        "stretch" ignores the aspect.
     max_pixels: images, and videos' frames, whose header says more are skipped before they are decoded.
     ledger: write ``ledger/rank-N.jsonl``, one line a sample that an applied step consumed.
     max_bad_fraction: share of a source's last ``bad_window`` samples (over all ranks) that may be bad; one more stops

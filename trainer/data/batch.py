@@ -5,15 +5,17 @@ Media are a flat list over the batch; ``media_index`` says which of them a token
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.tower_patches import Grid
 from trainer.data.packing import LanePosition
 
 IGNORED_LABEL = -100
@@ -63,7 +65,9 @@ class Batch:
 
     input_ids, labels, media_index: int64 [B, L], padded on the right. attention_mask: int64 [B, L], 1 = a real token.
     media: uint8 [M, frames, 3, height, width]; M >= 1 always, for every rank has to run the same modules: where no
-        sequence has a medium, a black one stands there that no token refers to.
+        sequence has a medium, a black one stands there that no token refers to. Where media keep their aspect, the
+        patches of all of them one after the other (``to_patches``): uint8 [P, 3, patch_size, patch_size].
+    media_grids: of media that keep their aspect, frames, rows and columns of patches of each.
     skipped: why samples were replaced by their substitutes, counted by reason.
     position_ids: of packed rows, int64 [B, L], restarting at 0 with each document and with the padding, which is then a
         document of its own. Documents do not attend to one another (``model.flamingo``).
@@ -80,6 +84,19 @@ class Batch:
     skipped: Counter[str] = field(default_factory=Counter)
     position_ids: Tensor | None = None
     lane_positions: Mapping[int, LanePosition] = field(default_factory=dict)
+    media_grids: tuple[Grid, ...] | None = None
+
+    @property
+    def medium_count(self) -> int:
+        """Media, the one that only stands there included."""
+        return len(self.media if self.media_grids is None else self.media_grids)
+
+    def medium(self, index: int) -> Tensor:
+        """One medium as pixels, uint8 [frames, 3, height, width]."""
+        if self.media_grids is None:
+            return self.media[index]
+        sizes = [math.prod(grid) for grid in self.media_grids]
+        return from_patches(self.media.split(sizes)[index], self.media_grids[index])
 
     @property
     def trained_tokens(self) -> int:
@@ -94,12 +111,13 @@ class Batch:
         return int(((self.position_ids == 0) & (self.attention_mask == 1)).sum())
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """What the model takes, by keyword."""
         # Hugging Face finds packed documents by their positions, and only where there is no attention mask.
         attention = "attention_mask" if self.position_ids is None else "position_ids"
         names = ("input_ids", attention, "labels", "media_index", "media")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found if self.media_grids is None else {**found, "media_grids": self.media_grids}
 
     def map_tensors(self, name: str, *args: object, **kwargs: object) -> Batch:
         """The batch with a tensor method (``to``, ``pin_memory``) applied to each of its tensors."""
@@ -123,10 +141,12 @@ def collate(
     media_shape: tuple[int, int, int, int],
     skipped: Counter[str] | None = None,
     lane_positions: Mapping[int, LanePosition] | None = None,
+    patch_size: int | None = None,
 ) -> Batch:
     """Rows of different lengths as one batch.
 
-    media_shape: [frames, 3, height, width] of the dummy medium for a batch without media.
+    media_shape: [frames, 3, height, width] of the dummy medium for a batch without media. patch_size: media have any
+    shape of whole patches; None: all have the same.
     """
     rows = len(sequences)
     length = max(len(sequence.input_ids) for sequence in sequences)
@@ -157,9 +177,27 @@ def collate(
         attention_mask,
         labels,
         media_index,
-        torch.stack(media),
+        torch.stack(media) if patch_size is None else torch.cat([to_patches(one, patch_size) for one in media]),
         samples,
         skipped or Counter(),
         position_ids,
         lane_positions or {},
+        None if patch_size is None else tuple(_grid(one, patch_size) for one in media),
     )
+
+
+def to_patches(medium: Tensor, patch_size: int) -> Tensor:
+    """[frames, 3, height, width] -> [frames * rows * columns, 3, patch_size, patch_size], row after row of a frame."""
+    frames, rows, columns = _grid(medium, patch_size)
+    split = medium.view(frames, 3, rows, patch_size, columns, patch_size)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, patch_size, patch_size)
+
+
+def from_patches(patches: Tensor, grid: Grid) -> Tensor:
+    """What ``to_patches`` was given."""
+    return patches.unflatten(0, grid).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _grid(medium: Tensor, patch_size: int) -> Grid:
+    frames, _, height, width = medium.shape
+    return frames, height // patch_size, width // patch_size

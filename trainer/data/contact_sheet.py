@@ -65,7 +65,7 @@ def _rows(batch: Batch, token_text: Callable[[int], str], image_id: int, first: 
         ids = batch.input_ids[row, :length]
         of_row = _samples_of_row(batch, row, samples)
         images = int((ids == image_id).sum())
-        pictures = "".join(_medium(batch.media[index], index) for index in range(media, media + images))
+        pictures = "".join(_medium(batch.medium(index), index) for index in range(media, media + images))
         media += images
         names = "<br>".join(_sample(sample) for sample in of_row)
         padding = batch.input_ids.shape[1] - length

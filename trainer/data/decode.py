@@ -1,4 +1,4 @@
-"""Bytes to what the model takes: images as uint8 squares, text as str, JSON as plain values.
+"""Bytes to what the model takes: images as uint8, text as str, JSON as plain values.
 
 JPEG goes through simplejpeg, everything else through Pillow, and both are resized by torch's uint8 bicubic filter with
 antialiasing (measured: 3-4 x open_clip's preprocessing, at most one level away from Pillow's result; data.md).
@@ -35,15 +35,34 @@ _CROP_MARGIN = 4  # sides; a longer image is cut to this aspect before its short
 
 
 @dataclass(frozen=True)
-class ImageDecoder:
-    """Image bytes -> uint8 [3, size, size] (RGB), normalised later on the device.
+class PatchBudget:
+    """At most ``patches`` squares of ``patch_size`` pixels for an image, in its own aspect."""
 
-    size: side in pixels. fit: ``pad`` keeps the aspect and pads with ``mean_color`` (0 to 255), ``crop`` resizes the
-    short side and crops the centre, ``stretch`` ignores the aspect. max_pixels: images whose header says more are
-    refused before they are decoded.
+    patches: int
+    patch_size: int
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels, as large as the budget allows and of whole patches.
+
+        Both sides are rounded down, so the aspect changes by less than 1 / (patches of the shorter side); an image that
+        is longer than the budget in single patches becomes one row or column of all of them.
+        """
+        rows, columns = math.isqrt(self.patches * height // width), math.isqrt(self.patches * width // height)
+        rows, columns = (min(max(1, side), self.patches) for side in (rows, columns))
+        return rows * self.patch_size, columns * self.patch_size
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Image bytes -> uint8 [3, height, width] (RGB), normalised later on the device.
+
+    size: side in pixels of the square that an image becomes, unless there is a ``budget``. fit: ``pad`` keeps the
+    aspect and pads with ``mean_color`` (0 to 255), ``crop`` resizes the short side and crops the centre, ``stretch``
+    ignores the aspect. max_pixels: images whose header says more are refused before they are decoded.
 
     EXIF orientation is applied, alpha is composited over white, 16-bit grey is scaled, the first frame of an animation
     is used. An image that has the size already is not resampled. augment: what may change in an image at random.
+    budget: keep the aspect in whole patches instead of making a square; ``fit`` then means nothing.
     """
 
     size: int
@@ -51,6 +70,7 @@ class ImageDecoder:
     mean_color: tuple[int, int, int] = (122, 116, 104)
     max_pixels: int = 178_956_970
     augment: AugmentConfig | None = None
+    budget: PatchBudget | None = None
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> Tensor:
         """The image, augmented where there are both ``augment`` and the sample's generator.
@@ -60,7 +80,7 @@ class ImageDecoder:
         if not data:
             raise SampleError("empty_image", "the image has no bytes")
         array = self._decode_jpeg(data) if data.startswith(_JPEG_START) else self._decode_other(data)
-        return self.to_square(torch.from_numpy(array).permute(2, 0, 1), self.draw(rng))
+        return self.fitted(torch.from_numpy(array).permute(2, 0, 1), self.draw(rng))
 
     def draw(self, rng: np.random.Generator | None) -> Augmentation | None:
         """How the next image, or video, of a sample is to be augmented."""
@@ -116,14 +136,14 @@ class ImageDecoder:
         if width * height > self.max_pixels:
             raise SampleError("too_many_pixels", f"{width} x {height} exceeds data.max_pixels = {self.max_pixels}")
 
-    def to_square(self, image: Tensor, augmentation: Augmentation | None = None) -> Tensor:
-        """uint8 [3, height, width] -> [3, size, size]."""
+    def fitted(self, image: Tensor, augmentation: Augmentation | None = None) -> Tensor:
+        """uint8 [3, height, width] -> [3, size, size], or what the budget allows."""
         if augmentation is not None:
             image = augmentation.geometry(image)
         inner = self._resized(image)
         if augmentation is not None:
             inner = augmentation.color(inner)
-        if inner.shape[1:] == (self.size, self.size):
+        if self.budget is not None or inner.shape[1:] == (self.size, self.size):
             return inner.contiguous()
         canvas = torch.tensor(self.mean_color, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
         top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
@@ -131,8 +151,10 @@ class ImageDecoder:
         return canvas
 
     def _resized(self, image: Tensor) -> Tensor:
-        """The square, or what ``pad`` puts into it."""
+        """The square, or what ``pad`` puts into it, or what the budget allows."""
         _, height, width = image.shape
+        if self.budget is not None:
+            return _resize(image, *self.budget.size(height, width))
         if self.fit == "stretch" or height == width:
             return _resize(image, self.size, self.size)
         if self.fit == "crop":

@@ -38,9 +38,10 @@ def micro_batches_per_update(config: DataConfig, world_size: int) -> int:
 class UpdateLoader:
     """Iterates over the updates from start_step up to stop_step (exclusive); each iteration starts anew.
 
-    builders: by source name. media_shape: [frames, 3, height, width] of the dummy medium. Loader processes
-    (``data.workers``) only change who makes a micro-batch, never which or when it comes. A sample that cannot be used
-    is replaced by its substitute, counted in ``Batch.skipped`` and logged at the first time of each reason.
+    builders: by source name. media_shape: [frames, 3, height, width] of the dummy medium. patch_size: the tower's, for
+    sources with ``image_tokens``. Loader processes (``data.workers``) only change who makes a micro-batch, never which
+    or when it comes. A sample that cannot be used is replaced by its substitute, counted in ``Batch.skipped`` and
+    logged at the first time of each reason.
     lane_positions: of packed sources before start_step, over all ranks (``data_state``). The attribute of that name has
     this rank's after the update that was given last: prefetching does not move it.
     Raises ValueError (settings), ShardError and TooManyBadSamplesError (data).
@@ -59,6 +60,7 @@ class UpdateLoader:
         stop_step: int,
         pin_memory: bool = False,
         lane_positions: Mapping[str, LanePositions] | None = None,
+        patch_size: int | None = None,
     ) -> None:
         self.config, self.start_step, self.stop_step = config, start_step, stop_step
         missing = [source.name for source in config.sources if source.name not in builders]
@@ -75,6 +77,7 @@ class UpdateLoader:
             world_size=world_size,
             start_step=start_step,
             lane_positions=lane_positions,
+            patch_size=patch_size,
         )
         self.lane_positions: dict[str, dict[int, LanePosition]] = {
             source.name: {} for source in config.sources if source.pack

@@ -57,7 +57,9 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         world_size: int,
         start_step: int = 0,
         lane_positions: Mapping[str, LanePositions] | None = None,
+        patch_size: int | None = None,
     ) -> None:
+        self.patch_size = patch_size
         self.config, self.builders, self.pad_id, self.media_shape = config, builders, pad_id, media_shape
         self.plans = plan_update(config, world_size)
         self.orders = build_orders(config, self.plans, manifests)
@@ -110,11 +112,13 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
                 first = lanes_row * plan.samples_per_row
                 parts = [self._sample(source, lane, first + offset, skipped) for offset in range(plan.samples_per_row)]
                 rows.append(join(parts, plan.source.max_tokens))
+        patch = self.patch_size if plan.keeps_aspect else None
         batch = collate(
             rows,
             source=plan.source.name,
             pad_id=self.pad_id,
-            media_shape=(plan.frames, *self.media_shape[1:]),
+            media_shape=(plan.frames, *self.media_shape[1:]) if patch is None else (plan.frames, 3, patch, patch),
+            patch_size=patch,
             skipped=Counter(one.reason for one in skipped),
             lane_positions=positions,
         )

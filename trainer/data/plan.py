@@ -27,6 +27,11 @@ class SourcePlan:
     micro_batches: int
 
     @property
+    def keeps_aspect(self) -> bool:
+        """Whether media have shapes of their own."""
+        return getattr(self.source, "image_tokens", None) is not None
+
+    @property
     def samples_per_update(self) -> int:
         """Over all ranks."""
         return self.lanes * self.rows_per_lane * self.samples_per_row

@@ -39,9 +39,9 @@ class VideoHeader:
 
 @dataclass(frozen=True)
 class VideoDecoder:
-    """Video bytes -> uint8 [frames, 3, size, size] (RGB), normalised later on the device.
+    """Video bytes -> uint8 [frames, 3, height, width] (RGB), normalised later on the device.
 
-    image: how a frame becomes the tower's square, and max_pixels. frames: T. frames_per_second: how far apart the
+    image: what a frame becomes, and max_pixels. frames: T. frames_per_second: how far apart the
     frames are taken (paper: 8 frames at 1 a second), whatever the video's own rate. start: ``random`` or ``center``.
     max_seconds: videos whose header says more are refused before they are decoded.
 
@@ -99,20 +99,27 @@ class VideoDecoder:
                 raise SampleError("corrupt_video", f"a frame at {frame.time} s is damaged")
             time = end if frame.time is None else float(frame.time) - origin
             while shown is not None and len(taken) < len(times) and times[len(taken)] < time:
-                taken.append(self._square(shown, augmentation))
+                taken.append(self._fitted(shown, augmentation))
             if len(taken) == len(times):
-                return torch.stack(taken)
+                return _stacked(taken)
             shown, end = frame, time + float((frame.duration or 0) * stream.time_base)
         if shown is None:
             raise SampleError("truncated_video", "it ends before its first frame")
         if end < min(seconds, times[-1]) - _MISSING_SECONDS:
             raise SampleError("truncated_video", f"it ends at {end:.2f} s of {seconds:.2f} s")
-        last = self._square(shown, augmentation)
-        return torch.stack([*taken, *[last] * (len(times) - len(taken))])
+        last = self._fitted(shown, augmentation)
+        return _stacked([*taken, *[last] * (len(times) - len(taken))])
 
-    def _square(self, frame: Any, augmentation: Augmentation | None) -> Tensor:
+    def _fitted(self, frame: Any, augmentation: Augmentation | None) -> Tensor:
         array = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-        return self.image.to_square(torch.from_numpy(array.copy()).permute(2, 0, 1), augmentation)
+        return self.image.fitted(torch.from_numpy(array.copy()).permute(2, 0, 1), augmentation)
+
+
+def _stacked(frames: list[Tensor]) -> Tensor:
+    """A container may change the frames' size on the way, which shows where their aspect is kept."""
+    if len({frame.shape for frame in frames}) > 1:
+        raise SampleError("unsupported_video", "its frames change their aspect on the way")
+    return torch.stack(frames)
 
 
 def video_member(members: Mapping[str, bytes]) -> bytes:

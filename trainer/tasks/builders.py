@@ -21,7 +21,7 @@ from trainer.config.schema import (
     VideoTextSource,
 )
 from trainer.data.contrastive import ContrastiveBuilder
-from trainer.data.decode import ImageDecoder
+from trainer.data.decode import ImageDecoder, PatchBudget
 from trainer.data.image_text import ImageTextBuilder, VideoTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
 from trainer.data.sequences import Builder
@@ -33,18 +33,23 @@ from trainer.data.video import VideoDecoder
 def flamingo_builders(
     data: DataConfig, tokenizer: FlamingoTokenizer, vision_encoder: VisionEncoder
 ) -> dict[str, Builder]:
-    """Builders for ``trainer.train``."""
+    """Builders for ``trainer.train``. Raises ValueError where a source wants patches and the tower takes none."""
+    check_image_tokens(data, vision_encoder)
     decoder = image_decoder(data, vision_encoder.image_size, vision_encoder.mean)
     make = partial(_flamingo_builder, encoding=flamingo_encoding(tokenizer), decoder=decoder)
-    return {source.name: make(source) for source in data.sources}
+    return {source.name: make(source, patch_size=vision_encoder.patch_size) for source in data.sources}
 
 
-def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDecoder) -> Builder:
+def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDecoder, patch_size: int | None) -> Builder:
+    if not isinstance(source, TextSource):
+        decoder = replace(decoder, augment=source.augment)
+        if source.image_tokens is not None and patch_size is not None:
+            decoder = replace(decoder, budget=PatchBudget(source.image_tokens, patch_size))
     match source:
         case ImageTextSource():
             return ImageTextBuilder(
                 encoding,
-                replace(decoder, augment=source.augment),
+                decoder,
                 max_tokens=source.max_tokens,
                 space_prefix_probability=source.space_prefix_probability,
                 end_of_sequence=source.end_of_sequence,
@@ -54,7 +59,7 @@ def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDeco
             return VideoTextBuilder(
                 encoding,
                 VideoDecoder(
-                    replace(decoder, augment=source.augment),
+                    decoder,
                     frames=source.frames,
                     frames_per_second=source.frames_per_second,
                     start=source.start,
@@ -68,7 +73,7 @@ def _flamingo_builder(source: Source, encoding: TextEncoding, decoder: ImageDeco
         case InterleavedSource():
             return InterleavedBuilder(
                 encoding,
-                replace(decoder, augment=source.augment),
+                decoder,
                 max_tokens=source.max_tokens,
                 max_images=source.max_images,
                 window=source.window,
@@ -101,6 +106,20 @@ def contrastive_builders(
         for source in data.sources
         if isinstance(source, ImageTextSource)
     }
+
+
+def check_image_tokens(data: DataConfig, vision_encoder: VisionEncoder) -> None:
+    """Raises ValueError where a source keeps the aspect of its images and the tower takes squares only."""
+    wanted = [
+        f"data.sources.{number}.image_tokens"
+        for number, source in enumerate(data.sources)
+        if not isinstance(source, TextSource) and source.image_tokens is not None
+    ]
+    if wanted and vision_encoder.patch_size is None:
+        raise ValueError(
+            f"{', '.join(wanted)}: the tower {vision_encoder.config.name!r} takes squares only (its blocks take no "
+            "attention mask): leave this out, or take one of open_clip's own vision transformers, such as ViT-L-14"
+        )
 
 
 def check_packing(data: DataConfig, lm: nn.Module) -> None:

@@ -39,6 +39,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         builders=flamingo_builders(config.data, tokenizer, model.vision_encoder),
         pad_id=tokenizer.pad_id,
         media_shape=(1, 3, size, size),
+        patch_size=model.vision_encoder.patch_size,
         deepspeed=settings,
         model=config.model.to_dict(),
         frozen=frozen_digests(model, placement.gather),
