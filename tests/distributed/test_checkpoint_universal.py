@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tests.distributed.processes import run_distributed
+from trainer.checkpoint.__main__ import main
+from trainer.checkpoint.catalog import problems_of
 from trainer.checkpoint.load import _restore_random_states, restore, resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import TrainingState
+from trainer.checkpoint.state import UNIVERSAL, TrainingState, tag_of
+from trainer.checkpoint.universal import convert
 from trainer.config.schema import CheckpointConfig, OptimizerConfig
 from trainer.distributed import World
 from trainer.engine import Engine
@@ -124,7 +129,7 @@ def train_and_save(world: World, folder: Path) -> list[tuple[dict[str, Any], lis
         engine = build(world, variant)
         updates(engine, world, range(BEFORE), variant[1])
         checkpoints = Checkpoints(folder / str(number), CheckpointConfig(), world)
-        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "", engine.save)
+        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "run_dir: here\n", engine.save)
         saved = everything(engine)
         results.append((saved, updates(engine, world, range(BEFORE, BEFORE + AFTER), variant[1])))
         checkpoints.wait()
@@ -145,21 +150,77 @@ def resume_and_train(world: World, folder: Path) -> list[tuple[dict[str, Any], l
     return results
 
 
+Saved = tuple[Path, list[tuple[dict[str, Any], list[float]]]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[dict[str, Any], list[float]]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved")
     return folder, run_distributed(train_and_save, 2, folder)[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_everything_is_restored(saved: tuple[Path, list[tuple[dict[str, Any], list[float]]]], world_size: int) -> None:
-    folder, expected = saved
-    results = run_distributed(resume_and_train, world_size, folder)
+def assert_restored(saved: Saved, results: list[list[tuple[dict[str, Any], list[float], int]]]) -> None:
     for rank in results:
-        for (want, want_losses), (got, got_losses, _), (_, bf16, _) in zip(expected, rank, VARIANTS, strict=True):
+        for (want, want_losses), (got, got_losses, _), (_, bf16, _) in zip(saved[1], rank, VARIANTS, strict=True):
             for name in want.keys() - {"steps"}:
                 assert got[name] == want[name], name
             assert set(got["steps"]) == {float(BEFORE)}
             assert got_losses == pytest.approx(want_losses, rel=2e-2 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_everything_is_restored(saved: Saved, world_size: int) -> None:
+    results = run_distributed(resume_and_train, world_size, saved[0])
+    assert_restored(saved, results)
     new_seeds = [rank[0][2] for rank in results[2:]]
     assert len(set(new_seeds)) == len(new_seeds), "ranks that did not exist draw other numbers than one another"
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_any_damage_to_shards_or_their_universal_form_is_found(saved: Saved, tmp_path: Path) -> None:
+    for variant in (0, 4):  # ZeRO-1 and ZeRO-3
+        checkpoint = tmp_path / str(variant) / tag_of(BEFORE)
+        shutil.copytree(saved[0] / str(variant) / tag_of(BEFORE), checkpoint)
+        shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+        assert main(["convert", str(checkpoint)]) == 0
+        assert not convert(checkpoint), "it is made once"
+        paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+        assert len(paths) > 20
+        for path, damage in product(paths, (delete, truncate, flip_a_bit)):
+            content = path.read_bytes()
+            damage(path)
+            whole = checkpoint / UNIVERSAL if UNIVERSAL in path.parts else checkpoint
+            assert [problem.split()[0] for problem in problems_of(whole)] == [path.relative_to(whole).as_posix()]
+            path.write_bytes(content)
+        assert not list(problems_of(checkpoint)) and not list(problems_of(checkpoint / UNIVERSAL))
+
+
+def test_a_damaged_or_half_made_universal_form_is_made_again(saved: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved[0], tmp_path / "saved"))
+    for number in range(len(VARIANTS)):
+        checkpoint = folder / str(number) / tag_of(BEFORE)
+        shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+        if number % 2:
+            convert(checkpoint)
+            flip_a_bit(checkpoint / UNIVERSAL / "zero" / "attention_gate" / "fp32.pt")
+        else:  # as a kill leaves it
+            (checkpoint / ".universal.building" / "zero" / "attention_gate").mkdir(parents=True)
+            (checkpoint / ".universal.building" / "zero" / "attention_gate" / "fp32.pt").write_bytes(b"half")
+    assert_restored(saved, run_distributed(resume_and_train, 1, folder))
+    for number in range(len(VARIANTS)):
+        checkpoint = folder / str(number) / tag_of(BEFORE)
+        assert not list(problems_of(checkpoint / UNIVERSAL))
+        assert not (checkpoint / ".universal.building").exists()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import signal
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, run_settings
 from tests.distributed.test_packing import read_ledger
 from tests.distributed.test_training import train_run
+from trainer.checkpoint.state import MANIFEST
+from trainer.distributed import World
 
 pytestmark = pytest.mark.distributed
 
@@ -62,7 +69,7 @@ def run_in_pieces(settings: dict[str, Any], pieces: list[tuple[int, int | None]]
         run_distributed(train_run, world_size, settings, stop_after)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_killed_and_resumed_with_other_numbers_of_processes(
     assets: Path, uninterrupted: Path, tmp_path: Path, seed: int
 ) -> None:
@@ -74,3 +81,55 @@ def test_killed_and_resumed_with_other_numbers_of_processes(
     run_in_pieces(settings, list(zip(sizes, stops, strict=True)))
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
+
+
+def train_until_killed(world: World, settings: dict[str, Any], killed_rank: int, seconds: float, proof: Path) -> None:
+    """Train, and ``kill -9`` one process after that time, wherever it is then; ``proof`` is there just before."""
+
+    def kill() -> None:
+        proof.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if world.rank == killed_rank:
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+    train_run(world, settings)
+
+
+def leftovers(checkpoints: Path) -> Counter[str]:
+    """What a kill interrupted, as far as the folder shows it."""
+    found: Counter[str] = Counter()
+    for path in checkpoints.glob("step-*"):
+        found["saves"] += not (path / MANIFEST).exists()
+        found["conversions"] += (path / ".universal.building").exists()
+    return found
+
+
+def test_no_kill_at_any_moment_loses_anything(
+    assets: Path, uninterrupted: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """``--kills N`` kills so many times; runs that end in between are compared, and another one is begun."""
+    wanted, proof = pytestconfig.getoption("--kills"), tmp_path / "killed"
+    kills, runs, interrupted, draw = 0, 0, Counter[str](), random.Random(wanted)
+    while kills < wanted:
+        run_dir = tmp_path / f"run-{runs}"
+        settings, finished = settings_of(assets, run_dir), False
+        settings["checkpoint"] |= {"every": 1}
+        while not finished:
+            world_size = draw.randint(1, 4)
+            seconds = draw.uniform(0.5, 6) if kills < wanted else 1000.0
+            try:
+                run_distributed(train_until_killed, world_size, settings, draw.randrange(world_size), seconds, proof)
+                finished = True
+            except AssertionError:
+                if not proof.exists():
+                    raise
+                proof.unlink()
+                kills += 1
+                interrupted += leftovers(run_dir / "checkpoints")
+        runs += 1
+        assert losses(run_dir) == pytest.approx(losses(uninterrupted), rel=1e-5)
+        assert read_ledger(run_dir) == read_ledger(uninterrupted)
+        shutil.rmtree(run_dir)
+    print(f"{kills} kills, {runs} runs completed, 0 lost; found half-done: {dict(interrupted)}")
