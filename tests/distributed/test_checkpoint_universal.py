@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import problems_of
 from trainer.checkpoint.load import _restore_random_states, restore, resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import UNIVERSAL, TrainingState, tag_of
+from trainer.checkpoint.state import OFFLOADED, UNIVERSAL, CheckpointError, TrainingState, tag_of
 from trainer.checkpoint.universal import convert
 from trainer.config.schema import CheckpointConfig, OptimizerConfig
 from trainer.distributed import World
@@ -150,6 +151,20 @@ def resume_and_train(world: World, folder: Path) -> list[tuple[dict[str, Any], l
     return results
 
 
+def resume_with_a_full_disk(world: World, folder: Path) -> str:
+    """Rank 1 alone may write no more than 100 bytes a file."""
+    engine = build(world, VARIANTS[0])
+    found = resume_point(folder / "0", world)
+    assert found is not None
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        restore(*found, engine.load, engine.load_universal, world)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
 Saved = tuple[Path, list[tuple[dict[str, Any], list[float]]]]
 
 
@@ -157,6 +172,19 @@ Saved = tuple[Path, list[tuple[dict[str, Any], list[float]]]]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved")
     return folder, run_distributed(train_and_save, 2, folder)[0]
+
+
+def test_no_space_for_a_conversion_is_a_clear_error_on_all(saved: Saved, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "0" / tag_of(BEFORE)
+    shutil.copytree(saved[0] / "0", checkpoint.parent)
+    shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+    for message in run_distributed(resume_with_a_full_disk, 3, tmp_path):
+        assert f"cannot convert {checkpoint} for 3 processes: rank 1: OSError" in message
+        assert "start as many processes as have written it" in message
+    assert not list(problems_of(checkpoint)) and not (checkpoint / UNIVERSAL).exists()
+    (checkpoint / OFFLOADED).mkdir()
+    for message in run_distributed(resume_with_a_full_disk, 3, tmp_path):
+        assert "start 2 processes" in message
 
 
 def assert_restored(saved: Saved, results: list[list[tuple[dict[str, Any], list[float], int]]]) -> None:

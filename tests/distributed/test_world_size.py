@@ -18,7 +18,8 @@ from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, run_settings
 from tests.distributed.test_packing import read_ledger
 from tests.distributed.test_training import train_run
-from trainer.checkpoint.state import MANIFEST
+from trainer.checkpoint import shard_files
+from trainer.checkpoint.shard_files import Entry
 from trainer.distributed import World
 
 pytestmark = pytest.mark.distributed
@@ -83,27 +84,44 @@ def test_killed_and_resumed_with_other_numbers_of_processes(
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
 
 
-def train_until_killed(world: World, settings: dict[str, Any], killed_rank: int, seconds: float, proof: Path) -> None:
-    """Train, and ``kill -9`` one process after that time, wherever it is then; ``proof`` is there just before."""
+def train_until_killed(world: World, settings: dict[str, Any], victim: int, moment: float | str, proof: Path) -> None:
+    """Train until ``kill -9`` of one process.
+
+    moment: after so many seconds, wherever the process is then; or in the middle of a file, "save 3" being the third
+        that it writes for checkpoints, "universal 5" the fifth of conversions.
+    proof: says just before the kill what was going on.
+    """
+    from trainer.checkpoint import save, universal
 
     def kill() -> None:
-        proof.touch()
+        works = {thread.name.split()[1] for thread in threading.enumerate() if thread.name.startswith("cannot ")}
+        proof.write_text(" and ".join(sorted(works)) or "train")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if world.rank == killed_rank:
-        timer = threading.Timer(seconds, kill)
+    if world.rank == victim and isinstance(moment, str):
+        module, left = {"save": save, "universal": universal}[moment.split()[0]], int(moment.split()[1])
+
+        def write_tensors(path: Path, value: Any) -> Entry:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                path.write_bytes(b"half")
+                kill()
+            return shard_files.write_tensors(path, value)
+
+        module.write_tensors = write_tensors  # type: ignore[attr-defined]  # this process is ours alone
+    elif world.rank == victim:
+        timer = threading.Timer(float(moment), kill)
         timer.daemon = True
         timer.start()
     train_run(world, settings)
 
 
-def leftovers(checkpoints: Path) -> Counter[str]:
-    """What a kill interrupted, as far as the folder shows it."""
-    found: Counter[str] = Counter()
-    for path in checkpoints.glob("step-*"):
-        found["saves"] += not (path / MANIFEST).exists()
-        found["conversions"] += (path / ".universal.building").exists()
-    return found
+def any_moment(draw: random.Random) -> float | str:
+    """Half of them by the clock, the others where it hurts."""
+    if draw.random() < 0.5:
+        return draw.uniform(0.5, 6)
+    return draw.choice([f"save {draw.randint(1, 8)}", f"universal {draw.randint(1, 30)}"])
 
 
 def test_no_kill_at_any_moment_loses_anything(
@@ -111,25 +129,24 @@ def test_no_kill_at_any_moment_loses_anything(
 ) -> None:
     """``--kills N`` kills so many times; runs that end in between are compared, and another one is begun."""
     wanted, proof = pytestconfig.getoption("--kills"), tmp_path / "killed"
-    kills, runs, interrupted, draw = 0, 0, Counter[str](), random.Random(wanted)
-    while kills < wanted:
+    kills, runs, draw = Counter[str](), 0, random.Random(wanted)
+    while kills.total() < wanted:
         run_dir = tmp_path / f"run-{runs}"
         settings, finished = settings_of(assets, run_dir), False
         settings["checkpoint"] |= {"every": 1}
         while not finished:
             world_size = draw.randint(1, 4)
-            seconds = draw.uniform(0.5, 6) if kills < wanted else 1000.0
+            moment = any_moment(draw) if kills.total() < wanted else 1000.0
             try:
-                run_distributed(train_until_killed, world_size, settings, draw.randrange(world_size), seconds, proof)
+                run_distributed(train_until_killed, world_size, settings, draw.randrange(world_size), moment, proof)
                 finished = True
             except AssertionError:
                 if not proof.exists():
                     raise
+                kills[proof.read_text()] += 1
                 proof.unlink()
-                kills += 1
-                interrupted += leftovers(run_dir / "checkpoints")
         runs += 1
         assert losses(run_dir) == pytest.approx(losses(uninterrupted), rel=1e-5)
         assert read_ledger(run_dir) == read_ledger(uninterrupted)
         shutil.rmtree(run_dir)
-    print(f"{kills} kills, {runs} runs completed, 0 lost; found half-done: {dict(interrupted)}")
+    print(f"{kills.total()} kills, {runs} runs completed, 0 lost; it was going on: {dict(kills)}")
