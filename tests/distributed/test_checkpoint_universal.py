@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import time
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint.__main__ import main
-from trainer.checkpoint.catalog import problems_of
+from trainer.checkpoint.catalog import find_checkpoint, problems_of
 from trainer.checkpoint.load import _restore_random_states, restore, resume_point
 from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import OFFLOADED, UNIVERSAL, CheckpointError, TrainingState, tag_of
@@ -163,6 +164,28 @@ def resume_with_a_full_disk(world: World, folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return "no error"
+
+
+def save_on_a_full_disk(world: World, folder: Path) -> tuple[str, float]:
+    """Rank 0 alone may write no more than 100 bytes a file."""
+    engine = build(world, VARIANTS[4])
+    updates(engine, world, range(BEFORE), bf16=False)
+    if world.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    checkpoints, start = Checkpoints(folder, CheckpointConfig(), world), time.monotonic()
+    try:
+        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "", engine.save)
+        checkpoints.wait()
+    except CheckpointError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_a_full_disk_reaches_all_ranks_at_once(tmp_path: Path) -> None:
+    for message, seconds in run_distributed(save_on_a_full_disk, 2, tmp_path):
+        assert "cannot write" in message and "rank 0: OSError" in message
+        assert seconds < 30, "somebody waited for a collective's timeout of 60 s"
+    assert find_checkpoint(tmp_path) is None
 
 
 Saved = tuple[Path, list[tuple[dict[str, Any], list[float]]]]
