@@ -89,6 +89,8 @@ class Engine:
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(groups, optimizer), config=settings
         )
+        # Rank 0 would copy DeepSpeed's scripts into every checkpoint, and if it could not, leave the others waiting.
+        self._deepspeed._copy_recovery_script = lambda path: None
 
     @property
     def module(self) -> nn.Module:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.processes import run_distributed
+from trainer.checkpoint import shard_files
 from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
 from trainer.checkpoint.load import check_fits
 from trainer.checkpoint.save import Checkpoints, WriteTensors
@@ -62,6 +65,39 @@ def save_into_a_file(world: World, folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return "no error"
+
+
+def save_while_training(world: World, folder: Path) -> tuple[bool, float, float]:
+    """Rank 1's disk stands still until the updates after the save are done."""
+    from trainer.checkpoint import save
+
+    disk = threading.Event()
+
+    def write_tensors(path: Path, value: Any) -> shard_files.Entry:
+        assert disk.wait(60)
+        return shard_files.write_tensors(path, value)
+
+    save.write_tensors = write_tensors
+    weight, shard = torch.zeros(1000), f"shard-{world.rank}.pt"
+    checkpoints = Checkpoints(folder, CheckpointConfig(), world)
+
+    def hand_over_weight(folder: Path, tag: str, write: WriteTensors) -> None:
+        write({"weight": weight}, folder / tag / shard)
+
+    for step in (1, 2):  # the second save has the first one's memory
+        disk.set()
+        checkpoints.wait()
+        if world.rank == 1:
+            disk.clear()
+        checkpoints.save(state(step), "run_dir: here\n", hand_over_weight)
+        for _ in range(3):
+            weight.add_(1)
+            checkpoints.poll()
+    unfinished = (folder / LATEST).read_text() == tag_of(1)
+    disk.set()
+    checkpoints.wait()
+    first, second = (float(torch.load(folder / tag_of(step) / shard)["weight"].mean()) for step in (1, 2))
+    return unfinished, first, second
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +180,13 @@ def test_a_full_disk_on_one_rank_is_a_clear_error_on_all(tmp_path: Path, asynchr
         assert seconds < 30, "nobody waited for a collective's timeout"
     assert (folder / LATEST).read_text() == tag_of(1)
     assert find_checkpoint(folder) == folder / tag_of(1)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for unfinished, first, second in run_distributed(save_while_training, 2, tmp_path / "checkpoints"):
+        assert unfinished, "latest moved before rank 1 had written its part"
+        assert (first, second) == (0, 3), "what was saved is what was trained at that moment"
+    assert find_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / tag_of(2)
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error_on_all(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +16,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tests.distributed.processes import run_distributed
+from trainer.checkpoint.__main__ import main
+from trainer.checkpoint.catalog import find_checkpoint, problems_of
 from trainer.checkpoint.load import _restore_random_states, restore, resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import TrainingState
+from trainer.checkpoint.state import OFFLOADED, UNIVERSAL, CheckpointError, TrainingState, tag_of
+from trainer.checkpoint.universal import convert
 from trainer.config.schema import CheckpointConfig, OptimizerConfig
 from trainer.distributed import World
 from trainer.engine import Engine
@@ -124,7 +131,7 @@ def train_and_save(world: World, folder: Path) -> list[tuple[dict[str, Any], lis
         engine = build(world, variant)
         updates(engine, world, range(BEFORE), variant[1])
         checkpoints = Checkpoints(folder / str(number), CheckpointConfig(), world)
-        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "", engine.save)
+        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "run_dir: here\n", engine.save)
         saved = everything(engine)
         results.append((saved, updates(engine, world, range(BEFORE, BEFORE + AFTER), variant[1])))
         checkpoints.wait()
@@ -145,21 +152,126 @@ def resume_and_train(world: World, folder: Path) -> list[tuple[dict[str, Any], l
     return results
 
 
+def resume_with_a_full_disk(world: World, folder: Path) -> str:
+    """Rank 1 alone may write no more than 100 bytes a file."""
+    engine = build(world, VARIANTS[0])
+    found = resume_point(folder / "0", world)
+    assert found is not None
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        restore(*found, engine.load, engine.load_universal, world)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def save_on_a_full_disk(world: World, folder: Path) -> tuple[str, float]:
+    """Rank 0 alone may write no more than 100 bytes a file."""
+    engine = build(world, VARIANTS[4])
+    updates(engine, world, range(BEFORE), bf16=False)
+    if world.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    checkpoints, start = Checkpoints(folder, CheckpointConfig(), world), time.monotonic()
+    try:
+        checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "", engine.save)
+        checkpoints.wait()
+    except CheckpointError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_a_full_disk_reaches_all_ranks_at_once(tmp_path: Path) -> None:
+    for message, seconds in run_distributed(save_on_a_full_disk, 2, tmp_path):
+        assert "cannot write" in message and "rank 0: OSError" in message
+        assert seconds < 30, "somebody waited for a collective's timeout of 60 s"
+    assert find_checkpoint(tmp_path) is None
+
+
+Saved = tuple[Path, list[tuple[dict[str, Any], list[float]]]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[dict[str, Any], list[float]]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved")
     return folder, run_distributed(train_and_save, 2, folder)[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_everything_is_restored(saved: tuple[Path, list[tuple[dict[str, Any], list[float]]]], world_size: int) -> None:
-    folder, expected = saved
-    results = run_distributed(resume_and_train, world_size, folder)
+def test_no_space_for_a_conversion_is_a_clear_error_on_all(saved: Saved, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "0" / tag_of(BEFORE)
+    shutil.copytree(saved[0] / "0", checkpoint.parent)
+    shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+    for message in run_distributed(resume_with_a_full_disk, 3, tmp_path):
+        assert f"cannot convert {checkpoint} for 3 processes: rank 1: OSError" in message
+        assert "start as many processes as have written it" in message
+    assert not list(problems_of(checkpoint)) and not (checkpoint / UNIVERSAL).exists()
+    (checkpoint / OFFLOADED).mkdir()
+    for message in run_distributed(resume_with_a_full_disk, 3, tmp_path):
+        assert "start 2 processes" in message
+
+
+def assert_restored(saved: Saved, results: list[list[tuple[dict[str, Any], list[float], int]]]) -> None:
     for rank in results:
-        for (want, want_losses), (got, got_losses, _), (_, bf16, _) in zip(expected, rank, VARIANTS, strict=True):
+        for (want, want_losses), (got, got_losses, _), (_, bf16, _) in zip(saved[1], rank, VARIANTS, strict=True):
             for name in want.keys() - {"steps"}:
                 assert got[name] == want[name], name
             assert set(got["steps"]) == {float(BEFORE)}
             assert got_losses == pytest.approx(want_losses, rel=2e-2 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_everything_is_restored(saved: Saved, world_size: int) -> None:
+    results = run_distributed(resume_and_train, world_size, saved[0])
+    assert_restored(saved, results)
     new_seeds = [rank[0][2] for rank in results[2:]]
     assert len(set(new_seeds)) == len(new_seeds), "ranks that did not exist draw other numbers than one another"
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_any_damage_to_shards_or_their_universal_form_is_found(saved: Saved, tmp_path: Path) -> None:
+    for variant in (0, 4):  # ZeRO-1 and ZeRO-3
+        checkpoint = tmp_path / str(variant) / tag_of(BEFORE)
+        shutil.copytree(saved[0] / str(variant) / tag_of(BEFORE), checkpoint)
+        shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+        assert main(["convert", str(checkpoint)]) == 0
+        assert not convert(checkpoint), "it is made once"
+        paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+        assert len(paths) > 20
+        for path, damage in product(paths, (delete, truncate, flip_a_bit)):
+            content = path.read_bytes()
+            damage(path)
+            whole = checkpoint / UNIVERSAL if UNIVERSAL in path.parts else checkpoint
+            assert [problem.split()[0] for problem in problems_of(whole)] == [path.relative_to(whole).as_posix()]
+            path.write_bytes(content)
+        assert not list(problems_of(checkpoint)) and not list(problems_of(checkpoint / UNIVERSAL))
+
+
+def test_a_damaged_or_half_made_universal_form_is_made_again(saved: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved[0], tmp_path / "saved"))
+    for number in range(len(VARIANTS)):
+        checkpoint = folder / str(number) / tag_of(BEFORE)
+        shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
+        if number % 2:
+            convert(checkpoint)
+            flip_a_bit(checkpoint / UNIVERSAL / "zero" / "attention_gate" / "fp32.pt")
+        else:  # as a kill leaves it
+            (checkpoint / ".universal.building" / "zero" / "attention_gate").mkdir(parents=True)
+            (checkpoint / ".universal.building" / "zero" / "attention_gate" / "fp32.pt").write_bytes(b"half")
+    assert_restored(saved, run_distributed(resume_and_train, 1, folder))
+    for number in range(len(VARIANTS)):
+        checkpoint = folder / str(number) / tag_of(BEFORE)
+        assert not list(problems_of(checkpoint / UNIVERSAL))
+        assert not (checkpoint / ".universal.building").exists()

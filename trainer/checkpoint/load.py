@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from model.parameters import explain_difference
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import find_checkpoint, read_state
-from trainer.checkpoint.state import CheckpointError, TrainingState, rng_file
+from trainer.checkpoint.state import OFFLOADED, CheckpointError, TrainingState, rng_file
 from trainer.checkpoint.universal import ensure_universal
 from trainer.distributed import World, from_main
 
@@ -79,10 +79,16 @@ def restore(
 
     load_shards: reads shards that as many processes wrote (``Engine.load``).
     load_universal: reads the universal form (``Engine.load_universal``).
+    Raises: CheckpointError on all ranks when there is no space for that form, or optimiser state on NVMe forbids it.
     """
     if state.world_size == world.size:
         load_shards(checkpoint.parent, checkpoint.name)
     else:
+        if (checkpoint / OFFLOADED).is_dir():
+            raise CheckpointError(
+                f"{checkpoint} has its optimiser state from NVMe, a folder for each of {state.world_size} processes, "
+                f"which cannot be put together for {world.size}: start {state.world_size} processes"
+            )
         _log.info("%s was written by %d processes: converting it for %d", checkpoint, state.world_size, world.size)
         universal = ensure_universal(checkpoint, world)
         load_universal(universal.parent, universal.name)

@@ -125,7 +125,7 @@ class Checkpoints:
         entries[STATE] = write_bytes(target / STATE, canonical_json(self._state.to_json()).encode())
         entries[CONFIG] = write_bytes(target / CONFIG, self._settings.encode())
         for path in sorted(path for path in target.rglob("*") if path.is_file()):
-            # What DeepSpeed puts there itself: its recovery scripts, tensors that are offloaded to NVMe.
+            # What DeepSpeed puts there itself: tensors that are offloaded to NVMe.
             name = path.relative_to(target).as_posix()
             if name not in entries:
                 entries[name] = {"bytes": path.stat().st_size, "sha256": checksum(path)}

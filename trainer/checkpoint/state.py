@@ -5,6 +5,7 @@
     checkpoints/latest                      the name of the newest complete checkpoint, moved atomically
     checkpoints/step-00000010/
         *_model_states.pt, *_optim_states.pt   DeepSpeed's shards: trainable weights and optimiser, one set a rank
+        offloaded_tensors/rankNN/              the optimiser's part of that rank where it is offloaded to NVMe
         rng-rank-00000.safetensors             random states of that rank
         state.json                             TrainingState
         config.yaml                            the run's settings as they were resolved
@@ -29,6 +30,7 @@ from trainer.files import canonical_json
 FORMAT_VERSION = 2
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
 UNIVERSAL = "universal"
+OFFLOADED = "offloaded_tensors"  # DeepSpeed's name
 _TAG = re.compile(r"step-(\d{8,})")
 
 
