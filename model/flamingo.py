@@ -117,10 +117,11 @@ class Flamingo(nn.Module):
             index: partial(block, latents_MNW=latents, media_index_BL=media_index, first_media_BL=first)
             for index, block in self.blocks_with_cross_attention().items()
         }
-        logits = self.language_model(input_ids, attention_mask, position_ids, Call(before, positions))
+        result = self.language_model(input_ids, attention_mask, position_ids, Call(before, positions, targets))
         if targets is None:
-            return FlamingoOutput(logits=logits)
-        return FlamingoOutput(loss=summed_cross_entropy(logits, targets))
+            return FlamingoOutput(logits=result)
+        fused = self.language_model.fuses_loss
+        return FlamingoOutput(loss=result if fused else summed_cross_entropy(result, targets))
 
     def project_media(self, latents: Tensor) -> dict[int, KeysValues]:
         """Keys and values of every cross-attention, by the block of the language model that it stands before."""

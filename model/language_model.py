@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from model.loss import head_cross_entropy
 
 BeforeBlock = Callable[[Tensor], Tensor]
 
@@ -46,10 +49,12 @@ class Call:
 
     before: block index -> what the hidden states [B, L, D] go through before the block.
     positions: int64 [N], positions in the flattened [B * L] whose logits are wanted; None: all.
+    targets: int64 [N], the token that each of them should predict, where the loss is wanted instead of the logits.
     """
 
     before: Mapping[int, BeforeBlock] = field(default_factory=dict)
     positions: Tensor | None = None
+    targets: Tensor | None = None
 
 
 _CALL: ContextVar[Call | None] = ContextVar("flamingo_language_model_call", default=None)
@@ -86,15 +91,16 @@ class OutputRow(nn.Module):
         self.token_id = token_id
         self.weight = nn.Parameter(start.detach().clone()[None], requires_grad=trained)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., E] -> its column of the logits, [..., 1]."""
-        return F.linear(hidden, self.weight.to(hidden.dtype))
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The row, [1, E]: a copy, for ZeRO-3 takes the parameter away when this returns."""
+        return self.weight.to(dtype, copy=True)
 
 
 class LanguageModel(nn.Module):
     """A frozen causal LM with separate rows for new tokens. Submodules: ``lm``, ``input_rows``, ``output_rows``.
 
-    Attributes: ``width`` of the hidden states, ``blocks`` (their number), ``vocabulary`` (columns of the logits).
+    Attributes: ``width`` of the hidden states, ``blocks`` (their number), ``vocabulary`` (columns of the logits),
+    ``fuses_loss``: whether a call with targets gives the loss, for the LM does nothing to its logits.
     """
 
     def __init__(self, lm: Any, input_rows: list[InputRow], output_rows: list[OutputRow]) -> None:
@@ -122,8 +128,9 @@ class LanguageModel(nn.Module):
         self.vocabulary = max(self.table, *(1 + token for token in self.token_ids))
         text_config.vocab_size = self.vocabulary  # beam search of some versions reads the width of the logits there
         lm.generation_config = GenerationConfig()  # generate() would fill what is not set from the LM's own defaults
+        self.fuses_loss: bool = isinstance(head, nn.Linear) and gives_logits_unchanged(lm, head)
         embedding.forward = partial(self._embed, embedding.forward)
-        head.forward = partial(self._logits, head.forward)
+        head.forward = partial(self._head, head, head.forward)
         for index, block in enumerate(find_decoder_blocks(lm)):
             block.forward = partial(self._block, block.forward, index)
 
@@ -149,7 +156,8 @@ class LanguageModel(nn.Module):
         position_ids: Tensor | None = None,
         call: Call | None = None,
     ) -> Tensor:
-        """Logits [B, L, V], or [N, V] where ``call.positions`` are given; those of all others never exist.
+        """Logits [B, L, V], or [N, V] where ``call.positions`` are given; those of all others never exist. With
+        ``call.targets``, where this LM ``fuses_loss``, their summed cross-entropy instead: a scalar.
 
         attention_mask: [B, L], 1 for real tokens. position_ids: [B, L]; without an attention mask, Hugging Face takes
         positions that restart for packed documents that do not see each other.
@@ -159,7 +167,7 @@ class LanguageModel(nn.Module):
         with calling(call):
             output = self.lm(input_ids=input_ids_BL, attention_mask=attention_mask, use_cache=False, **extra)
         logits: Tensor = output.logits
-        if call.positions is None:
+        if call.positions is None or logits.ndim == 0:
             return logits
         assert logits.shape[:2] == (1, call.positions.numel()), "this LM does not call its output embedding as a module"
         return logits[0]
@@ -173,13 +181,20 @@ class LanguageModel(nn.Module):
             embedded = row(embedded, input_ids_BL)
         return embedded
 
-    def _logits(self, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor) -> Tensor:
+    def _head(self, head: nn.Linear, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor) -> Tensor:
         call = _CALL.get()
-        if call is not None and call.positions is not None:
-            hidden_BLE = hidden_BLE.flatten(0, 1)[call.positions][None]
+        rows = [row(hidden_BLE.dtype) for row in self.output_rows]
+        if call is None or call.positions is None:
+            return self._logits(original, hidden_BLE, rows)
+        hidden_NE = hidden_BLE.flatten(0, 1)[call.positions]
+        if call.targets is None or not self.fuses_loss:
+            return self._logits(original, hidden_NE[None], rows)
+        return head_cross_entropy(hidden_NE, torch.cat(rows), head.weight, head.bias, self.token_ids, call.targets)
+
+    def _logits(self, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor, rows: list[Tensor]) -> Tensor:
         logits_BLV = original(hidden_BLE)
         columns: dict[int, Tensor] = {
-            token: row(hidden_BLE) for token, row in zip(self.token_ids, self.output_rows, strict=True)
+            token: F.linear(hidden_BLE, row) for token, row in zip(self.token_ids, rows, strict=True)
         }
         table = logits_BLV.shape[-1]
         for token, column in columns.items():
@@ -212,12 +227,43 @@ def _run_block(original: Callable[..., Any], before: BeforeBlock | None, *args: 
     return original(*args, **kwargs)
 
 
+class _Decoded(BaseModelOutputWithPast):
+    """What a decoder gives; families read different fields of it, and all but the hidden states are None here."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def gives_logits_unchanged(lm: Any, head: Any) -> bool:
+    """Whether a causal LM returns what its output embedding gives, with no scaling or soft cap after it.
+
+    Its own forward is run with nothing in it: the decoder gives a hidden state of zeros, the output embedding a token
+    that has to come out again. No weight is read, so they may be partitioned.
+    """
+    device = head.weight.device
+    decoder = lm.get_submodule(_decoder_blocks_name(lm).rpartition(".")[0])
+    given = torch.zeros(1, 1, 1, device=device)
+    hidden = _Decoded(last_hidden_state=torch.zeros(1, 1, head.in_features, device=device))
+    decoder.forward, head.forward = lambda *args, **kwargs: hidden, lambda *args: given
+    try:
+        with torch.no_grad():
+            output = lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        del decoder.forward, head.forward
+    return output.logits is given
+
+
 def find_decoder_blocks(lm: Any) -> nn.ModuleList:
     """The list of a causal LM's decoder blocks: the outermost one as long as the config says.
 
     Raises:
         ValueError: there is none, or there are several.
     """
+    blocks: nn.ModuleList = lm.get_submodule(_decoder_blocks_name(lm))
+    return blocks
+
+
+def _decoder_blocks_name(lm: Any) -> str:
     count = lm.config.get_text_config().num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
     for name, module in lm.named_modules():
@@ -229,7 +275,7 @@ def find_decoder_blocks(lm: Any) -> nn.ModuleList:
             f"{type(lm).__name__} has {len(found)} lists of {count} blocks ({', '.join(found) or 'none'}); "
             "one was expected: choose another language_model"
         )
-    return next(iter(found.values()))
+    return next(iter(found))
 
 
 def separates_packed_documents(lm: Any) -> bool:

@@ -102,8 +102,10 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits(family: str, tokens: Spe
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_only_positions_with_a_label_reach_the_output_embedding() -> None:
-    model = tiny_flamingo()
+@pytest.mark.parametrize(("family", "shape"), [("gemma3", (1, 2, VOCABULARY + 2)), ("llama", ())])
+def test_only_positions_with_a_label_get_logits(family: str, shape: tuple[int, ...]) -> None:
+    """And where nothing stands between the output embedding and the loss, none are kept: gemma caps its logits."""
+    model = tiny_flamingo(family)
     ids, media = text_with_media()
     labels = torch.full_like(ids, -100)
     labels[0, 0] = ids[0, 0]  # the first position of a row is never predicted
@@ -111,7 +113,7 @@ def test_only_positions_with_a_label_reach_the_output_embedding() -> None:
     shapes = []
     model.language_model.lm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     loss = model(ids, labels=labels, media=media).loss
-    assert shapes == [(1, 2, VOCABULARY + 2)]
+    assert shapes == [shape]
     logits = model(ids, media=media).logits.log_softmax(-1)
     torch.testing.assert_close(loss, -(logits[0, 4, ids[0, 5]] + logits[1, 10, ids[1, 11]]))
 

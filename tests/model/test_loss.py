@@ -57,3 +57,26 @@ def test_label_positions() -> None:
     positions, targets = label_positions(labels)
     assert positions.tolist() == [0, 2, 5]
     assert targets.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("token_ids", [[11, 12], [4, 9], [10, 13]])
+@pytest.mark.parametrize("rows", [0, 3, 10])
+def test_fused_with_the_head(rows: int, token_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against logits that exist, in three chunks; new tokens beyond the table, inside of it, and astride."""
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 11 * 4)
+    hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    new = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    table, bias = torch.randn(11, 6, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
+    allowed = sorted({*range(11), *token_ids})
+    labels = torch.tensor([allowed[i % len(allowed)] for i in range(rows)], dtype=torch.int64).flip(0)
+    columns = [hidden @ table[i] + bias[i] for i in range(11)]
+    columns += [hidden.new_full((rows,), -torch.inf)] * (max(token_ids) - 10)
+    for token, row in zip(token_ids, new, strict=True):
+        columns[token] = hidden @ row
+    expected = 0.37 * F.cross_entropy(torch.stack(columns, -1), labels, reduction="sum")
+    found = 0.37 * loss_module.head_cross_entropy(hidden, new, table, bias, token_ids, labels)
+    torch.testing.assert_close(found, expected)
+    for mine, other in zip(
+        torch.autograd.grad(found, [hidden, new]), torch.autograd.grad(expected, [hidden, new]), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
