@@ -39,6 +39,7 @@ from trainer.optimizer import learning_rate_factor
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
+from trainer.resilience.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -75,19 +76,27 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     torch.manual_seed(config.training.seed + world.rank)
     engine = Engine(task.module, config.optimizer, task.deepspeed, world)
     events, preemption = EventLog(config.run_dir, world.is_main), Preemption(world)
-    with preemption.listening():
+    watchdog = Watchdog(config.run_dir, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
+    with preemption.listening(), watchdog.watching():
         while True:
             try:
-                return _train_from_checkpoint(engine, task, config, world, preemption, events)
+                return _train_from_checkpoint(engine, task, config, world, preemption, watchdog, events)
             except RewindError as rewind:  # from here on as after a kill
                 add_window(config.run_dir, rewind.window, world)
                 events.write("rewind", rewind.window.last, first=rewind.window.first, last=rewind.window.last)
 
 
 def _train_from_checkpoint(
-    engine: Engine, task: Task, config: RunConfig, world: World, preemption: Preemption, events: EventLog
+    engine: Engine,
+    task: Task,
+    config: RunConfig,
+    world: World,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    events: EventLog,
 ) -> None:
     """Resume, then train. Raises: RewindError after a spike of the loss, to be started again; others as ``train``."""
+    watchdog.starting()
     folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(engine, task, config, world)
@@ -118,6 +127,7 @@ def _train_from_checkpoint(
     ):
         for update, data_seconds in _timed(loader):
             done = update.step + 1
+            watchdog.alive(f"update {done}")
             if (why := stability.why_skipped(done)) is not None:
                 writer.write(_passed_over(done, why, config, data_seconds))
             else:
@@ -133,9 +143,12 @@ def _train_from_checkpoint(
                 limit.record(consumed, replaced)
             stop = preemption.agreed()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
+                watchdog.alive(f"the checkpoint of update {done}", slow=True)
                 _save(engine, task, config, world, done, _data_state(loader, done, world), stability.state())
             if stop and done < config.training.steps:
+                events.write("preempted", done)
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+            watchdog.updated(done)
 
 
 def checkpoint_folder(config: RunConfig) -> Path:

@@ -6,19 +6,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint.load import read_state, verify_checkpoint
+from trainer.checkpoint.load import read_state
 from trainer.checkpoint.state import LATEST, MANIFEST, CheckpointError, TrainingState, step_of, tag_of
 from trainer.distributed import World, from_main, raise_together
 from trainer.files import write_atomically
 
 
 def has_checkpoint(folder: Path, at_most: int, world: World) -> bool:
-    """Whether there is a good checkpoint of at most that step; a collective."""
-    found = False
-    if world.is_main:
-        steps = sorted((step for step in _finished(folder) if step <= at_most), reverse=True)
-        found = any(verify_checkpoint(folder / tag_of(step)) is None for step in steps)
-    return bool(from_main(found, world))
+    """Whether there is a finished checkpoint of at most that step (verified when it is read); a collective."""
+    return bool(from_main(world.is_main and any(step <= at_most for step in _finished(folder)), world))
 
 
 def drop_checkpoints(folder: Path, is_stale: Callable[[TrainingState], bool], world: World) -> None:
