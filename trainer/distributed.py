@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from trainer.errors import TrainerError
 
@@ -78,6 +79,22 @@ def _complete_environment() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """How long collectives that start from now on may wait for a rank that does not come, in all groups."""
+    timeout = datetime.timedelta(seconds=seconds)
+    # torch 2.15 gave it a public name and deprecated the old one.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in distributed_c10d._world.pg_map:
+        set_timeout(timeout, group)
+
+
+def collective_records() -> str:
+    """This process's last collectives, as JSON, from torch's flight recorder; empty where torch keeps none."""
+    nccl = dist.get_backend() == "nccl"
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json" if nccl else "_dump_fr_trace_json", None)
+    return "" if dump is None else bytes(dump()).decode()
 
 
 def shut_down() -> None:

@@ -46,7 +46,7 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
 
     0: the run is complete (one that was complete already is left as it is). 2: the configuration is wrong; all its
     errors were printed before anything was loaded. 75: it was asked to stop and saved a checkpoint: start it again.
-    1: it failed.
+    124: a process hung; stacks of all are in ``run_dir/stacks``. 1: it failed.
     """
     config = parse_arguments(schema, argv)
     if is_complete(config):
@@ -55,7 +55,9 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
         return EXIT_OK
 
     from trainer import distributed
+    from trainer.resilience.watchdog import enable_flight_recorder
 
+    enable_flight_recorder(config.run_dir)
     world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
     _configure_logging(world)
     try:

@@ -39,6 +39,7 @@ from trainer.optimizer import learning_rate_factor
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
+from trainer.resilience.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -76,19 +77,27 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     torch.manual_seed(config.training.seed + world.rank)
     engine = Engine(task.module, config.optimizer, task.deepspeed, world)
     events, preemption = EventLog(config.run_dir, world.is_main), Preemption(world)
-    with preemption.listening():
+    watchdog = Watchdog(config.run_dir, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
+    with preemption.listening(), watchdog.watching():
         while True:
             try:
-                return _train_from_checkpoint(engine, task, config, world, preemption, events)
+                return _train_from_checkpoint(engine, task, config, world, preemption, watchdog, events)
             except RewindError as rewind:  # from here on as after a kill
                 add_window(config.run_dir, rewind.window, world)
                 events.write("rewind", rewind.window.last, first=rewind.window.first, last=rewind.window.last)
 
 
 def _train_from_checkpoint(
-    engine: Engine, task: Task, config: RunConfig, world: World, preemption: Preemption, events: EventLog
+    engine: Engine,
+    task: Task,
+    config: RunConfig,
+    world: World,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    events: EventLog,
 ) -> None:
     """Resume, then train. Raises: RewindError after a spike of the loss, to be started again; others as ``train``."""
+    watchdog.starting()
     folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(engine, task, config, world)
@@ -114,6 +123,7 @@ def _train_from_checkpoint(
     checkpoints, limit = Checkpoints(folder, config.checkpoint, world), BadSampleLimit(config.data)
 
     def can_go_back(step: int) -> bool:
+        watchdog.alive("looking for a checkpoint to go back to", slow=True)
         checkpoints.wait()  # one that is being written counts, and none is when the run goes back
         return has_checkpoint(folder, step, world)
 
@@ -125,6 +135,7 @@ def _train_from_checkpoint(
     ):
         for update, data_seconds in _timed(loader):
             done = update.step + 1
+            watchdog.alive(f"update {done}")
             if (why := stability.why_skipped(done)) is not None:
                 writer.write(_passed_over(done, why, config, data_seconds))
             else:
@@ -141,12 +152,16 @@ def _train_from_checkpoint(
             stop = preemption.agreed()
             checkpoints.poll()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
+                watchdog.alive(f"the checkpoint of update {done}", slow=True)
                 data = _data_state(loader, done, world)
                 state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
                 checkpoints.save(state, config_to_yaml(config), engine.save)
             if stop and done < config.training.steps:
                 checkpoints.wait()
+                events.write("preempted", done)
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+            watchdog.updated(done)
+        watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()
 
 

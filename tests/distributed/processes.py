@@ -83,7 +83,11 @@ def run_distributed(
                 try:
                     rank, result, error = receiver.recv()
                 except EOFError:
-                    raise AssertionError("a rank died without an answer") from None
+                    rank = receivers.index(receiver)
+                    processes[rank].join(timeout=5)
+                    raise AssertionError(
+                        f"rank {rank} died without an answer (exit code {processes[rank].exitcode})"
+                    ) from None
                 assert error is None, f"rank {rank} failed:\n{error}"
                 results[rank] = result
                 waiting.remove(receiver)

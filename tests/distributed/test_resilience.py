@@ -1,10 +1,13 @@
-"""What a run does by itself about a spike of its loss: two real processes, real weights gone bad, real kill -9."""
+"""What a run does by itself: two real processes, real weights gone bad, real kill -9, processes that really hang."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +142,56 @@ def test_without_a_checkpoint_from_before_the_run_goes_on_with_a_warning(assets:
     assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
     assert not any(line["skipped"] for line in read_metrics(tmp_path / "run"))
     assert events(tmp_path / "run", "spike") and not events(tmp_path / "run", "rewind")
+
+
+def hang(world: World, settings: dict[str, Any], how: str) -> None:
+    """Rank 1 hangs at its fourth update: "stopped" from outside, in a "worker" of its loader, or "locked" in C."""
+    from trainer import loop
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(settings)
+    task = build_flamingo_task(config, world)
+    run_update = loop._run_update
+
+    def hanging(engine: Any, update: Any, *rest: Any) -> Any:
+        if world.rank == 1 and update.step == 3 and how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if world.rank == 1 and update.step == 3 and how == "locked":
+            ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
+        return run_update(engine, update, *rest)
+
+    if world.rank == 1 and how == "worker":
+        multiprocessing.set_start_method("fork", force=True)  # as in a process that no fork server made
+        builder, made = task.builders["texts"], []
+
+        def sleep_at_the_twelfth(*arguments: Any) -> Any:
+            made.append(1)
+            if len(made) == 12:
+                time.sleep(1000)
+            return builder(*arguments)
+
+        task.builders["texts"] = sleep_at_the_twelfth
+    loop._run_update = hanging
+    loop.train(task, config, world)
+
+
+@pytest.mark.parametrize("how", ["stopped", "worker", "locked"])
+def test_a_hanging_process_is_found_and_the_stacks_of_all_are_written(assets: Path, tmp_path: Path, how: str) -> None:
+    watchdog = {"seconds": 4, "startup_seconds": 100, "grace_seconds": 2}
+    settings = settings_of(assets, tmp_path / "run", watchdog=watchdog)
+    settings["data"] |= {"read_deadline_seconds": 3, "workers": 1 if how == "worker" else 0}
+    with pytest.raises(AssertionError, match=r"exit code 124"):
+        run_distributed(hang, 2, settings, how)
+    stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "stacks").rglob("rank-*.txt")}
+    assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
+    assert "made no progress" in stacks["rank-00000.txt"] and "all_reduce" in stacks["rank-00000.txt"]
+    where = "sleep_at_the_twelfth" if how == "worker" else "in hanging"
+    assert where in stacks["rank-00001.txt"]
+    [event] = events(tmp_path / "run", "hung")
+    assert event["what"] == ("update 6" if how == "worker" else "update 4")
+    [records] = (tmp_path / "run" / "stacks").rglob("collectives-rank-00000.json")
+    assert json.loads(records.read_text())["entries"], "the flight recorder is on"
+
+
+def test_a_healthy_run_leaves_no_stacks(skipping: Path) -> None:
+    assert list((skipping / "stacks").rglob("*")) == []

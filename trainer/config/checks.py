@@ -116,6 +116,13 @@ def _check_resilience(config: RunConfig) -> Iterator[Problem]:
     if spikes.min_updates > spikes.window:
         message = f"{spikes.min_updates} is more than spikes.window {spikes.window}, so no update would be judged"
         yield Problem("resilience.spikes.min_updates", message, related=("resilience.spikes.window",))
+    watchdog, deadline = config.resilience.watchdog, config.data.read_deadline_seconds
+    if watchdog.seconds is not None and watchdog.seconds <= deadline:
+        message = f"{watchdog.seconds:g} must be more than data.read_deadline_seconds {deadline:g}: reads may take that"
+        yield Problem("resilience.watchdog.seconds", message, related=("data.read_deadline_seconds",))
+    if watchdog.seconds is not None and watchdog.seconds > watchdog.startup_seconds:
+        message = f"{watchdog.startup_seconds:g} must not be less than watchdog.seconds {watchdog.seconds:g}"
+        yield Problem("resilience.watchdog.startup_seconds", message, related=("resilience.watchdog.seconds",))
     for index, (first, last) in enumerate(config.resilience.skip_updates):
         if first > last:
             message = f"goes from {first} to {last}; write the smaller number first"

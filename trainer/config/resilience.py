@@ -38,6 +38,23 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """A process that hangs: stacks of all processes go to ``run_dir/stacks``, and the job ends with exit code 124.
+
+    seconds: without progress, between updates; longer than the longest update and than ``data.read_deadline_seconds``.
+        None watches nothing.
+    startup_seconds: the same for the resume, the first two updates, and each checkpoint.
+    grace_seconds: how long the processes wait for one another to write their stacks.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    seconds: Annotated[float, Gt(0)] | None = 600.0
+    startup_seconds: Annotated[float, Gt(0)] = 1800.0
+    grace_seconds: Annotated[float, Gt(0)] = 10.0
+
+
+@dataclass(frozen=True)
 class ResilienceConfig:
     """What a long run does by itself; everything it did stands in ``run_dir/events.jsonl``.
 
@@ -49,3 +66,4 @@ class ResilienceConfig:
 
     skip_updates: tuple[tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]], ...] = ()
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
