@@ -45,7 +45,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_of(assets: Path, run_dir: Path, **deepspeed: Any) -> dict[str, Any]:
+def settings_of(assets: Path, run_dir: Path) -> dict[str, Any]:
     """A mixture of packed and unpacked sources that 1, 2, 3 and 4 processes divide; more than an epoch of the bad."""
     settings = run_settings(assets, run_dir, steps=STEPS)
     bad, documents, texts = settings["data"]["sources"]
@@ -53,7 +53,6 @@ def settings_of(assets: Path, run_dir: Path, **deepspeed: Any) -> dict[str, Any]
     documents |= {"batch_size": 12}
     texts |= {"batch_size": 12, "pack": True, "max_tokens": 40}
     settings["data"] |= {"max_bad_fraction": 0.5}
-    settings["deepspeed"] |= deepspeed
     return settings
 
 
@@ -64,19 +63,14 @@ def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run_dir
 
 
-def run_in_pieces(settings: dict[str, Any], pieces: list[tuple[int, int | None]]) -> None:
-    """Train with each number of processes until the given update, where all of them are gone without a word."""
-    for world_size, stop_after in pieces:
-        run_distributed(train_run, world_size, settings, stop_after)
-
-
 def test_killed_and_resumed_with_other_numbers_of_processes(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     settings = settings_of(assets, tmp_path / "run")
     settings["checkpoint"] |= {"every": 1}
     sizes = draw.sample([1, 2, 3, 4], 4)
     stops = [*sorted(draw.sample(range(2, STEPS), 3)), None]
-    run_in_pieces(settings, list(zip(sizes, stops, strict=True)))
+    for world_size, stop_after in zip(sizes, stops, strict=True):
+        run_distributed(train_run, world_size, settings, stop_after)
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
     consumed = sum(n for sample, n in read_ledger(uninterrupted).items() if sample[1] == "bad")
@@ -121,7 +115,7 @@ def any_moment(draw: random.Random) -> float | str:
     """Half of them by the clock, the others where it hurts."""
     if draw.random() < 0.5:
         return draw.uniform(0.5, 6)
-    return draw.choice([f"save {draw.randint(1, 8)}", f"universal {draw.randint(1, 30)}"])
+    return draw.choice([f"save {draw.randint(1, 8)}", f"universal {draw.randint(1, 15)}"])
 
 
 def test_no_kill_at_any_moment_loses_anything(
@@ -132,10 +126,10 @@ def test_no_kill_at_any_moment_loses_anything(
     kills, runs, draw = Counter[str](), 0, random.Random(wanted)
     while kills.total() < wanted:
         run_dir = tmp_path / f"run-{runs}"
-        settings, finished = settings_of(assets, run_dir), False
+        settings, finished, world_size = settings_of(assets, run_dir), False, 0
         settings["checkpoint"] |= {"every": 1}
         while not finished:
-            world_size = draw.randint(1, 4)
+            world_size = draw.choice([size for size in (1, 2, 3, 4) if size != world_size])
             moment = any_moment(draw) if kills.total() < wanted else 1000.0
             try:
                 run_distributed(train_until_killed, world_size, settings, draw.randrange(world_size), moment, proof)
