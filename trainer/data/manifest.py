@@ -28,7 +28,8 @@ from trainer.files import write_atomically
 
 FORMAT_VERSION = 2  # 1 had no index_beside: all indices lay beside their shards, and it is read so
 _CONTENT_VERSION = 1  # of the columns that sha256 covers
-_CHUNK = 1 << 20  # entries of a column looked at together
+# Entries of a column looked at together: of copies of whole columns, malloc would keep tens of MB in each process.
+_CHUNK = 1 << 16
 # Manifests from this size on are mapped, so that a node has them in memory once. Smaller ones are read: on a network
 # file system, a mapped file that another machine replaces is gone.
 _MAPPED_BYTES = 1 << 25
@@ -110,7 +111,7 @@ class Manifest:
         digest = hashlib.sha256(f"flamingo-manifest {_CONTENT_VERSION}".encode())
         for name, column in self._columns().items():
             digest.update(name.encode() + len(column).to_bytes(8, "little"))
-            for start in range(0, len(column), _CHUNK):  # a copy of a mapped column would be a large one
+            for start in range(0, len(column), _CHUNK):
                 digest.update(column[start : start + _CHUNK].tobytes())
         return digest.hexdigest()
 
@@ -153,9 +154,7 @@ def load_manifest(path: Path) -> Manifest:
     shards = len(columns["samples"])
     ends = columns["url_ends"]
     lengths = {len(columns[name]) for name in ("url_ends", "bytes", "checksum")} | {len(beside)}
-    if lengths != {shards} or (
-        shards and (np.any(np.diff(ends, prepend=0) <= 0) or int(ends[-1]) != len(columns["url_bytes"]))
-    ):
+    if lengths != {shards} or (shards and (not _rising(ends) or int(ends[-1]) != len(columns["url_bytes"]))):
         raise ShardError(f"{path}: damaged: its columns do not fit together")
     return Manifest(
         path,
@@ -166,6 +165,13 @@ def load_manifest(path: Path) -> Manifest:
         columns["checksum"],
         beside.astype(np.bool_),
     )
+
+
+def _rising(ends: NDArray[np.int64]) -> bool:
+    """Whether each is more than the one before, from more than 0 on."""
+    starts = range(0, len(ends), _CHUNK)
+    steps = (np.diff(ends[start : start + _CHUNK + 1]) for start in starts)
+    return int(ends[0]) > 0 and all(bool(np.all(step > 0)) for step in steps)
 
 
 def _mapped_columns(path: Path, archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:

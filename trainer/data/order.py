@@ -26,6 +26,7 @@ from trainer.data.shared_arrays import SharedArrays
 
 ORDER_VERSION = 1
 _FEW = 1 << 12  # keys that are sorted the plain way
+_CHUNK = 1 << 16  # shards looked at together: malloc would keep large copies in each process
 _MANY_BLOCKS = 1 << 18  # from here on (3 MB and more an epoch) the processes of a node share arrays
 
 
@@ -116,7 +117,7 @@ class SourceOrder:
             )
         self.per_lane = samples_per_update // lanes
         self._counts = counts
-        self._blocks = int((-(-counts // block)).sum())
+        self._blocks = sum(int((-(-counts[i : i + _CHUNK] // block)).sum()) for i in range(0, len(counts), _CHUNK))
         self._shared = shared if self._blocks >= _MANY_BLOCKS else None
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: dict[int, _Window] = {}
@@ -223,7 +224,10 @@ class SourceOrder:
     @cached_property
     def _content(self) -> str:
         """What tells these shards from all others in the node's arrays."""
-        return hashlib.blake2b(self._counts.tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self._counts), _CHUNK):
+            digest.update(self._counts[start : start + _CHUNK].tobytes())
+        return digest.hexdigest()
 
     def _block_sizes(self, first_block: NDArray[np.int64]) -> NDArray[np.uint32]:
         sizes = np.full(self._blocks, self.block, np.uint32)
