@@ -25,6 +25,7 @@ from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.micro_batches import MicroBatches
 from trainer.data.plan import build_orders, plan_update
 from trainer.data.reader import ShardReader
+from trainer.data.storage import StorageSettings
 from trainer.errors import ConfigError, TrainerError
 from trainer.files import write_atomically
 
@@ -98,7 +99,7 @@ def describe_update(data: DataConfig, step: int) -> Iterator[str]:
                 f"{order.lanes} lanes; which samples share a row depends on their tokens: --html shows them"
             )
             continue
-        reader = ShardReader(manifest)
+        reader = ShardReader(manifest, storage=StorageSettings.of(data))
         yield (
             f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} sequences from {order.lanes} "
             f"lanes, samples {step * plan.samples_per_update:,} and on of {order.samples:,} an epoch"

@@ -39,3 +39,5 @@ def test_scale_in_small(tmp_path: Path) -> None:
     data._measure_scale(tmp_path / "m.npz", "far", Pipe)
     assert set(sent[0]) == {"ready", "memory", "ids", "other", "state"}
     assert sent[0]["state"] <= 1024
+    data._measure_node(tmp_path / "m.npz", 2, Pipe)
+    assert set(sent[1]) == {"ready", "memory"} and sent[1]["memory"] > 0

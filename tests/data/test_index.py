@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from tests.data.helpers import text_shards, write_shard
 from trainer import files, index
+from trainer.data import manifest as manifests
 from trainer.data import shard_scan
 from trainer.data.errors import ShardError
 from trainer.data.manifest import Manifest, load_manifest
@@ -175,13 +177,26 @@ def manifest(path: Path, shards: int) -> Manifest:
     return Manifest.create(path, [f"{i:07d}.tar" for i in range(shards)], [7] * shards, [1000] * shards, range(shards))
 
 
+@pytest.fixture(params=["read", "mapped"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests are read whole, or mapped as large ones are."""
+    monkeypatch.setattr(manifests, "_MAPPED_BYTES", 0 if request.param == "mapped" else 1 << 40)
+    monkeypatch.setattr(manifests, "_CHUNK", 7)
+
+
+@pytest.mark.usefixtures("_both_ways")
 def test_manifest_round_trip_at_some_size(tmp_path: Path) -> None:
     made = manifest(tmp_path / "m.npz", 20_000)
     made.save()
     loaded = load_manifest(tmp_path / "m.npz")
     assert loaded.sha256 == made.sha256
     assert (loaded.url(0), loaded.url(12_345), len(loaded)) == ("0000000.tar", "0012345.tar", 20_000)
-    assert loaded.total_samples == 140_000
+    assert loaded.total_samples == 140_000 and not loaded.has_remote
+    assert isinstance(loaded.samples, np.memmap) == (manifests._MAPPED_BYTES == 0)
+    np.testing.assert_array_equal(loaded.checksums, made.checksums)
+    Manifest.create(tmp_path / "m.npz", ["a", "s3://b/c"], [1, 2], [3, 4], [5, 6]).save()
+    assert load_manifest(tmp_path / "m.npz").has_remote and len(loaded) == 20_000, "the old one stays as it was"
+    assert loaded.url(19_999) == "0019999.tar"
     assert (tmp_path / "m.npz").stat().st_size < 50 * 20_000
 
 
@@ -200,6 +215,7 @@ def test_sha256_covers_every_column(tmp_path: Path) -> None:
         Manifest.create(tmp_path / "m.npz", ["a", "b", "b"], [1] * 3, [1] * 3, [1] * 3)
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_damaged_manifests_are_told(tmp_path: Path) -> None:
     path = tmp_path / "m.npz"
     with pytest.raises(ShardError, match="no such manifest"):
@@ -211,6 +227,10 @@ def test_damaged_manifests_are_told(tmp_path: Path) -> None:
     for broken in (b"", b"rubbish", data[: len(data) // 2], bytes(flipped)):
         path.write_bytes(broken)
         with pytest.raises(ShardError, match=str(path)):
+            load_manifest(path)
+    np.savez_compressed(path, **np.load(io.BytesIO(data)))
+    if manifests._MAPPED_BYTES == 0:
+        with pytest.raises(ShardError, match="compressed"):
             load_manifest(path)
     np.savez(path, format_version=99)
     with pytest.raises(ValueError, match="version 99"):

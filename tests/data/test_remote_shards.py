@@ -17,7 +17,7 @@ import pytest
 
 from tests.data.helpers import PAD, encoding, image_bytes, text_shards, write_shard
 from tests.data.http_server import Server, cut, hang, serve, status, wrong_size
-from trainer import index
+from trainer import index, inspect
 from trainer.config.schema import DataConfig, ImageTextSource, TextSource
 from trainer.data import shard_scan
 from trainer.data.decode import ImageDecoder
@@ -315,3 +315,14 @@ def test_blocks_ahead_of_an_epochs_end_are_of_the_next_epoch() -> None:
     last = order.samples_per_lane - 1
     places = [order.at(1, position) for position in range(last + 1, last + 11)]
     assert order.blocks_of(1, last, 1) == list(dict.fromkeys((place.shard, place.index // 8) for place in places))
+
+
+def test_inspect_reads_as_the_run_would(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = TextSource("text", indexed(server, tmp_path / "run"), 2)
+    data = DataConfig((source,), block=8, window=10, cache_dir=tmp_path / "cache", read_retries=0)
+    assert len(list(inspect.describe_update(data, 0))) == 3
+    assert list((tmp_path / "cache").glob("*/*.block"))
+    shutil.rmtree(tmp_path / "cache")
+    server.faults = [status(503)]
+    with pytest.raises(RemoteError, match="1 attempts"):
+        list(inspect.describe_update(data, 0))

@@ -6,6 +6,7 @@ bytes. A limit that is no rival's figure stands as rival "limit", with the ratio
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -36,11 +37,12 @@ from trainer.data.batch import Sequence as Built
 from trainer.data.decode import ImageDecoder
 from trainer.data.loader import UpdateLoader
 from trainer.data.manifest import Manifest, load_manifest
-from trainer.data.order import SourceOrder
+from trainer.data.order import SourceOrder, lanes_of
 from trainer.data.reader import ShardReader
 from trainer.data.remote import RemoteStore
 from trainer.data.sequences import make_sequence
 from trainer.data.shard_scan import build_manifest, index_shard
+from trainer.data.shared_arrays import SharedArrays
 from trainer.data.text_encoding import PlainTextEncoder
 
 BENCHMARK = "data"
@@ -48,6 +50,7 @@ SIZE = 224
 WORDS = "a photo of the red dog on green grass near old stone wall with two small birds under blue sky at night".split()
 SHARDS, SAMPLES_PER_SHARD = 2_000_000, 1000
 LANES = 2048
+NODE_WORKERS = 2
 
 
 def run(device: str, repeats: int = 5) -> list[Row]:
@@ -257,20 +260,88 @@ def _scale() -> Iterator[Row]:
         context = multiprocessing.get_context("spawn")
         found: dict[str, dict[str, float]] = {}
         for position in ("start", "far") * 2:
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=partial(_measure_scale, path, position, send))
-            process.start()
-            once = receive.recv()
-            process.join()
+            once = _in_fresh_process(context, _measure_scale, path, position)
             found[position] = {name: min(value, found.get(position, once)[name]) for name, value in once.items()}
+        few = Path(name) / "few.npz"
+        Manifest.create(few, ["s3://bucket/0.tar"], [10 * LANES], [1], [0], [False]).save()
+        node = {ranks: _in_fresh_process(context, _measure_node, path, ranks) for ranks in (4, 8)}
+        small = {ranks: _in_fresh_process(context, _measure_node, few, ranks) for ranks in (4, 8)}
     case = f"{SHARDS * SAMPLES_PER_SHARD:,} samples in {SHARDS:,} shards"
     start, far = found["start"], found["far"]
     yield _against(case, "ready for the first batch", "s", start["ready"], "limit", 10.0, 1.0)
     yield _against(case, "memory, rank and 4 workers", "MB", start["memory"], "limit", 400.0, 1.0)
+    for ranks, once in node.items():
+        what = f"a node of {ranks} ranks with {NODE_WORKERS} workers each"
+        # What processes cost that have hardly any data is torch's and Python's, not the manifest's and the order's.
+        of_data = once["memory"] - small[ranks]["memory"]
+        yield _against(case, f"memory for the data, {what}", "MB", of_data, "limit", 400.0, 1.0)
+        yield _against(case, f"memory in all, {what}", "MB", once["memory"], "limit", 400.0, None)
+        yield _against(case, f"ready, {what}", "s", once["ready"], "limit", 10.0, 1.0)
     yield _against(case, "ids of a step, same epoch", "s", start["ids"], "limit", 1.0, 1.0)
     yield _against(case, "ids of a step, other epoch", "s", start["other"], "limit", 1.0, 1.0)
     yield _against(case, "ready at step 10^9", "s", far["ready"], "ready at step 0", start["ready"], 0.8)
     yield _against(case, "state of a source", "B", start["state"], "limit", 1024.0, 1.0)
+
+
+def _in_fresh_process(context: Any, measure: Callable[..., None], *arguments: Any) -> dict[str, float]:
+    """What ``measure(*arguments, connection)`` sends."""
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=partial(measure, *arguments, send))
+    process.start()
+    found: dict[str, float] = receive.recv()
+    process.join()
+    return found
+
+
+def _measure_node(path: Path, ranks: int, send: Any) -> None:
+    """Memory of all ranks of a node and their loader processes together, shared pages counted once, and the seconds
+    until all of them have their first samples. Runs in its own process, and starts without anything cached."""
+    gc.disable()  # or each fork's collector would copy the interpreter's heap
+    context = multiprocessing.get_context("fork")
+    started, ready = context.Semaphore(0), context.Semaphore(0)
+    begin, leave = context.Event(), context.Event()
+
+    def work(order: SourceOrder, lanes: range) -> None:
+        order.samples_of(1, lanes)
+        ready.release()
+        leave.wait()
+
+    def rank_main(rank: int, cache_dir: Path) -> None:
+        started.release()
+        begin.wait()
+        manifest, lanes = load_manifest(path), lanes_of(rank, ranks, LANES)
+        order = SourceOrder(
+            "pairs", manifest.samples, seed=0, lanes=LANES, samples_per_update=LANES, shared=SharedArrays(cache_dir)
+        )
+        order.prepare(0)
+        workers = [context.Process(target=work, args=(order, lanes)) for _ in range(NODE_WORKERS)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    with tempfile.TemporaryDirectory() as name:
+        processes = [context.Process(target=rank_main, args=(rank, Path(name))) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for _ in processes:
+            started.acquire()
+        before, start = _pss_of(processes), time.monotonic()
+        begin.set()
+        for _ in range(ranks * NODE_WORKERS):
+            ready.acquire()
+        seconds = time.monotonic() - start
+        memory = _pss_of(processes) - before
+        leave.set()
+        for process in processes:
+            process.join()
+    send.send({"memory": memory / 1e6, "ready": seconds})
+
+
+def _pss_of(processes: Sequence[Any]) -> int:
+    """Bytes of the processes and of their children."""
+    known = [psutil.Process(process.pid) for process in processes]
+    return sum(one.memory_full_info().pss for each in known for one in (each, *each.children(recursive=True)))
 
 
 def _measure_scale(path: Path, position: str, send: Any) -> None:

@@ -117,14 +117,11 @@ class BlockCache:
     def _prepare(self) -> None:
         if self._ready:
             return
+        prepare_folder(None if self._private else self.folder)
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.folder / "locks").mkdir(exist_ok=True)
-            owner = self.folder.lstat()
         except OSError as error:
             raise ShardError(f"data.cache_dir: {self.folder} cannot be used: {error}") from error
-        if self._private and (owner.st_uid != os.getuid() or owner.st_mode & 0o022):
-            raise ShardError(f"data.cache_dir: {self.folder} belongs to somebody else; set a folder of your own")
         self._ready = True
 
     def _read(self, name: str, samples: int, number: int, start: int, end: int) -> bytes | None:
@@ -234,6 +231,22 @@ class BlockCache:
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked process has it open too
             os.close(descriptor)
+
+
+def prepare_folder(cache_dir: Path | None) -> Path:
+    """The folder of ``data.cache_dir``, made where it is missing; None: this user's in the system's temporary folder.
+
+    Raises ShardError when it cannot be used, or when the temporary one is somebody else's.
+    """
+    folder = cache_dir or default_cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.lstat()
+    except OSError as error:
+        raise ShardError(f"data.cache_dir: {folder} cannot be used: {error}") from error
+    if cache_dir is None and (owner.st_uid != os.getuid() or owner.st_mode & 0o022):
+        raise ShardError(f"data.cache_dir: {folder} belongs to somebody else; set a folder of your own")
+    return folder
 
 
 def default_cache_folder() -> Path:

@@ -28,6 +28,11 @@ from trainer.files import write_atomically
 
 FORMAT_VERSION = 2  # 1 had no index_beside: all indices lay beside their shards, and it is read so
 _CONTENT_VERSION = 1  # of the columns that sha256 covers
+# Entries of a column looked at together: of copies of whole columns, malloc would keep tens of MB in each process.
+_CHUNK = 1 << 16
+# Manifests from this size on are mapped, so that a node has them in memory once. Smaller ones are read: on a network
+# file system, a mapped file that another machine replaces is gone.
+_MAPPED_BYTES = 1 << 25
 _COLUMNS = {"url_bytes": "|u1", "url_ends": "<i8", "samples": "<i8", "bytes": "<i8", "checksum": "<u8"}
 
 
@@ -92,7 +97,8 @@ class Manifest:
     @property
     def has_remote(self) -> bool:
         """Whether a url may be remote (any with ``://``)."""
-        return b"://" in self.url_bytes.tobytes()
+        starts = range(0, len(self.url_bytes), _CHUNK)
+        return any(b"://" in self.url_bytes[start : start + _CHUNK + 2].tobytes() for start in starts)
 
     @property
     def total_samples(self) -> int:
@@ -104,7 +110,9 @@ class Manifest:
         """Of the content, wherever the file lies."""
         digest = hashlib.sha256(f"flamingo-manifest {_CONTENT_VERSION}".encode())
         for name, column in self._columns().items():
-            digest.update(name.encode() + len(column).to_bytes(8, "little") + column.tobytes())
+            digest.update(name.encode() + len(column).to_bytes(8, "little"))
+            for start in range(0, len(column), _CHUNK):
+                digest.update(column[start : start + _CHUNK].tobytes())
         return digest.hexdigest()
 
     def save(self) -> None:
@@ -131,8 +139,10 @@ def load_manifest(path: Path) -> Manifest:
                 raise ValueError(
                     f"{path}: manifest version {version}, this trainer reads {FORMAT_VERSION}: run trainer.index again"
                 )
-            columns = {name: file[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
-            beside = file["index_beside"] if version > 1 else np.ones(len(columns["samples"]), np.uint8)
+            large = path.stat().st_size >= _MAPPED_BYTES
+            found = _mapped_columns(path, file.zip) if large else file
+            columns = {name: found[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
+            beside = found["index_beside"] if version > 1 else np.ones(len(columns["samples"]), np.uint8)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such manifest; write it with python -m trainer.index --output {path}") from error
     except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
@@ -144,9 +154,7 @@ def load_manifest(path: Path) -> Manifest:
     shards = len(columns["samples"])
     ends = columns["url_ends"]
     lengths = {len(columns[name]) for name in ("url_ends", "bytes", "checksum")} | {len(beside)}
-    if lengths != {shards} or (
-        shards and (np.any(np.diff(ends, prepend=0) <= 0) or int(ends[-1]) != len(columns["url_bytes"]))
-    ):
+    if lengths != {shards} or (shards and (not _rising(ends) or int(ends[-1]) != len(columns["url_bytes"]))):
         raise ShardError(f"{path}: damaged: its columns do not fit together")
     return Manifest(
         path,
@@ -157,3 +165,32 @@ def load_manifest(path: Path) -> Manifest:
         columns["checksum"],
         beside.astype(np.bool_),
     )
+
+
+def _rising(ends: NDArray[np.int64]) -> bool:
+    """Whether each is more than the one before, from more than 0 on."""
+    starts = range(0, len(ends), _CHUNK)
+    steps = (np.diff(ends[start : start + _CHUNK + 1]) for start in starts)
+    return int(ends[0]) > 0 and all(bool(np.all(step > 0)) for step in steps)
+
+
+def _mapped_columns(path: Path, archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:
+    """The arrays of an uncompressed ``.npz``, mapped read-only. Raises zipfile.BadZipFile, ValueError and KeyError."""
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    columns: dict[str, NDArray[Any]] = {}
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"{member.filename} is compressed")
+        with archive.open(member) as file, open(path, "rb") as raw:
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            header = file.tell()
+            raw.seek(member.header_offset + 26)  # of the local header, whose extra field may have its own length
+            name, extra = (int.from_bytes(raw.read(2), "little") for _ in range(2))
+        if dtype.hasobject or fortran_order:
+            raise ValueError(f"{member.filename} is no plain column")
+        start = member.header_offset + 30 + name + extra + header
+        columns[member.filename.removesuffix(".npy")] = np.memmap(path, dtype, "r", start, shape)
+    return columns

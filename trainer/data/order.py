@@ -14,15 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainer.data.shared_arrays import SharedArrays
+
 ORDER_VERSION = 1
 _FEW = 1 << 12  # keys that are sorted the plain way
+_CHUNK = 1 << 16  # shards looked at together: malloc would keep large copies in each process
+_MANY_BLOCKS = 1 << 18  # from here on (3 MB and more an epoch) the processes of a node share arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,8 @@ class SourceOrder:
     """The order of one source. Random access in any order of asking; only caches are kept between calls.
 
     name, seed: part of every key. samples_per_shard: [shards]. lanes: V. samples_per_update: over all lanes (G), a
-    multiple of V. block, window: samples.
+    multiple of V. block, window: samples. shared: where a source of very many blocks has its large arrays, so that
+    they are in a node's memory once and not in each process'.
     Raises ValueError, which names the setting, when the source is too small or the numbers do not fit.
     """
 
@@ -93,6 +99,7 @@ class SourceOrder:
         samples_per_update: int,
         block: int = 250,
         window: int = 1000,
+        shared: SharedArrays | None = None,
     ) -> None:
         counts = np.asarray(samples_per_shard, np.int64)
         self.name, self.seed, self.lanes, self.block, self.window = name, seed, lanes, block, window
@@ -109,13 +116,16 @@ class SourceOrder:
                 f"{max(1, self.samples)} (it defaults to the source's batch_size), or give it more samples"
             )
         self.per_lane = samples_per_update // lanes
-        self._first_block = np.concatenate([[0], np.cumsum(-(-counts // block))])
         self._counts = counts
+        self._blocks = sum(int((-(-counts[i : i + _CHUNK] // block)).sum()) for i in range(0, len(counts), _CHUNK))
+        self._shared = shared if self._blocks >= _MANY_BLOCKS else None
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: dict[int, _Window] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": OrderedDict(), "_windows": {}}  # a spawned process makes its own
+        # A spawned process makes, or maps, its own.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_first_block", "_content")}
+        return {**kept, "_epochs": OrderedDict(), "_windows": {}}
 
     def samples_of(self, update: int, lanes: Sequence[int] | None = None) -> list[list[Location]]:
         """The samples of an update, a list for each of ``lanes`` (all by default)."""
@@ -191,18 +201,38 @@ class SourceOrder:
         if order is None:
             generator = philox(self.seed, self.name, epoch)
             rotation = int(generator.random_raw()) % self.samples
-            blocks = _permutation(generator, int(self._first_block[-1])).astype(np.uint32)
-            order = self._epochs[epoch] = _Epoch(
-                blocks, np.cumsum(self._block_sizes()[blocks], dtype=np.int64), rotation
+            key = ("epoch", ORDER_VERSION, self.seed, self.name, epoch)
+            blocks = self._array((*key, "blocks"), lambda: _permutation(generator, self._blocks).astype(np.uint32))
+            first_block = self._first_block  # before the node's lock is taken for what needs it
+            ends = self._array(
+                (*key, "ends"), lambda: np.cumsum(self._block_sizes(first_block)[blocks], dtype=np.int64)
             )
+            order = self._epochs[epoch] = _Epoch(blocks, ends, rotation)
             if len(self._epochs) > 2:  # an update may straddle two epochs
                 self._epochs.popitem(last=False)
         return order
 
-    def _block_sizes(self) -> NDArray[np.uint32]:
-        sizes = np.full(int(self._first_block[-1]), self.block, np.uint32)
+    def _array(self, key: tuple[object, ...], make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """``make()``, or the node's own copy of it."""
+        return make() if self._shared is None else self._shared.get((*key, self.block, self._content), make)
+
+    @cached_property
+    def _first_block(self) -> NDArray[np.int64]:
+        """[shards + 1] blocks before each shard."""
+        return self._array(("first block",), lambda: np.concatenate([[0], np.cumsum(-(-self._counts // self.block))]))
+
+    @cached_property
+    def _content(self) -> str:
+        """What tells these shards from all others in the node's arrays."""
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self._counts), _CHUNK):
+            digest.update(self._counts[start : start + _CHUNK].tobytes())
+        return digest.hexdigest()
+
+    def _block_sizes(self, first_block: NDArray[np.int64]) -> NDArray[np.uint32]:
+        sizes = np.full(self._blocks, self.block, np.uint32)
         used = np.flatnonzero(self._counts)
-        sizes[self._first_block[used + 1] - 1] = (self._counts[used] - 1) % self.block + 1
+        sizes[first_block[used + 1] - 1] = (self._counts[used] - 1) % self.block + 1
         return sizes
 
 

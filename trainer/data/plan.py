@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trainer.config.schema import DataConfig, Source
 from trainer.data.manifest import Manifest
 from trainer.data.order import SourceOrder, allowed_world_sizes
+from trainer.data.shared_arrays import SharedArrays
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def build_orders(
                     samples_per_update=plan.samples_per_update,
                     block=config.block,
                     window=config.window,
+                    shared=SharedArrays(config.cache_dir),
                 )
             )
         except ValueError as error:
