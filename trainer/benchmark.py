@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.benchmarks import step
 
         return step.main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from trainer.benchmarks import report
+
+        return report.main(arguments[1:])
     options = _parse(arguments)
     import torch
 
@@ -53,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    described = BENCHMARKS | {"step": "an update of a run: step CONFIG [--steps N ...]; see step --help"}
+    described = BENCHMARKS | {
+        "step": "an update of a run: step CONFIG [--steps N ...]; see step --help",
+        "report": "measurements as a page with plots: report RESULTS... --html FILE",
+    }
     names = "\n".join(f"  {name:12s} {meaning}" for name, meaning in described.items())
     parser = argparse.ArgumentParser(
         prog="python -m trainer.benchmark", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
