@@ -1,5 +1,7 @@
 """Measured speed: ``python -m trainer.benchmark NAME [--device cpu|cuda] [--json FILE] [--check]``.
 
+``[deepspeed ... --module] trainer.benchmark step CONFIG`` measures the updates of a run; it has options of its own.
+
 Prints one line a measurement and, with --json, writes them as a list after a header with hardware, versions and
 commit. Exits with 0; with 1 under --check if a target is missed; with 2 if the arguments are wrong.
 """
@@ -13,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.config.loader import without_local_rank
+
 BENCHMARKS = {
     "checkpoint": "how long training waits for a save, its bytes, and how long a resume takes",
     "data": "decoding, iteration, hand-over and the order of 2 billion samples against what others take",
@@ -23,7 +27,16 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit code."""
-    options = _parse(argv)
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["step"]:
+        from trainer.benchmarks import step
+
+        return step.main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from trainer.benchmarks import report
+
+        return report.main(arguments[1:])
+    options = _parse(arguments)
     import torch
 
     from trainer.benchmarks.rows import header
@@ -44,8 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if options.check and missed else 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    names = "\n".join(f"  {name:12s} {meaning}" for name, meaning in BENCHMARKS.items())
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    described = BENCHMARKS | {
+        "step": "an update of a run: step CONFIG [--steps N ...]; see step --help",
+        "report": "measurements as a page with plots: report RESULTS... --html FILE",
+    }
+    names = "\n".join(f"  {name:12s} {meaning}" for name, meaning in described.items())
     parser = argparse.ArgumentParser(
         prog="python -m trainer.benchmark", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
     )

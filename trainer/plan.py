@@ -1,0 +1,145 @@
+"""What a run will need, before anyone queues for it: ``python -m trainer.plan CONFIG --nodes N --devices-per-node D``.
+
+Memory of a device, seconds of an update, what it sends, and the time for two billion samples, from the configuration
+alone: nothing is downloaded, no weights are loaded. ``--search`` tries other micro-batches, offload, hpZ and
+checkpointing, and shows the fastest that fit. Exits with 0 when the configuration fits, 1 when not, 2 when it is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config.loader import check_world_size, load_config
+from trainer.config.schema import DeepSpeedConfig, FlamingoRunConfig
+from trainer.errors import ConfigError
+
+GIB, SAMPLES = 2.0**30, 2e9
+_SHOWN = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; prints the prediction and returns the exit code."""
+    options, overrides = _parse(argv)
+    try:
+        config = load_config(options.config, overrides, FlamingoRunConfig, check_files=False)
+        check_world_size(config, options.nodes * options.devices_per_node)
+        return _plan(config, options)
+    except (ConfigError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return ConfigError.exit_code
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m trainer.plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", type=Path, help="a run's YAML; further --section.key VALUE change it")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--devices-per-node", type=int, default=8)
+    parser.add_argument("--device", default="h100", help="an accelerator by name; an unknown one prints the known")
+    parser.add_argument("--search", action="store_true", help="also try settings that change speed and memory only")
+    return parser.parse_known_args(argv)
+
+
+def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
+    # Imported only now: a wrong configuration is reported before torch is loaded.
+    from trainer.cost_model import DEVICES, build_without_weights
+    from trainer.prediction import Cluster, predict
+
+    if options.device not in DEVICES:
+        close = difflib.get_close_matches(options.device, DEVICES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
+    cluster = Cluster(DEVICES[options.device], options.nodes, options.devices_per_node)
+    model = build_without_weights(config.model)
+    found = predict(config, model, cluster)
+    print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.device}")
+    print(f"  parameters {found.parameters / 1e9:.3f} G, of them trained {found.trainable / 1e9:.3f} G")
+    _print_prediction(found)
+    ranked = []
+    if options.search or not found.fits:
+        tried = [(what, predict(other, model, cluster)) for what, other in variants(config, cluster)]
+        ranked = sorted((one for one in tried if one[1].fits), key=lambda one: one[1].update_seconds)
+    if options.search:
+        print("the fastest that fit:" if ranked else "no setting of the search fits")
+        for what, one in ranked[:_SHOWN]:
+            print(f"  {one.update_seconds:8.2f} s  {one.total_memory / GIB:6.1f} GiB  {what}")
+    if found.fits:
+        return 0
+    change = f"set {ranked[0][0]}" if ranked else "take more devices, devices with more memory, or a smaller model"
+    print(
+        f"it does NOT fit: {found.total_memory / GIB:.1f} GiB a device of {cluster.device.memory / GIB:.1f}; {change}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _print_prediction(found: Any) -> None:
+    for name, size in found.memory.items():
+        print(f"  memory   {name:28s} {size / GIB:10.2f} GiB")
+    print(f"  memory   {'of a device, in all':28s} {found.total_memory / GIB:10.2f} GiB")
+    for name, seconds in found.seconds.items():
+        print(f"  update   {name:28s} {seconds:10.3f} s")
+    speed = found.samples / found.update_seconds
+    print(f"  update   {'in all':28s} {found.update_seconds:10.3f} s, {speed:.0f} samples/s")
+    print(f"  sent     {'by a device, an update':28s} {found.sent / GIB:10.2f} GiB")
+    print(f"  2 billion samples {found.days(SAMPLES):28.1f} days", flush=True)
+
+
+def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, FlamingoRunConfig]]:
+    """(settings in words, configuration) for what changes memory and speed, and never what is trained."""
+    hpz = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
+    devices: list[Literal["none", "cpu"]] = ["none", "cpu"]
+    for smaller, checkpointing, parameters, optimiser, secondary in itertools.product(
+        (1, 2, 4, 8, 16), (False, True), devices, devices, hpz
+    ):
+        sources = []
+        for source in config.data.sources:
+            per_rank = source.batch_size // cluster.size
+            if per_rank % smaller:
+                break
+            sources.append(replace(source, micro_batch_size=per_rank // smaller))
+        if len(sources) < len(config.data.sources):
+            continue
+        words = [f"data.sources.{i}.micro_batch_size {source.micro_batch_size}" for i, source in enumerate(sources)]
+        words.append(f"training.activation_checkpointing {str(checkpointing).lower()}")
+        words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimiser}"]
+        if secondary > 1:
+            words.append(f"deepspeed.raw zero_optimization.zero_hpz_partition_size {secondary}")
+        yield (
+            ", ".join(words),
+            replace(
+                config,
+                data=replace(config.data, sources=tuple(sources)),
+                training=replace(config.training, activation_checkpointing=checkpointing),
+                deepspeed=_with(config.deepspeed, parameters, optimiser, secondary),
+            ),
+        )
+
+
+def _with(
+    settings: DeepSpeedConfig, parameters: Literal["none", "cpu"], optimiser: Literal["none", "cpu"], hpz: int
+) -> DeepSpeedConfig:
+    raw = settings.raw
+    values: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8")) if isinstance(raw, Path) else dict(raw or {})
+    zero = dict(values.get("zero_optimization", {}))
+    for name in ("offload_param", "offload_optimizer", "zero_hpz_partition_size"):
+        zero.pop(name, None)  # these are what the search tries
+    if hpz > 1:
+        zero["zero_hpz_partition_size"] = hpz
+    return replace(
+        settings,
+        raw=values | {"zero_optimization": zero},
+        offload_param=replace(settings.offload_param, device=parameters),
+        offload_optimizer=replace(settings.offload_optimizer, device=optimiser),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
