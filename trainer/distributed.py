@@ -89,6 +89,9 @@ def _ask_mpi() -> None:
     given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     deepspeed.comm.mpi_discovery(verbose=False)
     os.environ.update(given)
+    from mpi4py import MPI
+
+    MPI.Finalize()  # nothing else uses MPI, and mpirun calls a process failed that ends without this
 
 
 def shut_down() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from trainer.config.loader import load_config, schema_of
 from trainer.config.schema import RunConfig
 from trainer.config.yaml_file import read_yaml
+from trainer.entry import leave
 from trainer.errors import TrainerError
 from trainer.resilience.hosts import Host, master_address, read_hostfile, ssh_command, unreachable
 from trainer.resilience.preflight import (
@@ -224,4 +225,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())  # torch's threads can abort an interpreter that ends in the ordinary way
