@@ -3,6 +3,8 @@
 #
 #   launch_scripts/test.sh [PYTEST ARGUMENTS]     e.g. launch_scripts/test.sh -m "not slow"
 #   MAX_JOBS=2                                    compilers at once (default: number of CPUs)
+#   SYSTEM_PACKAGES=1                             first install, as root with apt, what the tests of several nodes need;
+#                                                 they are skipped without it (default: 0, in CI 1)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +24,26 @@ stage() {
     timings+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
 }
 
+# Best effort and bounded in time. The daemons are started by the tests alone, on nodes made of namespaces.
+system_packages() {
+    local program missing=()
+    for program in ip sshd pdsh mpirun munged slurmctld; do
+        PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null || missing+=("$program")
+    done
+    if [ ${#missing[@]} -eq 0 ]; then return; fi
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "not root, or no apt: tests that need ${missing[*]} are skipped"
+        return
+    fi
+    local install=(apt-get -qq install -y --no-install-recommends
+        iproute2 openssh-server openssh-client pdsh openmpi-bin munge slurm-wlm)
+    if ! { timeout 60 apt-get -qq update && timeout 60 "${install[@]}" --download-only &&
+        RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive timeout 90 "${install[@]}"; } </dev/null >/dev/null 2>&1; then
+        echo "could not be installed: tests that need ${missing[*]} are skipped"
+    fi
+}
+
+if [ "${SYSTEM_PACKAGES:-0}" = 1 ]; then stage "system packages" system_packages; fi
 stage "setup" launch_scripts/setup.sh --dev
 if [ ${#failed[@]} -gt 0 ]; then exit 1; fi
 bin="$(cd "$venv/bin" && pwd)"

@@ -45,7 +45,7 @@ class Clone:
             timeout=60,
             check=False,
             cwd="/",  # the scripts find the clone by themselves
-            env=inherited | environment,
+            env=inherited | {"SYSTEM_PACKAGES": "0"} | environment,
         )
 
     def called(self) -> list[str]:
@@ -57,7 +57,7 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch_scripts/quickstart.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch_scripts/quickstart.sh", "launch_scripts/multinode.sh"])
 def test_scripts_are_executable_and_parse(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / script], check=True)

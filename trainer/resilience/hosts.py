@@ -94,6 +94,30 @@ def ssh_command(host: Host, ssh_arguments: Sequence[str], timeout_seconds: float
     return ["ssh", *options, *ssh_arguments, "--", host.name, command]
 
 
+def master_address(hosts: Sequence[Host], ssh_arguments: Sequence[str], timeout_seconds: float = 20) -> str:
+    """The first host's address as the last host resolves it.
+
+    Asked there, since a host's own name is often 127.0.1.1 to itself. With one host, or where only ssh knows the name:
+    the first address that the host has.
+
+    Raises: HostfileError when neither host says.
+    """
+    name = hosts[0].name
+    asked = [(hosts[-1], f"getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"), (hosts[0], "hostname -I")]
+    for host, command in asked:
+        done = subprocess.run(
+            ssh_command(host, ssh_arguments, timeout_seconds, command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = done.stdout.split()
+        if done.returncode == 0 and found and not found[0].startswith("127."):
+            return found[0]
+    raise HostfileError(f"the address of {name} is not known; check `ssh {name} hostname -I`, or set MASTER_ADDR")
+
+
 def _unequal(found: Sequence[tuple[Host, int]]) -> list[str]:
     """DeepSpeed numbers local ranks wrongly where nodes differ, and the slowest node sets the pace anyway."""
     if len({host.slots for host, _ in found}) <= 1:
