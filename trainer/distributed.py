@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from trainer.errors import TrainerError
+from trainer.network import choose_interface
 
 Key = TypeVar("Key", bound=Hashable)
 # srun sets none of the variables that torch reads.
@@ -74,11 +75,21 @@ def _complete_environment() -> None:
             environment.setdefault(name, environment[slurm_name])
         environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         environment.setdefault("MASTER_PORT", "29500")
-    elif "RANK" not in environment and not launched_by_mpi:  # under MPI DeepSpeed itself asks mpi4py
+    elif "RANK" not in environment and launched_by_mpi:
+        _ask_mpi()
+    elif "RANK" not in environment:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    choose_interface(environment["MASTER_ADDR"])
+
+
+def _ask_mpi() -> None:
+    """Rank, size and master from mpi4py, through DeepSpeed; what somebody set stays."""
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    deepspeed.comm.mpi_discovery(verbose=False)
+    os.environ.update(given)
 
 
 def set_collective_timeout(seconds: float) -> None:
