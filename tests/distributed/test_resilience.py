@@ -89,6 +89,15 @@ def train_with_damage(world: World, settings: dict[str, Any], killed_at: str = "
     return "complete"
 
 
+def train_plainly(world: World, settings: dict[str, Any]) -> None:
+    """As ``trainer.train`` does, without its export."""
+    from trainer import loop
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(settings)
+    loop.train(build_flamingo_task(config, world), config, world)
+
+
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]
