@@ -12,6 +12,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--kills``: how often the stress test of checkpoints kills a process (5 in CI, 100 for a release)."""
+    parser.addoption("--kills", type=int, default=5)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip ``gpu`` tests without a GPU, and put ``distributed`` ones after all others."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]

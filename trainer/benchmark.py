@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BENCHMARKS = {
+    "checkpoint": "how long training waits for a save, its bytes, and how long a resume takes",
     "data": "decoding, iteration, hand-over and the order of 2 billion samples against what others take",
     "kernels": "the two fused attentions against the other ways to compute them",
 }

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -23,6 +27,7 @@ from trainer.optimizer import build_optimizer, parameter_groups, set_learning_ra
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 Partition = Callable[[], AbstractContextManager[Any]]
+Write = Callable[[Any, Path], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Engine:
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(groups, optimizer), config=settings
         )
+        # Rank 0 would copy DeepSpeed's scripts into every checkpoint, and if it could not, leave the others waiting.
+        self._deepspeed._copy_recovery_script = lambda path: None
 
     @property
     def module(self) -> nn.Module:
@@ -112,15 +119,85 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(bool(self._deepspeed.was_step_applied()), float("nan") if norm is None else float(norm))
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's shards of the trainable weights and the optimiser to ``folder/tag``; a collective."""
+    def save(self, folder: Path, tag: str, write: Write) -> None:
+        """Give this rank's shards of trainable weights and optimiser to ``write``, with their paths in ``folder/tag``.
+
+        A collective. write: must not keep the tensors after it returns; the next update changes them.
+        """
+        self._deepspeed.checkpoint_engine = _HandOver(write)
         self._deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what ``save`` wrote, at the same world size; a collective.
+        """Read what ``save`` gave, at the same world size; a collective.
 
         Raises: RuntimeError when DeepSpeed finds nothing to load.
         """
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {folder / tag}")
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Read a checkpoint in DeepSpeed's universal format, whatever world size wrote it; a collective.
+
+        Raises: RuntimeError when DeepSpeed finds nothing to load.
+        """
+        engine, groups = self._deepspeed, self._optimizer.param_groups
+        hyperparameters = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if engine.zero_optimization_stage() < 3:
+            load = partial(_load_partitions, engine.optimizer)
+            engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load
+        engine._config.load_universal_checkpoint = True
+        try:
+            path, _ = engine.load_checkpoint(str(folder), tag=tag)
+        finally:
+            engine._config.load_universal_checkpoint = False
+        if path is None:
+            raise RuntimeError(f"DeepSpeed loaded nothing from {folder / tag}")
+        # ZeRO-3 gives every group the first one's hyperparameters and one shared step, which each would then advance.
+        for group, own in zip(groups, hyperparameters, strict=True):
+            group.update(own)
+        for parameter, state in engine.optimizer.optimizer.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device, copy=True)
+        self._load_buffers(Path(path))
+
+    def _load_buffers(self, model_states: Path) -> None:
+        """What trains without a gradient (batch norm's statistics, for one), which DeepSpeed leaves out."""
+        saved = torch.load(model_states, map_location="cpu", weights_only=False)["module"]
+        for name, buffer in self.module.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
+
+
+class _HandOver(TorchCheckpointEngine):
+    """Lets somebody else write what DeepSpeed would write; reads as DeepSpeed does."""
+
+    def __init__(self, write: Write) -> None:
+        super().__init__()
+        self._write = write
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Hand over one file's content."""
+        self._write(state_dict, Path(path))
+
+
+def _load_partitions(optimizer: Any, groups_name: str, folder: str) -> None:
+    """This rank's part of the optimiser from the universal format, under ZeRO-1 and 2.
+
+    DeepSpeed's own method of that name ends with an IndexError on a rank that has nothing but padding of a group, as
+    happens with small groups (the gates) on many ranks.
+    """
+    zero = Path(folder) / "zero"
+    common = torch.load(zero / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    optimizer._load_global_state(common)
+    parameter_groups = zip(optimizer.optimizer.param_groups, getattr(optimizer, groups_name), strict=True)
+    for group, parameters in parameter_groups:
+        mine = [parameter for parameter in parameters if parameter._hp_mapping is not None]
+        steps = [
+            parameter.load_hp_checkpoint_state(str(zero / optimizer.param_names[parameter]), 0, 1) for parameter in mine
+        ]
+        if mine:
+            [flat] = group["params"]
+            keys = {key for parameter in mine for key in parameter._hp_mapping.get_optim_state_keys()}
+            map_to_flat_opt_states(flat, parameters, optimizer.optimizer.state, keys)
+            optimizer.optimizer.state[flat]["step"] = steps[0]

@@ -19,7 +19,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.checkpoint.load import find_checkpoint, read_state
+from trainer.checkpoint.catalog import find_checkpoint, read_state
 from trainer.checkpoint.state import CheckpointError, TrainingState
 from trainer.config.loader import load_config
 from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig

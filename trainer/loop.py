@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.load import check_fits, restore, resume_point
 from trainer.checkpoint.rewind import drop_checkpoints, has_checkpoint
-from trainer.checkpoint.save import prune_checkpoints, save_checkpoint
+from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.schema import RunConfig
@@ -116,9 +116,15 @@ def _train_from_checkpoint(
         check_data_state(state.data, loader.state(state.step))
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
+    checkpoints = Checkpoints(folder, config.checkpoint, world)
+
+    def can_go_back(step: int) -> bool:
+        checkpoints.wait()
+        return has_checkpoint(folder, step, world)
+
     if state.step:
         events.write("resumed", state.step, world_size=world.size)
-    stability = Stability(config, windows, state.stability, lambda step: has_checkpoint(folder, step, world), events)
+    stability = Stability(config, windows, state.stability, can_go_back, events)
     limit = BadSampleLimit(config.data)
 
     with (
@@ -142,13 +148,19 @@ def _train_from_checkpoint(
                 stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
                 limit.record(consumed, replaced)
             stop = preemption.agreed()
+            checkpoints.poll()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
                 watchdog.alive(f"the checkpoint of update {done}", slow=True)
-                _save(engine, task, config, world, done, _data_state(loader, done, world), stability.state())
+                data = _data_state(loader, done, world)
+                state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
+                checkpoints.save(state, config_to_yaml(config), engine.save)
             if stop and done < config.training.steps:
+                checkpoints.wait()
                 events.write("preempted", done)
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
             watchdog.updated(done)
+        watchdog.alive("the last checkpoint", slow=True)
+        checkpoints.wait()
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -162,25 +174,10 @@ def _resume(engine: Engine, task: Task, config: RunConfig, world: World) -> Trai
     if found is None:
         return TrainingState(0, world.size, {}, task.frozen, task.model)
     checkpoint, state = found
-    check_fits(state, world_size=world.size, model=task.model, frozen=task.frozen)
-    restore(checkpoint, engine.load, world)
+    check_fits(state, model=task.model, frozen=task.frozen)
+    restore(checkpoint, state, engine.load, engine.load_universal, world)
     _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
     return state
-
-
-def _save(
-    engine: Engine,
-    task: Task,
-    config: RunConfig,
-    world: World,
-    step: int,
-    data: Mapping[str, Any],
-    stability: Mapping[str, Any],
-) -> None:
-    state = TrainingState(step, world.size, data, task.frozen, task.model, stability)
-    folder = checkpoint_folder(config)
-    save_checkpoint(folder, state, config_to_yaml(config), engine.save, world)
-    prune_checkpoints(folder, config.checkpoint, world)
 
 
 def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:

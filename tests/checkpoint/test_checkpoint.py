@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.processes import run_distributed
-from trainer.checkpoint.load import check_fits, find_checkpoint, read_state, verify_checkpoint
-from trainer.checkpoint.save import prune_checkpoints, save_checkpoint
+from trainer.checkpoint import shard_files
+from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
+from trainer.checkpoint.load import check_fits
+from trainer.checkpoint.save import Checkpoints, WriteTensors
 from trainer.checkpoint.state import LATEST, MANIFEST, CheckpointError, TrainingState, tag_of
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed import World
@@ -23,34 +30,80 @@ def state(step: int) -> TrainingState:
     return TrainingState(step, world_size=1, data={"seed": 1}, frozen=FROZEN, model=MODEL)
 
 
-def write_shard(folder: Path, tag: str) -> None:
-    (folder / tag / "shard.pt").write_bytes(tag.encode() * 100)
+def hand_over(folder: Path, tag: str, write: WriteTensors) -> None:
+    """What ``Engine.save`` does, with a shard of 1 MB a rank."""
+    write({"weight": torch.full((250_000,), 1.0), "step": 3}, folder / tag / f"shard-{torch.distributed.get_rank()}.pt")
 
 
-def save_steps(world: World, folder: Path, steps: list[int], config: CheckpointConfig | None = None) -> list[str]:
+def save_steps(world: World, folder: Path, steps: list[int], config: CheckpointConfig) -> list[str]:
+    checkpoints = Checkpoints(folder, config, world)
     for step in steps:
-        save_checkpoint(folder, state(step), "run_dir: here\n", write_shard, world)
-        if config is not None:
-            prune_checkpoints(folder, config, world)
+        checkpoints.save(state(step), "run_dir: here\n", hand_over)
+    checkpoints.wait()
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def save_with_a_failing_shard(world: World, folder: Path) -> str:
-    def fail(folder: Path, tag: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    save_checkpoint(folder, state(1), "run_dir: here\n", write_shard, world)
+def save_with_too_small_a_disk(world: World, folder: Path, asynchronous: bool) -> tuple[str, float]:
+    """Rank 1 alone may write no more than 500 KB a file; the error, and how long it took to come."""
+    checkpoints = Checkpoints(folder, CheckpointConfig(asynchronous=asynchronous), world)
+    checkpoints.save(state(1), "run_dir: here\n", hand_over)
+    checkpoints.wait()
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+    start = time.monotonic()
     try:
-        save_checkpoint(folder, state(2), "run_dir: here\n", fail, world)
-    except OSError as error:
+        checkpoints.save(state(2), "run_dir: here\n", hand_over)
+        checkpoints.wait()
+    except CheckpointError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def save_into_a_file(world: World, folder: Path) -> str:
+    try:
+        Checkpoints(folder / "file", CheckpointConfig(), world).save(state(2), "", hand_over)
+    except CheckpointError as error:
         return str(error)
     return "no error"
+
+
+def save_while_training(world: World, folder: Path) -> tuple[bool, float, float]:
+    """Rank 1's disk stands still until the updates after the save are done."""
+    from trainer.checkpoint import save
+
+    disk = threading.Event()
+
+    def write_tensors(path: Path, value: Any) -> shard_files.Entry:
+        assert disk.wait(60)
+        return shard_files.write_tensors(path, value)
+
+    save.write_tensors = write_tensors
+    weight, shard = torch.zeros(1000), f"shard-{world.rank}.pt"
+    checkpoints = Checkpoints(folder, CheckpointConfig(), world)
+
+    def hand_over_weight(folder: Path, tag: str, write: WriteTensors) -> None:
+        write({"weight": weight}, folder / tag / shard)
+
+    for step in (1, 2):  # the second save has the first one's memory
+        disk.set()
+        checkpoints.wait()
+        if world.rank == 1:
+            disk.clear()
+        checkpoints.save(state(step), "run_dir: here\n", hand_over_weight)
+        for _ in range(3):
+            weight.add_(1)
+            checkpoints.poll()
+    unfinished = (folder / LATEST).read_text() == tag_of(1)
+    disk.set()
+    checkpoints.wait()
+    first, second = (float(torch.load(folder / tag_of(step) / shard)["weight"].mean()) for step in (1, 2))
+    return unfinished, first, second
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    run_distributed(save_steps, 1, folder, [10, 20])
+    run_distributed(save_steps, 1, folder, [10, 20], CheckpointConfig())
     return folder
 
 
@@ -88,29 +141,29 @@ def test_any_damaged_file_is_found_and_the_older_checkpoint_taken(
     checkpoints: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     names = sorted(path.name for path in (checkpoints / tag_of(20)).iterdir())
-    assert {"shard.pt", "state.json", "config.yaml", MANIFEST} < set(names)
+    assert {"shard-0.pt", "state.json", "config.yaml", MANIFEST} < set(names)
     for name in names:
         broken = checkpoints / "broken" / tag_of(20)
         shutil.copytree(checkpoints / tag_of(20), broken, dirs_exist_ok=True)
         damage(broken / name)
-        problem = verify_checkpoint(broken)
+        problem = next(problems_of(broken), None)
         assert problem is not None and name in problem
-    damage(checkpoints / tag_of(20) / "shard.pt")
+    damage(checkpoints / tag_of(20) / "shard-0.pt")
     shutil.rmtree(checkpoints / "broken")
     assert find_checkpoint(checkpoints) == checkpoints / tag_of(10)
-    assert "shard.pt" in caplog.text
+    assert "shard-0.pt" in caplog.text
 
 
 def test_no_good_checkpoint_is_an_error_and_no_new_start(checkpoints: Path) -> None:
     for step in (10, 20):
-        truncate(checkpoints / tag_of(step) / "shard.pt")
+        truncate(checkpoints / tag_of(step) / "shard-0.pt")
     with pytest.raises(CheckpointError, match="no good checkpoint"):
         find_checkpoint(checkpoints)
 
 
 def test_what_a_crash_left_half_written_is_passed_over(checkpoints: Path) -> None:
     (checkpoints / tag_of(30)).mkdir()
-    (checkpoints / tag_of(30) / "shard.pt").write_bytes(b"half")
+    (checkpoints / tag_of(30) / "shard-0.pt").write_bytes(b"half")
     assert find_checkpoint(checkpoints) == checkpoints / tag_of(20)
     shutil.rmtree(checkpoints / tag_of(10))
     shutil.rmtree(checkpoints / tag_of(20))
@@ -118,11 +171,28 @@ def test_what_a_crash_left_half_written_is_passed_over(checkpoints: Path) -> Non
     assert find_checkpoint(checkpoints) is None, "a run that died before its first checkpoint starts anew"
 
 
-def test_a_failed_save_leaves_latest_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_on_one_rank_is_a_clear_error_on_all(tmp_path: Path, asynchronous: bool) -> None:
     folder = tmp_path / "checkpoints"
-    assert "No space left" in run_distributed(save_with_a_failing_shard, 1, folder)[0]
+    for message, seconds in run_distributed(save_with_too_small_a_disk, 2, folder, asynchronous):
+        assert "rank 1: OSError" in message and "File too large" in message
+        assert f"cannot write {folder / tag_of(2)}" in message and "start again" in message
+        assert seconds < 30, "nobody waited for a collective's timeout"
     assert (folder / LATEST).read_text() == tag_of(1)
     assert find_checkpoint(folder) == folder / tag_of(1)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for unfinished, first, second in run_distributed(save_while_training, 2, tmp_path / "checkpoints"):
+        assert unfinished, "latest moved before rank 1 had written its part"
+        assert (first, second) == (0, 3), "what was saved is what was trained at that moment"
+    assert find_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / tag_of(2)
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error_on_all(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # root may write into read-only folders, but into no file as if it were one
+    for message in run_distributed(save_into_a_file, 2, tmp_path):
+        assert "rank 0: NotADirectoryError" in message and "make" in message and "writable" in message
 
 
 def test_retention(tmp_path: Path) -> None:
@@ -132,9 +202,8 @@ def test_retention(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_everything_that_differs() -> None:
-    check_fits(state(5), world_size=1, model=MODEL, frozen=FROZEN)
-    with pytest.raises(CheckpointError, match=r"model\.resampler\.layers.*1 processes and this run has 4"):
-        other = {"resampler": {"layers": 6}, "name": "small"}
-        check_fits(state(5), world_size=4, model=other, frozen=FROZEN)
+    check_fits(state(5), model=MODEL, frozen=FROZEN)
+    with pytest.raises(CheckpointError, match=r"model\.name, model\.resampler\.layers"):
+        check_fits(state(5), model={"resampler": {"layers": 6}, "name": "large"}, frozen=FROZEN)
     with pytest.raises(CheckpointError, match=r"other frozen weights.*lm\.weight"):
-        check_fits(state(5), world_size=1, model=MODEL, frozen={"lm.weight": "0" * 64})
+        check_fits(state(5), model=MODEL, frozen={"lm.weight": "0" * 64})

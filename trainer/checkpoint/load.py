@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,102 +12,37 @@ import torch
 from safetensors.torch import load_file
 
 from model.parameters import explain_difference
-from trainer.checkpoint.state import (
-    LATEST,
-    MANIFEST,
-    STATE,
-    CheckpointError,
-    TrainingState,
-    entries_checksum,
-    rng_file,
-    step_of,
-    tag_of,
-)
+from trainer.checkpoint.background import BackgroundWork
+from trainer.checkpoint.catalog import find_checkpoint, read_state
+from trainer.checkpoint.state import OFFLOADED, CheckpointError, TrainingState, rng_file
+from trainer.checkpoint.universal import ensure_universal
 from trainer.distributed import World, from_main
-from trainer.files import canonical_json, checksum
 
 _log = logging.getLogger(__name__)
 
 LoadShards = Callable[[Path, str], None]
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is there with its checksum, or None in a new run.
-
-    ``latest`` is looked at first, then older ones; one that is passed over is named in a warning with its reason.
-    Raises: CheckpointError when there are checkpoints, but none is good: starting anew would silently lose the run.
-    """
-    if not folder.is_dir():
-        return None
-    steps = sorted((step for path in folder.iterdir() if (step := step_of(path.name)) is not None), reverse=True)
-    newest = _latest_step(folder)
-    if newest is not None:  # what is newer than latest was never finished
-        steps = [step for step in steps if step <= newest]
-    elif not any((folder / tag_of(step) / MANIFEST).exists() for step in steps):
-        return None  # only leftovers of a run that died before its first checkpoint was complete
-    for step in steps:
-        candidate = folder / tag_of(step)
-        problem = verify_checkpoint(candidate)
-        if problem is None:
-            return candidate
-        _log.warning("checkpoint %s is not used: %s", candidate, problem)
-    raise CheckpointError(
-        f"no good checkpoint in {folder}: see the warnings above; restore one, or move the folder away to start anew"
-    )
-
-
-def _latest_step(folder: Path) -> int | None:
-    try:
-        return step_of((folder / LATEST).read_text(encoding="utf-8").strip())
-    except FileNotFoundError:
-        return None
-
-
-def verify_checkpoint(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint (the first thing found), or None when every file is as it was written."""
-    try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        entries = manifest["files"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: it was never finished"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is damaged: {error}"
-    if text != canonical_json(manifest) or manifest.get("sha256") != entries_checksum(entries):
-        return f"{MANIFEST} is damaged: it is not as it was written"
-    for name, entry in entries.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if checksum(path) != entry["sha256"]:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
-def read_state(checkpoint: Path) -> TrainingState:
-    """The state of a checkpoint. Raises: CheckpointError for another format version."""
-    return TrainingState.from_json(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-
-
 def resume_point(folder: Path, world: World) -> tuple[Path, TrainingState] | None:
     """``find_checkpoint`` on rank 0, the answer on every rank. Raises: CheckpointError on every rank."""
-    answer: tuple[Path, TrainingState] | str | None = None
-    if world.is_main:
+
+    def find() -> tuple[Path, TrainingState] | CheckpointError | None:
         try:
-            checkpoint = find_checkpoint(folder)
-            answer = None if checkpoint is None else (checkpoint, read_state(checkpoint))
+            checkpoint = find_checkpoint(folder) if world.is_main else None
+            return None if checkpoint is None else (checkpoint, read_state(checkpoint))
         except CheckpointError as error:
-            answer = str(error)
-    answer = from_main(answer, world)
-    if isinstance(answer, str):
-        raise CheckpointError(answer)
+            return error
+
+    # Reading terabytes for their checksums takes longer than a collective may.
+    search = BackgroundWork(find, world, purpose=f"cannot read {folder}", remedy="Make it readable, and start again")
+    answer: tuple[Path, TrainingState] | CheckpointError | None = from_main(search.wait(), world)
+    if isinstance(answer, CheckpointError):
+        raise answer
     return answer
 
 
-def check_fits(state: TrainingState, *, world_size: int, model: Mapping[str, Any], frozen: Mapping[str, str]) -> None:
-    """Refuse a checkpoint of another model, of other frozen weights, or of another world size.
+def check_fits(state: TrainingState, *, model: Mapping[str, Any], frozen: Mapping[str, str]) -> None:
+    """Refuse a checkpoint of another model or of other frozen weights.
 
     Raises: CheckpointError with everything that differs.
     """
@@ -118,11 +53,6 @@ def check_fits(state: TrainingState, *, world_size: int, model: Mapping[str, Any
     elif state.frozen != frozen:
         difference = explain_difference(state.frozen, frozen)
         problems.append(f"it was trained on other frozen weights (language model or vision tower): {difference}")
-    if state.world_size != world_size:
-        problems.append(
-            f"it was written by {state.world_size} processes and this run has {world_size}: "
-            f"start {state.world_size} processes"
-        )
     if problems:
         raise CheckpointError(
             f"the checkpoint of step {state.step} does not fit this run: "
@@ -142,10 +72,36 @@ def _differences(old: Any, new: Any, path: str = "model") -> set[str]:
     return set() if same else {path}
 
 
-def restore(checkpoint: Path, load_shards: LoadShards, world: World) -> None:
-    """Put tensors and random states back; a collective."""
-    load_shards(checkpoint.parent, checkpoint.name)
-    states = load_file(rng_file(checkpoint, world.rank))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and world.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], world.device)
+def restore(
+    checkpoint: Path, state: TrainingState, load_shards: LoadShards, load_universal: LoadShards, world: World
+) -> None:
+    """Put tensors and random states back; a collective.
+
+    load_shards: reads shards that as many processes wrote (``Engine.load``).
+    load_universal: reads the universal form (``Engine.load_universal``).
+    Raises: CheckpointError on all ranks when there is no space for that form, or optimiser state on NVMe forbids it.
+    """
+    if state.world_size == world.size:
+        load_shards(checkpoint.parent, checkpoint.name)
+    else:
+        if (checkpoint / OFFLOADED).is_dir():
+            raise CheckpointError(
+                f"{checkpoint} has its optimiser state from NVMe, a folder for each of {state.world_size} processes, "
+                f"which cannot be put together for {world.size}: start {state.world_size} processes"
+            )
+        _log.info("%s was written by %d processes: converting it for %d", checkpoint, state.world_size, world.size)
+        universal = ensure_universal(checkpoint, world)
+        load_universal(universal.parent, universal.name)
+    _restore_random_states(checkpoint, state, world)
+
+
+def _restore_random_states(checkpoint: Path, state: TrainingState, world: World) -> None:
+    if world.rank < state.world_size:
+        states = load_file(rng_file(checkpoint, world.rank))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and world.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], world.device)
+    else:  # a rank that did not exist: the same numbers whenever it resumes from here
+        first = rng_file(checkpoint, 0).read_bytes()
+        seed = hashlib.sha256(first + world.rank.to_bytes(8, "big")).digest()[:8]
+        torch.manual_seed(int.from_bytes(seed, "big", signed=True))

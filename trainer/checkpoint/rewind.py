@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint.load import read_state
-from trainer.checkpoint.state import LATEST, MANIFEST, CheckpointError, TrainingState, step_of, tag_of
+from trainer.checkpoint.catalog import is_complete, read_state, steps_in
+from trainer.checkpoint.retention import remove
+from trainer.checkpoint.state import LATEST, CheckpointError, TrainingState, tag_of
 from trainer.distributed import World, from_main, raise_together
 from trainer.files import write_atomically
 
@@ -44,10 +44,8 @@ def _drop(folder: Path, is_stale: Callable[[TrainingState], bool]) -> None:
         )
     write_atomically(folder / LATEST, tag_of(kept[-1]))
     for step in stale:
-        (folder / tag_of(step) / MANIFEST).unlink()  # without it a checkpoint does not exist
-        shutil.rmtree(folder / tag_of(step), ignore_errors=True)
+        remove(folder / tag_of(step))
 
 
 def _finished(folder: Path) -> list[int]:
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(step for path in paths if (step := step_of(path.name)) is not None and (path / MANIFEST).exists())
+    return sorted(step for step in steps_in(folder) if is_complete(folder / tag_of(step)))

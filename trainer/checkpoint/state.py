@@ -5,11 +5,14 @@
     checkpoints/latest                      the name of the newest complete checkpoint, moved atomically
     checkpoints/step-00000010/
         *_model_states.pt, *_optim_states.pt   DeepSpeed's shards: trainable weights and optimiser, one set a rank
+        offloaded_tensors/rankNN/              the optimiser's part of that rank where it is offloaded to NVMe
         rng-rank-00000.safetensors             random states of that rank
         state.json                             TrainingState
         config.yaml                            the run's settings as they were resolved
-        manifest.json                          size and sha256 of every other file; written last: without it the
+        manifest.json                          size and sha256 of every file above; written last: without it the
                                                checkpoint does not exist
+        universal/                             the same tensors in DeepSpeed's universal format, for other numbers of
+                                               processes; made when first needed, with a manifest.json of its own
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from trainer.files import canonical_json
 
 FORMAT_VERSION = 2
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
+UNIVERSAL = "universal"
+OFFLOADED = "offloaded_tensors"  # DeepSpeed's name
 _TAG = re.compile(r"step-(\d{8,})")
 
 
@@ -38,6 +43,7 @@ class TrainingState:
     """Everything but tensors.
 
     step: updates done, skipped ones included; the next update is global batch ``step``.
+    world_size: processes that wrote it; another number reads its universal form.
     data: what ``trainer.data.loader.data_state`` says; the stream is a pure function of it and of ``step``.
     frozen: a digest of every frozen tensor by name (``model.parameters``); the tensors are not in the checkpoint.
     model: the model's configuration, as plain values.

@@ -297,13 +297,22 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``every`` and ``keep_every`` in steps; the last ``keep_last`` are kept, and every ``keep_every``-th for good."""
+    """When a run is saved, and what is kept of it.
+
+    every: steps between checkpoints; the last update and a preemption get theirs in any case.
+    keep_last: the newest so many are kept. keep_every: every so many steps, one is kept for good.
+    keep_best: that many with the lowest training loss (the mean over the 100 steps before each) are kept as well.
+    asynchronous: training goes on while a checkpoint is written, after the tensors were copied to host memory, which
+        has to hold each process's own shards once more. False: training waits until it is on the disk.
+    """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
 
     every: Positive = 1000
     keep_last: Positive = 3
     keep_every: Positive | None = None
+    keep_best: NonNegative = 0
+    asynchronous: bool = True
 
 
 @dataclass(frozen=True)
