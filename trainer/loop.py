@@ -39,6 +39,7 @@ from trainer.optimizer import learning_rate_factor
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
+from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _train_from_checkpoint(
     if state.step:
         events.write("resumed", state.step, world_size=world.size)
     stability = Stability(config, windows, state.stability, can_go_back, events)
-    limit = BadSampleLimit(config.data)
+    limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, events)
 
     with (
         MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
@@ -158,6 +159,7 @@ def _train_from_checkpoint(
                 checkpoints.wait()
                 events.write("preempted", done)
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+            stragglers.record(done, data_seconds)
             watchdog.updated(done)
         watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()

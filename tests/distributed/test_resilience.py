@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,29 @@ def test_a_hanging_process_is_found_and_the_stacks_of_all_are_written(assets: Pa
     assert event["what"] == ("update 6" if how == "worker" else "update 4")
     [records] = (tmp_path / "run" / "stacks").rglob("collectives-rank-00000.json")
     assert json.loads(records.read_text())["entries"], "the flight recorder is on"
+
+
+def wait_for_data_on_rank_1(world: World, settings: dict[str, Any]) -> None:
+    from trainer import loop
+
+    timed = loop._timed
+
+    def slow(loader: Any) -> Any:
+        for update, seconds in timed(loader):
+            time.sleep(0.3 * world.rank)
+            yield update, seconds + 0.3 * world.rank
+
+    loop._timed = slow
+    train_plainly(world, settings)
+
+
+def test_a_rank_that_waits_for_its_data_is_named(assets: Path, tmp_path: Path) -> None:
+    stragglers = {"every": 5, "factor": 3, "least_seconds": 0.2}
+    run_distributed(wait_for_data_on_rank_1, 2, settings_of(assets, tmp_path / "run", stragglers=stragglers))
+    named = [event for event in events(tmp_path / "run", "straggler") if event["what"] == "data"]
+    assert [(event["step"], event["rank"], event["host"]) for event in named] == [
+        (step, 1, socket.gethostname()) for step in (5, 10)
+    ]
 
 
 def test_a_healthy_run_leaves_no_stacks(skipping: Path) -> None:
