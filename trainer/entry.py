@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -63,7 +63,7 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
     try:
         check_world_size(config, world.size)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(config.run_dir, world):
+        with _locked(config.run_dir, world), _failures_noted(config.run_dir, world):
             _train_and_export(config, world, tools())
     except ConfigError as error:
         if world.is_main:
@@ -92,6 +92,23 @@ def _locked(run_dir: Path, world: World) -> Iterator[None]:
                 error = caught
         raise_together(error, world)
         yield
+
+
+@contextmanager
+def _failures_noted(run_dir: Path, world: World) -> Iterator[None]:
+    """A process that fails says so in events.jsonl, for whoever looks later and for ``trainer.supervise``."""
+    from trainer.resilience.events import EventLog
+    from trainer.resilience.preemption import PreemptedError
+
+    try:
+        yield
+    except PreemptedError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # of a full disk, that error itself is the one to be told
+            EventLog(run_dir).write("failed", rank=world.rank, host=os.uname().nodename, error=message[:1000])
+        raise
 
 
 def leave(code: int) -> NoReturn:

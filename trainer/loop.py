@@ -39,6 +39,7 @@ from trainer.optimizer import learning_rate_factor
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
+from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def _train_from_checkpoint(
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     if state.step:
         events.write("resumed", state.step, world_size=world.size)
-    checkpoints, limit = Checkpoints(folder, config.checkpoint, world), BadSampleLimit(config.data)
+    checkpoints = Checkpoints(folder, config.checkpoint, world)
+    limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, events)
 
     def can_go_back(step: int) -> bool:
         watchdog.alive("looking for a checkpoint to go back to", slow=True)
@@ -160,6 +162,7 @@ def _train_from_checkpoint(
                 checkpoints.wait()
                 events.write("preempted", done)
                 raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+            stragglers.record(done, data_seconds)
             watchdog.updated(done)
         watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ def train_with_damage(world: World, settings: dict[str, Any], killed_at: str = "
     except Exception as error:  # noqa: BLE001  the test looks at what it was
         return f"{type(error).__name__}: {error}"
     return "complete"
+
+
+def train_plainly(world: World, settings: dict[str, Any]) -> None:
+    """As ``trainer.train`` does, without its export."""
+    from trainer import loop
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = as_config(settings)
+    loop.train(build_flamingo_task(config, world), config, world)
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -191,6 +201,29 @@ def test_a_hanging_process_is_found_and_the_stacks_of_all_are_written(assets: Pa
     assert event["what"] == ("update 6" if how == "worker" else "update 4")
     [records] = (tmp_path / "run" / "stacks").rglob("collectives-rank-00000.json")
     assert json.loads(records.read_text())["entries"], "the flight recorder is on"
+
+
+def wait_for_data_on_rank_1(world: World, settings: dict[str, Any]) -> None:
+    from trainer import loop
+
+    timed = loop._timed
+
+    def slow(loader: Any) -> Any:
+        for update, seconds in timed(loader):
+            time.sleep(0.3 * world.rank)
+            yield update, seconds + 0.3 * world.rank
+
+    loop._timed = slow
+    train_plainly(world, settings)
+
+
+def test_a_rank_that_waits_for_its_data_is_named(assets: Path, tmp_path: Path) -> None:
+    stragglers = {"every": 5, "factor": 3, "least_seconds": 0.2}
+    run_distributed(wait_for_data_on_rank_1, 2, settings_of(assets, tmp_path / "run", stragglers=stragglers))
+    named = [event for event in events(tmp_path / "run", "straggler") if event["what"] == "data"]
+    assert [(event["step"], event["rank"], event["host"]) for event in named] == [
+        (step, 1, socket.gethostname()) for step in (5, 10)
+    ]
 
 
 def test_a_healthy_run_leaves_no_stacks(skipping: Path) -> None:

@@ -55,6 +55,21 @@ class WatchdogConfig:
 
 
 @dataclass(frozen=True)
+class StragglerConfig:
+    """Ranks that hold up the others, named with their hosts in events.jsonl and in a warning.
+
+    every: updates between two looks. factor: how many times the median a rank's own time has to be; looked at are its
+        waiting for data (also at least ``least_seconds`` an update above the median) and a fixed piece of arithmetic.
+    """
+
+    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+
+    every: Annotated[int, Gt(0)] = 100
+    factor: Annotated[float, Gt(1)] = 2.0
+    least_seconds: Annotated[float, Ge(0)] = 0.1
+
+
+@dataclass(frozen=True)
 class ResilienceConfig:
     """What a long run does by itself; everything it did stands in ``run_dir/events.jsonl``.
 
@@ -67,3 +82,4 @@ class ResilienceConfig:
     skip_updates: tuple[tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]], ...] = ()
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    stragglers: StragglerConfig = field(default_factory=StragglerConfig)

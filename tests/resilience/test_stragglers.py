@@ -1,0 +1,28 @@
+"""Who is slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.config.resilience import StragglerConfig
+from trainer.resilience.stragglers import RankSeconds, find_stragglers
+
+CONFIG = StragglerConfig(factor=2.0, least_seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("data", "compute", "expected"),
+    [
+        ([0.1, 0.1, 0.1, 0.5], [1.0] * 4, [(3, "data")]),
+        ([0.001, 0.001, 0.001, 0.05], [1.0] * 4, []),  # many times the median, and still nothing
+        ([0.1] * 4, [1.0, 2.5, 1.1, 0.9], [(1, "compute")]),
+        ([0.0, 0.0, 0.9, 0.9], [1.0] * 4, [(2, "data"), (3, "data")]),
+        ([0.1, 0.9], [1.0, 1.0], [(1, "data")]),
+        ([0.1], [1.0], []),
+    ],
+)
+def test_ranks_far_above_the_median_are_named(
+    data: list[float], compute: list[float], expected: list[tuple[int, str]]
+) -> None:
+    ranks = [RankSeconds(f"node{n}", *times) for n, times in enumerate(zip(data, compute, strict=True))]
+    assert [(rank, what) for rank, _, what, _ in find_stragglers(ranks, CONFIG)] == expected
