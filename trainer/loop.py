@@ -24,12 +24,12 @@ from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.schema import RunConfig
-from trainer.data.batch import Batch
 from trainer.data.limits import BadSampleLimit
 from trainer.data.loader import Update, UpdateLoader
 from trainer.data.sequences import Builder
 from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
-from trainer.distributed import World, gather_objects, sum_counts, sum_over_ranks
+from trainer.data.totals import UpdateTotals, update_totals
+from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.engine import Engine, StepResult
 from trainer.files import write_atomically
 from trainer.metrics.ledger import LedgerWriter
@@ -69,6 +69,19 @@ class Task:
     patch_size: int | None = None
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What stays from the start of a process to its end, however often training goes back to a checkpoint."""
+
+    task: Task
+    config: RunConfig
+    world: World
+    engine: Engine
+    preemption: Preemption
+    watchdog: Watchdog
+    events: EventLog
+
+
 def train(task: Task, config: RunConfig, world: World) -> None:
     """Train to ``config.training.steps``, from the newest good checkpoint of ``config.run_dir`` if there is one.
 
@@ -79,29 +92,97 @@ def train(task: Task, config: RunConfig, world: World) -> None:
     engine = Engine(task.module, config.optimizer, task.deepspeed, world)
     events, preemption = EventLog(config.run_dir, world.is_main), Preemption(world)
     watchdog = Watchdog(config.run_dir, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
+    run = _Run(task, config, world, engine, preemption, watchdog, events)
     with preemption.listening(), watchdog.watching():
         while True:
             try:
-                return _train_from_checkpoint(engine, task, config, world, preemption, watchdog, events)
+                return _train_from_checkpoint(run)
             except RewindError as rewind:  # from here on as after a kill
                 add_window(config.run_dir, rewind.window, world)
                 events.write("rewind", rewind.window.last, first=rewind.window.first, last=rewind.window.last)
 
 
-def _train_from_checkpoint(
-    engine: Engine,
-    task: Task,
-    config: RunConfig,
-    world: World,
-    preemption: Preemption,
-    watchdog: Watchdog,
-    events: EventLog,
-) -> None:
+def _train_from_checkpoint(run: _Run) -> None:
     """Resume, then train. Raises: RewindError after a spike of the loss, to be started again; others as ``train``."""
+    task, config, world, engine, watchdog = run.task, run.config, run.world, run.engine, run.watchdog
     watchdog.starting()
     folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
-    state = _resume(engine, task, config, world)
+    state = _resume(run)
+    loader = _loader(run, state)
+    if world.is_main:
+        write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
+    checkpoints = Checkpoints(folder, config.checkpoint, world)
+
+    def can_go_back(step: int) -> bool:
+        watchdog.alive("looking for a checkpoint to go back to", slow=True)
+        checkpoints.wait()  # one that is being written counts, and none is when the run goes back
+        return has_checkpoint(folder, step, world)
+
+    stability = Stability(config, windows, state.stability, can_go_back, run.events)
+    limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, run.events)
+    with (
+        MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
+        closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
+    ):
+        for update, data_seconds in _timed(loader):
+            done = update.step + 1
+            watchdog.alive(f"update {done}")
+            if (why := stability.why_skipped(done)) is not None:
+                writer.write(_passed_over(done, why, config, data_seconds))
+                stop = run.preemption.agreed()
+            else:
+                start = time.perf_counter()
+                totals = update_totals(update.micro_batches, _sources(config), data_seconds, world)
+                result, losses = _run_update(engine, update, totals, task, config)
+                step_seconds = time.perf_counter() - start + data_seconds
+                # Everything that the ranks tell one another after an update, at once.
+                *losses, step_seconds, asked = sum_over_ranks([*losses, step_seconds, run.preemption.asked], world)
+                stop = asked > 0
+                if config.data.ledger and result.applied:
+                    ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
+                metrics = _metrics(update, result, losses, totals, task, config, step_seconds / world.size)
+                writer.write(metrics)
+                stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
+                limit.record(totals.samples, totals.replaced)
+            checkpoints.poll()
+            if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
+                watchdog.alive(f"the checkpoint of update {done}", slow=True)
+                data = _data_state(loader, done, world)
+                state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
+                checkpoints.save(state, config_to_yaml(config), engine.save)
+            if stop and done < config.training.steps:
+                checkpoints.wait()
+                run.events.write("preempted", done)
+                raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
+            stragglers.record(done, data_seconds)
+            watchdog.updated(done)
+        watchdog.alive("the last checkpoint", slow=True)
+        checkpoints.wait()
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run keeps its checkpoints."""
+    return config.run_dir / "checkpoints"
+
+
+def _resume(run: _Run) -> TrainingState:
+    """The state to go on from, with the engine's tensors restored; step 0 in a new run."""
+    task, config, world = run.task, run.config, run.world
+    found = resume_point(checkpoint_folder(config), world)
+    if found is None:
+        return TrainingState(0, world.size, {}, task.frozen, task.model)
+    checkpoint, state = found
+    check_fits(state, model=task.model, frozen=task.frozen)
+    restore(checkpoint, state, run.engine.load, run.engine.load_universal, world)
+    run.events.write("resumed", state.step, world_size=world.size)
+    _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
+    return state
+
+
+def _loader(run: _Run, state: TrainingState) -> UpdateLoader:
+    """The updates from ``state`` on. Raises: ValueError when the data are not those of the checkpoint."""
+    task, config, world = run.task, run.config, run.world
     loader = UpdateLoader(
         config.data,
         task.builders,
@@ -117,72 +198,7 @@ def _train_from_checkpoint(
     )
     if state.step:
         check_data_state(state.data, loader.state(state.step))
-    if world.is_main:
-        write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
-    if state.step:
-        events.write("resumed", state.step, world_size=world.size)
-    checkpoints = Checkpoints(folder, config.checkpoint, world)
-    limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, events)
-
-    def can_go_back(step: int) -> bool:
-        watchdog.alive("looking for a checkpoint to go back to", slow=True)
-        checkpoints.wait()  # one that is being written counts, and none is when the run goes back
-        return has_checkpoint(folder, step, world)
-
-    stability = Stability(config, windows, state.stability, can_go_back, events)
-
-    with (
-        MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
-        closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
-    ):
-        for update, data_seconds in _timed(loader):
-            done = update.step + 1
-            watchdog.alive(f"update {done}")
-            if (why := stability.why_skipped(done)) is not None:
-                writer.write(_passed_over(done, why, config, data_seconds))
-            else:
-                start = time.perf_counter()
-                result, losses = _run_update(engine, update, task, config, world)
-                if config.data.ledger and result.applied:
-                    ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
-                step_seconds = time.perf_counter() - start + data_seconds
-                consumed, replaced = _samples(update, config, world)
-                metrics = _metrics(update, result, losses, replaced, config, world, step_seconds, data_seconds)
-                writer.write(metrics)
-                stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
-                limit.record(consumed, replaced)
-            stop = preemption.agreed()
-            checkpoints.poll()
-            if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
-                watchdog.alive(f"the checkpoint of update {done}", slow=True)
-                data = _data_state(loader, done, world)
-                state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
-                checkpoints.save(state, config_to_yaml(config), engine.save)
-            if stop and done < config.training.steps:
-                checkpoints.wait()
-                events.write("preempted", done)
-                raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
-            stragglers.record(done, data_seconds)
-            watchdog.updated(done)
-        watchdog.alive("the last checkpoint", slow=True)
-        checkpoints.wait()
-
-
-def checkpoint_folder(config: RunConfig) -> Path:
-    """Where a run keeps its checkpoints."""
-    return config.run_dir / "checkpoints"
-
-
-def _resume(engine: Engine, task: Task, config: RunConfig, world: World) -> TrainingState:
-    """The state to go on from, with the engine's tensors restored; step 0 in a new run."""
-    found = resume_point(checkpoint_folder(config), world)
-    if found is None:
-        return TrainingState(0, world.size, {}, task.frozen, task.model)
-    checkpoint, state = found
-    check_fits(state, model=task.model, frozen=task.frozen)
-    restore(checkpoint, state, engine.load, engine.load_universal, world)
-    _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
-    return state
+    return loader
 
 
 def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:
@@ -214,83 +230,59 @@ def _timed(loader: UpdateLoader) -> Iterator[tuple[Update, float]]:
 
 
 def _run_update(
-    engine: Engine, update: Update, task: Task, config: RunConfig, world: World
-) -> tuple[StepResult, dict[str, float]]:
-    """Forward and backward of all micro-batches, then one step. Returns each source's normalised loss."""
-    sources = [source.name for source in config.data.sources]
-    normalizers = _normalizers(update.micro_batches, sources, task, config, world)
+    engine: Engine, update: Update, totals: UpdateTotals, task: Task, config: RunConfig
+) -> tuple[StepResult, list[float]]:
+    """Forward and backward of all micro-batches, then one step. Returns this rank's summed loss of each source."""
+    normalizers = _normalizers(totals, task, config)
     weights = {source.name: source.weight for source in config.data.sources}
     summed: dict[str, Tensor] = {}
     for batch in update.micro_batches:
         scale = weights[batch.source] / normalizers[batch.source]
-        loss = engine.forward_backward(batch.to(world.device).inputs, scale)
+        loss = engine.forward_backward(batch.to(engine.world.device).inputs, scale)
         summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
-    factor = learning_rate_factor(update.step, config.training.steps, config.schedule)
-    result = engine.step(factor)
-    totals = sum_over_ranks([float(summed[name]) for name in sources], world)
-    return result, {name: total / normalizers[name] for name, total in zip(sources, totals, strict=True)}
+    result = engine.step(learning_rate_factor(update.step, config.training.steps, config.schedule))
+    return result, [float(summed[source]) for source in _sources(config)]
 
 
-def _normalizers(
-    batches: list[Batch], sources: list[str], task: Task, config: RunConfig, world: World
-) -> dict[str, float]:
+def _sources(config: RunConfig) -> list[str]:
+    return [source.name for source in config.data.sources]
+
+
+def _normalizers(totals: UpdateTotals, task: Task, config: RunConfig) -> dict[str, int]:
     """What each source's summed loss is divided by: its trained tokens, or its sequences, in the global batch."""
     per_sequence = task.unit == "sequence" or config.training.loss_normalization == "token_sum"
-    counts: Counter[str] = Counter()
-    for batch in batches:
-        counts[batch.source] += batch.sequences if per_sequence else batch.trained_tokens
-    totals = sum_over_ranks([counts[name] for name in sources], world)
+    counts = totals.sequences if per_sequence else totals.trained_tokens
     # A global batch without one trained token has the loss 0, not 0 / 0.
-    return {name: max(1.0, total) for name, total in zip(sources, totals, strict=True)}
-
-
-def _samples(update: Update, config: RunConfig, world: World) -> tuple[dict[str, int], Counter[tuple[str, str]]]:
-    """Of the global batch: how many samples of each source, and (source, reason) of those that were replaced."""
-    consumed = {source.name: 0 for source in config.data.sources}
-    replaced: Counter[tuple[str, str]] = Counter()
-    for batch in update.micro_batches:
-        consumed[batch.source] += len(batch.samples)
-        replaced.update({(batch.source, reason): count for reason, count in batch.skipped.items()})
-    *totals, any_replaced = sum_over_ranks([*consumed.values(), replaced.total()], world)
-    # The reasons differ from rank to rank; that there are some, every rank knows now.
-    return dict(zip(consumed, map(int, totals), strict=True)), sum_counts(replaced, world) if any_replaced else replaced
+    return {source: max(1, count) for source, count in counts.items()}
 
 
 def _metrics(
     update: Update,
     result: StepResult,
-    losses: dict[str, float],
-    replaced: Mapping[tuple[str, str], int],
+    summed_losses: list[float],
+    totals: UpdateTotals,
+    task: Task,
     config: RunConfig,
-    world: World,
     step_seconds: float,
-    data_seconds: float,
 ) -> StepMetrics:
-    """What metrics.jsonl says of an update; counts are of the global batch, times the mean over ranks."""
-    sources = config.data.sources
-    batches = update.micro_batches
-    counts = {
-        source.name: sum(batch.sequences for batch in batches if batch.source == source.name) for source in sources
-    }
+    """What metrics.jsonl says of an update. summed_losses: of each source, over all ranks."""
+    normalizers = _normalizers(totals, task, config)
+    losses = {name: loss / normalizers[name] for name, loss in zip(_sources(config), summed_losses, strict=True)}
     reasons: Counter[str] = Counter()
-    for (_, reason), count in replaced.items():
+    for (_, reason), count in totals.replaced.items():
         reasons[reason] += count
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    positions = sum(batch.attention_mask.numel() for batch in batches)
-    images = sum(int(batch.media_index.max() >= 0) * batch.medium_count for batch in batches)
-    summed = sum_over_ranks([tokens, images, step_seconds, data_seconds, positions, *counts.values()], world)
     return StepMetrics(
         step=update.step + 1,
-        loss=sum(source.weight * losses[source.name] for source in sources),
+        loss=sum(source.weight * losses[source.name] for source in config.data.sources),
         losses=losses,
         grad_norm=result.grad_norm,
         lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
-        samples={name: int(count) for name, count in zip(counts, summed[5:], strict=True)},
-        tokens=int(summed[0]),
-        padding=1 - summed[0] / summed[4],
-        images=int(summed[1]),
+        samples=totals.sequences,
+        tokens=totals.tokens,
+        padding=totals.padding,
+        images=totals.images,
         replaced=reasons,
-        step_seconds=summed[2] / world.size,
-        data_seconds=summed[3] / world.size,
+        step_seconds=step_seconds,
+        data_seconds=totals.data_seconds,
         skipped=not result.applied,
     )

@@ -27,6 +27,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "trainer.pretrain_lm": LanguageModelRunConfig,
     "trainer.pretrain_vision": ContrastiveRunConfig,
 }
+WITH_SUBCOMMANDS = ("trainer.benchmark", "trainer.checkpoint")
 
 
 class UncheckedCommandError(AssertionError):
@@ -64,9 +65,9 @@ def check_script(program: str, arguments: list[str]) -> None:
     assert os.access(path, os.X_OK), f"{program} is not executable"
     subprocess.run(["bash", "-n", path], check=True)
     usage = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    for option in arguments:
+    for position, option in enumerate(arguments):
         if option.endswith(".yaml"):
-            check_run("trainer.train", arguments)
+            check_run("trainer.train", arguments[position:])
             return
         assert option in usage, f"{program} documents no {option}"
 
@@ -77,10 +78,14 @@ def check_python(arguments: list[str]) -> None:
     if module == "pytest":
         check_pytest(rest)
         return
-    text = help_of(module)
+    text = help_of(module, *rest[:1] if module in WITH_SUBCOMMANDS else ())
     if module in SCHEMAS:
         check_run(module, rest)
         return
+    if "--" in rest:
+        end = rest.index("--")
+        check_run("trainer.train", rest[end + 1 :])
+        rest = rest[:end]
     for word in rest:
         if word.startswith("--"):
             assert word.partition("=")[0] in text, f"{module} --help shows no {word}"
@@ -93,10 +98,10 @@ def check_run(module: str, arguments: list[str]) -> None:
 
 
 @cache
-def help_of(module: str) -> str:
-    """What ``python -m MODULE --help`` prints; it has to exit with 0."""
+def help_of(module: str, *subcommand: str) -> str:
+    """What ``python -m MODULE [SUBCOMMAND] --help`` prints; it has to exit with 0."""
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
+        [sys.executable, "-m", module, *subcommand, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -106,6 +111,12 @@ def help_of(module: str) -> str:
     )
     assert done.returncode == 0, f"python -m {module} --help: {done.stderr[-2000:]}"
     return done.stdout
+
+
+def check_sbatch(arguments: list[str]) -> None:
+    position = next(index for index, word in enumerate(arguments) if word.startswith("launch_scripts/"))
+    subprocess.run(["bash", "-n", ROOT / arguments[position]], check=True)
+    check_run("trainer.train", arguments[position + 1 :])
 
 
 def check_deepspeed(arguments: list[str]) -> None:
@@ -141,6 +152,7 @@ def check_tool(name: str) -> Callable[[list[str]], None]:
 CHECKERS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "deepspeed": check_deepspeed,
+    "sbatch": check_sbatch,
     "source": check_source,
     "pytest": check_pytest,
     "ruff": check_tool("ruff"),

@@ -145,6 +145,7 @@ def _real_updates(config: FlamingoRunConfig, task: Any, world: World, options: a
         task.builders,
         pad_id=task.pad_id,
         media_shape=task.media_shape,
+        patch_size=task.patch_size,
         rank=world.rank,
         world_size=world.size,
         start_step=0,

@@ -31,6 +31,11 @@ class Preemption:
         self._world = world
         self._asked = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked; the others may not have been."""
+        return self._asked
+
     def agreed(self) -> bool:
         """Whether to stop now, the same on every rank; a collective."""
         return any_rank(self._asked, self._world)
