@@ -40,6 +40,7 @@ from trainer.resilience.restarts import RestartPolicy, choose_hosts, read_events
 EXIT_ASKED_TO_END = 75
 _WAIT_FOR_NODES_SECONDS = 30.0
 _ROOT = Path(__file__).parents[1]
+_IMPATIENT_SSH = "-o ConnectTimeout=3 -o ServerAliveInterval=3 -o ServerAliveCountMax=2".split()
 _POLL_SECONDS, _PROBE_SECONDS, _PROBE_TIMEOUT_SECONDS = 0.5, 5.0, 5.0
 
 
@@ -129,14 +130,18 @@ class Supervisor:
             time.sleep(_WAIT_FOR_NODES_SECONDS)
             return error.exit_code
         environment = {**os.environ, "TRAINER": self._module, "MASTER_PORT": str(_free_port())}
+        # Of options given twice ssh takes the first: multinode.sh would wait longer for a node that is gone.
+        environment["SSH_ARGS"] = shlex.join([*self._ssh_arguments, *_IMPATIENT_SSH])
         # A session of its own: a terminal's Ctrl-C comes to the supervisor only, which asks the ranks in order.
         self._job = subprocess.Popen(command, cwd=None if not hosts else _ROOT, env=environment, start_new_session=True)
-        probed, silent_before = time.monotonic(), frozenset[str]()
+        probed, silent_before, ending = time.monotonic(), frozenset[str](), False
         while self._job.poll() is None:
             time.sleep(_POLL_SECONDS)
             if hosts and time.monotonic() - probed > _PROBE_SECONDS:
                 silent = frozenset(unreachable(hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS))
-                if lost := silent & silent_before:  # twice, so that one lost packet ends no job
+                lost = silent & silent_before  # twice, so that one lost packet ends no job
+                if lost and not ending:
+                    ending = True
                     self._events.write("node_lost", hosts=sorted(lost))
                     self._say(f"lost {', '.join(sorted(lost))}: ending the job on the other nodes")
                     self._end_job()
