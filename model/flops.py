@@ -27,7 +27,7 @@ class Workload:
     sequences: int
     tokens: int
     media: float = 1.0
-    frames: int = 1
+    frames: float = 1
 
 
 @dataclass(frozen=True)

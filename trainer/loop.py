@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
 from trainer.data.limits import BadSampleLimit
 from trainer.data.loader import Update, UpdateLoader
 from trainer.data.sequences import Builder
@@ -53,6 +54,7 @@ class Task:
     builders: for each source, what makes a sequence of a sample.
     pad_id, media_shape, patch_size: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of
         videos have more frames, by their own setting), patch_size the tower's, for sources with ``image_tokens``.
+    flops: useful floating-point operations of a batch, for the metrics.
     unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
     deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
     frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
@@ -67,6 +69,7 @@ class Task:
     frozen: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["token", "sequence"] = "token"
     patch_size: int | None = None
+    flops: Callable[[Batch], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,15 @@ def _train_from_checkpoint(run: _Run) -> None:
                 result, losses = _run_update(engine, update, totals, task, config)
                 step_seconds = time.perf_counter() - start + data_seconds
                 # Everything that the ranks tell one another after an update, at once.
-                *losses, step_seconds, asked = sum_over_ranks([*losses, step_seconds, run.preemption.asked], world)
+                flops = sum(task.flops(batch) for batch in update.micro_batches) if task.flops else 0.0
+                *losses, step_seconds, flops, asked = sum_over_ranks(
+                    [*losses, step_seconds, flops, run.preemption.asked], world
+                )
                 stop = asked > 0
                 if config.data.ledger and result.applied:
                     ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
-                metrics = _metrics(update, result, losses, totals, task, config, step_seconds / world.size)
+                tflops = flops / step_seconds / 1e12 if task.flops else None
+                metrics = _metrics(update, result, losses, totals, task, config, step_seconds / world.size, tflops)
                 writer.write(metrics)
                 stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
                 limit.record(totals.samples, totals.replaced)
@@ -264,6 +271,7 @@ def _metrics(
     task: Task,
     config: RunConfig,
     step_seconds: float,
+    tflops: float | None,
 ) -> StepMetrics:
     """What metrics.jsonl says of an update. summed_losses: of each source, over all ranks."""
     normalizers = _normalizers(totals, task, config)
@@ -285,4 +293,5 @@ def _metrics(
         step_seconds=step_seconds,
         data_seconds=totals.data_seconds,
         skipped=not result.applied,
+        tflops=tflops,
     )

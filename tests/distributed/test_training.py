@@ -81,6 +81,11 @@ def test_one_process_and_two_give_the_same_losses_and_samples(
     assert losses(tmp_path / "one") == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert read_ledger(tmp_path / "one") == read_ledger(uninterrupted)
     norms = [[line["grad_norm"] for line in read_metrics(run)] for run in (tmp_path / "one", uninterrupted)]
+    flops = [
+        [line["tflops"] * line["step_seconds"] * processes for line in read_metrics(run)]
+        for processes, run in ((1, tmp_path / "one"), (2, uninterrupted))
+    ]
+    assert flops[0] == pytest.approx(flops[1], rel=5e-3) and min(flops[0]) > 0
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 

@@ -93,6 +93,6 @@ def test_the_fields_of_metrics_jsonl_are_those_that_are_written() -> None:
     (cell,) = re.findall(r"^\| `metrics.jsonl` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     documented = set(re.findall(r"`([^`]+)`", cell))
     metrics = StepMetrics(
-        1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False, replaced={"<reason>": 1}
+        1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False, replaced={"<reason>": 1}, tflops=1.0
     )
     assert documented == set(metrics.to_json())

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.factory import build_flamingo
 from model.flamingo import Flamingo
@@ -43,6 +43,7 @@ from trainer.data.plan import SourcePlan, plan_update
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
 from trainer.errors import ConfigError
+from trainer.tasks.flops import frames_per_medium, useful_flops
 
 BENCHMARK = "step"
 LEAST_STEPS = 3
@@ -294,11 +295,11 @@ def _rows(
         sum(int(batch.attention_mask.sum()) for batch in batches),
         sum(batch.attention_mask.numel() for batch in batches),
     )
-    useful = sum(_flops(sizes, batch, False, config) for batch in batches)
-    executed = sum(_flops(sizes, batch, True, config) for batch in batches)
+    useful = sum(useful_flops(sizes, batch) for batch in batches)
+    executed = sum(_executed_flops(sizes, batch, config) for batch in batches)
     counts = {
         "tokens": tokens,
-        "images": sum(int(batch.media_index.max() >= 0) * len(batch.media) for batch in batches),
+        "images": sum(int(batch.media_index.max() >= 0) * batch.medium_count for batch in batches),
         "samples": sum(batch.sequences for batch in batches),
     }
     summed = sum_over_ranks([*counts.values(), useful, executed], world)
@@ -329,16 +330,11 @@ def _rows(
     return [Row(BENCHMARK, case, measure, unit, value) for measure, unit, value in found]
 
 
-def _flops(sizes: UsefulFlops, batch: Batch, executed: bool, config: FlamingoRunConfig) -> float:
-    """FLOPs of a batch: of its tokens, or (executed) of all its positions, with what is computed again."""
+def _executed_flops(sizes: UsefulFlops, batch: Batch, config: FlamingoRunConfig) -> float:
+    """FLOPs of all positions of a batch, with what is computed again."""
     rows, length = batch.input_ids.shape
-    media, frames = len(batch.media) / rows, batch.media.shape[1]
-    if executed:
-        workload = Workload(rows, length, media, frames)
-        return rows * executed_flops(sizes, workload, config.training.activation_checkpointing)
-    lengths: Tensor = batch.attention_mask.sum(-1)
-    media *= int(batch.media_index.max() >= 0)
-    return sum(sizes.sequence(Workload(1, int(length), media, frames)) for length in lengths)
+    workload = Workload(rows, length, batch.medium_count / rows, frames_per_medium(sizes, batch))
+    return rows * executed_flops(sizes, workload, config.training.activation_checkpointing)
 
 
 def _peak_tflops(device: torch.device, dtype: str) -> float:

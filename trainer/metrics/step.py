@@ -19,6 +19,7 @@ class StepMetrics:
     skipped: the update was not applied: its gradient was not finite, or ``why_skipped`` says why it was passed over.
     padding: share of the batch's positions that hold no token.
     replaced: samples that could not be used and were replaced, by reason.
+    tflops: useful 10^12 floating-point operations a second and process; over the device's peak that is the MFU.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepMetrics:
     padding: float = 0.0
     replaced: Mapping[str, int] = field(default_factory=dict)
     why_skipped: str | None = None
+    tflops: float | None = None
 
     @property
     def substituted(self) -> int:
@@ -59,6 +61,8 @@ class StepMetrics:
             "data_seconds": round(self.data_seconds, 6),
             "skipped": self.skipped,
         }
+        if self.tflops is not None:
+            values["tflops"] = float(f"{self.tflops:.4g}")
         if self.why_skipped is not None:
             values["why_skipped"] = self.why_skipped
         return {key: None if _not_finite(value) else value for key, value in values.items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from model import ops
 from model.factory import build_flamingo, build_tokenizer
+from model.flops import UsefulFlops
 from model.parameters import frozen_digests
 from trainer.config.deepspeed import deepspeed_json
 from trainer.config.schema import FlamingoRunConfig
@@ -12,6 +15,7 @@ from trainer.distributed import World
 from trainer.engine import partitioned_loading
 from trainer.loop import Task
 from trainer.tasks.builders import check_packing, flamingo_builders
+from trainer.tasks.flops import useful_flops
 
 
 def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
@@ -33,7 +37,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
     check_packing(config.data, model.language_model.lm)
     if config.training.activation_checkpointing:
         model.activation_checkpointing()
-    size = model.vision_encoder.image_size
+    size, sizes = model.vision_encoder.image_size, UsefulFlops.of(model)
     return Task(
         module=model,
         builders=flamingo_builders(config.data, tokenizer, model.vision_encoder),
@@ -43,4 +47,5 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         deepspeed=settings,
         model=config.model.to_dict(),
         frozen=frozen_digests(model, placement.gather),
+        flops=partial(useful_flops, sizes),
     )
