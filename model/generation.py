@@ -17,6 +17,7 @@ from model import media_index as media_indices
 from model.flamingo import Flamingo
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
 from model.language_model import BeforeBlock, Call, calling
+from model.tower_patches import Grid
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def generate(
     media_per_prompt: Sequence[int],
     *,
     max_new_tokens: int,
+    media_grids: Sequence[Grid] | None = None,
     num_beams: int = 1,
     do_sample: bool = False,
     temperature: float = 1.0,
@@ -48,6 +50,7 @@ def generate(
         media: [M, F, 3, Y, X], those of the first prompt, then those of the second, and so on; None: without media.
         media_per_prompt: how many of them belong to each prompt.
         max_new_tokens: at most this many, with the stop token.
+        media_grids: of each medium; ``media`` are then patches of media of any shape, as ``VisionEncoder`` takes them.
         top_k: 0 for no limit. temperature, top_p, length_penalty: as Hugging Face defines them.
         stop_ids: where a text ends; None: at <|endofchunk|> and at the end of the sequence.
         synced_ranks: under ZeRO-3 with several ranks, where every module is a collective: all run the same modules,
@@ -61,7 +64,8 @@ def generate(
         ValueError: a prompt is empty, or media and prompts do not fit each other.
     """
     tokens = model.tokens
-    _check(prompts, media, media_per_prompt, tokens.image_id)
+    media_count = None if media is None else len(media if media_grids is None else media_grids)
+    _check(prompts, media_count, media_per_prompt, tokens.image_id)
     device = model.device
     stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
     ids_BP, mask_BP, index_BP = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, media is None)
@@ -69,10 +73,10 @@ def generate(
     first_BP = media_indices.first_media(index_BP) if model.config.cross_attention.attend == "all" else None
     if (media is None or len(media) == 0) and synced_ranks:
         size = model.vision_encoder.image_size
-        media = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8)  # seen by nobody
+        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # seen by nobody
     projected: dict[int, KeysValues] = {}
     if media is not None and len(media) > 0:
-        projected = model.project_media(model.encode_media(media.to(device)))
+        projected = model.project_media(model.encode_media(media.to(device), media_grids))
     before: dict[int, BeforeBlock] = {
         index: partial(_before_block, block, projected.get(index), index_BP, first_BP)
         for index, block in model.blocks_with_cross_attention().items()
@@ -131,17 +135,17 @@ def _for_step(index_BP: Tensor, length: int) -> Tensor:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], media: Tensor | None, media_per_prompt: Sequence[int], image_id: int
+    prompts: Sequence[Sequence[int]], media_count: int | None, media_per_prompt: Sequence[int], image_id: int
 ) -> None:
     if len(prompts) != len(media_per_prompt):
         raise ValueError(f"{len(prompts)} prompts but media_per_prompt has {len(media_per_prompt)} entries")
     for number, (prompt, count) in enumerate(zip(prompts, media_per_prompt, strict=True)):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: begin it with the token bos_id")
-        if media is not None and (found := sum(token == image_id for token in prompt)) != count:
+        if media_count is not None and (found := sum(token == image_id for token in prompt)) != count:
             raise ValueError(f"prompt {number} has {found} image tokens, but media_per_prompt says {count}")
-    if media is not None and len(media) != sum(media_per_prompt):
-        raise ValueError(f"media has {len(media)} rows, but media_per_prompt adds up to {sum(media_per_prompt)}")
+    if media_count is not None and media_count != sum(media_per_prompt):
+        raise ValueError(f"media has {media_count} rows, but media_per_prompt adds up to {sum(media_per_prompt)}")
 
 
 def _pad_left(

@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from model.pretrained import from_pretrained, tokenizer_of
+    from trainer.data.prompt_images import decoder_of
     from trainer.evaluation import evaluate_task
     from trainer.files import write_json
-    from trainer.generate import decoder_of
 
     disable_progress_bar()
     if config.threads is not None:
@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = from_pretrained(config.model, dtype=config.dtype, device=device)
         tokenizer = tokenizer_of(config.model)
-        decoder = decoder_of(model, config.image_fit)
-        scores = [evaluate_task(model, tokenizer, task, config, decoder) for task in config.tasks]
+        decoders = [decoder_of(model.vision_encoder, config.image_fit, task.image_tokens) for task in config.tasks]
+        scores = [
+            evaluate_task(model, tokenizer, task, config, decoder)
+            for task, decoder in zip(config.tasks, decoders, strict=True)
+        ]
     except (OSError, ValueError, RuntimeError) as error:
         print(f"trainer.evaluate: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model.flamingo import Flamingo
@@ -22,12 +21,16 @@ from trainer.data.decode import ImageDecoder, decode_json, image_member, text_me
 from trainer.data.errors import SampleError
 from trainer.data.manifest import load_manifest
 from trainer.data.mmc4 import image_bytes, parse_document
+from trainer.data.prompt_images import model_media
 from trainer.data.reader import ShardReader
 
 
 @dataclass(frozen=True)
 class Example:
-    """images: uint8 [1, 3, S, S] each, the last one asked for. captions: of each image, the last one the truth."""
+    """images: uint8 [1, 3, height, width] each, the last one asked for.
+
+    captions: of each image, the last one the truth.
+    """
 
     images: tuple[Tensor, ...]
     captions: tuple[str, ...]
@@ -123,13 +126,15 @@ def evaluate_task(
     for start in range(0, len(examples), config.batch_size):
         batch = examples[start : start + config.batch_size]
         with_images = task.control != "without_images"
-        media = torch.stack([image for example in batch for image in example.images]) if with_images else None
+        images = [image for example in batch for image in example.images] if with_images else []
+        media, media_grids = model_media(images, decoder)
         generated = generate(
             model,
             [prompt_of(example, tokenizer, tokenizer.encode) for example in batch],
             media,
             [len(example.images) if with_images else 0 for example in batch],
             max_new_tokens=config.max_new_tokens,
+            media_grids=media_grids,
             num_beams=config.beams,
         )
         captions += [tokenizer.decode(ids).strip() for ids in generated]

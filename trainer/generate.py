@@ -10,44 +10,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from model.flamingo import Flamingo
 from model.generation import generate
 from model.pretrained import from_pretrained, tokenizer_of
 from model.tokens import FlamingoTokenizer
-from trainer.data.decode import ImageDecoder
-from trainer.data.errors import SampleError
-
-
-def decoder_of(model: Flamingo, fit: Literal["pad", "crop", "stretch"] = "pad") -> ImageDecoder:
-    """Image bytes to the model's square input, as in training."""
-    encoder = model.vision_encoder
-    red, green, blue = (round(255 * value) for value in encoder.mean)
-    return ImageDecoder(encoder.image_size, fit, (red, green, blue))
-
-
-def read_images(paths: Sequence[Path], decoder: ImageDecoder) -> Tensor | None:
-    """uint8 [images, 1, 3, size, size]; None for no images.
-
-    Raises: OSError; ValueError naming a file that is no image.
-    """
-    images = []
-    for path in paths:
-        try:
-            images.append(decoder(path.read_bytes())[None])
-        except SampleError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return torch.stack(images) if images else None
+from trainer.data.prompt_images import decoder_of, model_media, read_images
 
 
 def encode_prompt(tokenizer: FlamingoTokenizer, prompt: str) -> list[int]:
     """The ids of a prompt of the user's own, in which ``<image>`` and ``<|endofchunk|>`` are what they say."""
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", default="<image>", help="text with an <image> for each --image (default: <image>)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--image-fit", choices=("pad", "crop", "stretch"), default="pad", help="as data.image_fit")
+    parser.add_argument("--image-tokens", type=_positive, help="as the source's image_tokens (default: squares)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--beams", type=int, default=1, help="beam search with that many beams (the paper: 3)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
@@ -72,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = from_pretrained(arguments.model, dtype=arguments.dtype, device=arguments.device)
         tokenizer = tokenizer_of(arguments.model)
-        media = read_images(arguments.image, decoder_of(model, arguments.image_fit))
+        decoder = decoder_of(model.vision_encoder, arguments.image_fit, arguments.image_tokens)
+        media, media_grids = model_media(read_images(arguments.image, decoder), decoder)
         prompt = encode_prompt(tokenizer, arguments.prompt)
         torch.manual_seed(arguments.seed)
         [new] = generate(
@@ -81,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             media,
             [len(arguments.image)],
             max_new_tokens=arguments.max_new_tokens,
+            media_grids=media_grids,
             num_beams=arguments.beams,
             do_sample=arguments.sample,
             temperature=arguments.temperature,

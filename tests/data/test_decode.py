@@ -237,6 +237,10 @@ def test_members() -> None:
         b"[" * 100_000,
         b'{"a": 1} x',
         b"1" * 10_000,
+        b'{"a": -1' + b"0" * 400 + b"}",
+        b'{"a": "half of a pair: \\ud83d"}',
+        b'{"a": ["\\uDC00\\uD83D"]}',
+        b'{"\\udfff": 1}',
     ],
 )
 def test_json_that_is_refused(data: bytes) -> None:
@@ -246,4 +250,5 @@ def test_json_that_is_refused(data: bytes) -> None:
 
 def test_json_and_text_that_are_taken() -> None:
     assert decode_json(b'{"a": [1, 2.5, "\\u00e9", null, true]}') == {"a": [1, 2.5, "é", None, True]}
+    assert decode_json(b'["\\ud83d\\ude00", "\\\\ud83d"]') == ["\U0001f600", "\\ud83d"]
     assert decode_text("é".encode()) == "é"

@@ -196,6 +196,11 @@ def test_bad_json() -> None:
     assert reason({"json": b"[]"}) == "invalid_document"
     assert reason({"json": b'{"text_list": NaN}'}) == "invalid_json"
     assert reason({"json": b"\xff"}) == "invalid_utf8"
+    half = mmc4(["ab \ud800", "cd"], [0, 1])
+    assert b"\\ud800" in half["json"] and reason(half) == "invalid_json"
+    huge = document(image_info=[{"image_name": "0.png", "matched_text_index": 0, "matched_sim": 10**400}])
+    assert reason(huge, min_similarity=0.1) == "invalid_json"
+    assert reason(document(image_info=[{"image_name": "0.png", "matched_text_index": 10**30}])) == "match_out_of_range"
 
 
 def test_assignment_from_the_similarity_matrix() -> None:

@@ -72,6 +72,8 @@ def test_storage_that_changed_is_an_error(tmp_path: Path) -> None:
 
     shard.write_bytes(data[:-512])
     assert "manifest says" in error()
+    shard.write_bytes(b"")
+    assert "manifest says" in error()
     damaged = bytearray(data)
     damaged[2 * 1024] ^= 1
     shard.write_bytes(damaged)

@@ -13,7 +13,9 @@ from model.config import CrossAttentionConfig
 from model.flamingo import Flamingo
 from model.generation import generate
 from model.tokens import SpecialTokenIds
+from model.tower_patches import Grid
 from tests.model.builders import BEYOND, EOS, FAMILIES, INSIDE, random_media, random_text, tiny_flamingo
+from trainer.data.batch import media_inputs
 
 IMAGE, END = BEYOND.image_id, BEYOND.end_of_chunk_id
 PROMPTS = [[1, IMAGE, 5, 6, END, IMAGE, 7], [1, 9], [1, IMAGE], [1, 4, IMAGE, 8, 11, 12, END, 13, IMAGE, IMAGE, 10, 14]]
@@ -37,6 +39,28 @@ def test_a_batch_gives_the_same_as_its_prompts_one_by_one(family: str) -> None:
     batch = generate(model, PROMPTS, media, COUNTS, **settings)
     assert batch == one_by_one(model, media, **settings)
     assert len({tuple(text) for text in batch}) > 1
+
+
+def test_media_of_any_shape_in_a_batch_are_what_they_are_alone() -> None:
+    model = tiny_flamingo(gates=1.0, seed=1)
+    grids: list[Grid] = [(1, 2, 2), (1, 3, 1), (2, 1, 4), (1, 1, 1), (1, 4, 3), (1, 2, 5)]
+    shapes = [(frames, 3, rows * 8, columns * 8) for frames, rows, columns in grids]
+    generator = torch.Generator().manual_seed(0)
+    media = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
+    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": [EOS]}
+    patches, found = media_inputs(media, 8)
+    assert found == tuple(grids)
+    batch = generate(model, PROMPTS, patches, COUNTS, media_grids=found, **settings)
+    start, alone = 0, []
+    for prompt, count in zip(PROMPTS, COUNTS, strict=True):
+        own, own_grids = media_inputs(media[start : start + count], 8) if count else (None, None)
+        alone += generate(model, [prompt], own, [count], media_grids=own_grids, **settings)
+        start += count
+    assert batch == alone
+    turned = generate(model, PROMPTS, 255 - patches, COUNTS, media_grids=found, **settings)
+    assert turned != batch
+    with pytest.raises(ValueError, match="media has 6 rows, but media_per_prompt adds up to 1"):
+        generate(model, [[1, IMAGE]], patches, [1], media_grids=found, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

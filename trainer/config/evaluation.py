@@ -15,6 +15,7 @@ class EvaluationTask:
 
     name: key in the report. manifest, type: where the samples are and what they are.
     image: the caption of this image of each document is generated, after the true captions of those before it.
+    image_tokens: as the source's in training: None for squares (``image_fit``), else the most patches of an image.
     control: what is done to the images to see whether they matter: "shuffled" gives each sample another one's target
         image, "first_replaced" gives each document another one's first image, "without_images" gives none.
     minimum, maximum: what the figure must reach, or must not exceed.
@@ -26,6 +27,7 @@ class EvaluationTask:
     manifest: Path
     type: Literal["image_text", "interleaved"] = "image_text"
     image: Positive = 1
+    image_tokens: Positive | None = None
     control: Literal["none", "shuffled", "first_replaced", "without_images"] = "none"
     minimum: Probability | None = None
     maximum: Probability | None = None

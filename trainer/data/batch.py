@@ -170,6 +170,7 @@ def collate(
             position_ids[row, n:] = torch.arange(length - n)
     if not media:
         media = [torch.zeros(media_shape, dtype=torch.uint8)]
+    pixels, media_grids = media_inputs(media, patch_size)
     samples = tuple(sample for sequence in sequences for sample in sequence.samples)
     return Batch(
         source,
@@ -177,13 +178,25 @@ def collate(
         attention_mask,
         labels,
         media_index,
-        torch.stack(media) if patch_size is None else torch.cat([to_patches(one, patch_size) for one in media]),
+        pixels,
         samples,
         skipped or Counter(),
         position_ids,
         lane_positions or {},
-        None if patch_size is None else tuple(_grid(one, patch_size) for one in media),
+        media_grids,
     )
+
+
+def media_inputs(media: SequenceOf[Tensor], patch_size: int | None) -> tuple[Tensor, tuple[Grid, ...] | None]:
+    """``media`` and ``media_grids`` as the model takes them, of one medium and more.
+
+    media: uint8 [frames, 3, height, width] each. patch_size: they have any shape of whole patches; None: all have the
+    same, and there are no grids.
+    """
+    if patch_size is None:
+        return torch.stack(list(media)), None
+    patches = torch.cat([to_patches(one, patch_size) for one in media])
+    return patches, tuple(_grid(one, patch_size) for one in media)
 
 
 def to_patches(medium: Tensor, patch_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "
 _PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _ORIENTATION_TAG = 0x0112
 _JPEG_START = b"\xff\xd8\xff"
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _CROP_MARGIN = 4  # sides; a longer image is cut to this aspect before its short side is resized
 
 
@@ -201,15 +203,23 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_json(data: bytes) -> Any:
-    """JSON by the standard: NaN, Infinity, numbers beyond double precision and repeated names are refused.
+    """JSON by the standard: NaN, Infinity, numbers beyond double precision, repeated names and halves of surrogate
+    pairs (which no encoding of text has, and no tokenizer takes) are refused.
 
     Raises SampleError: invalid_utf8, invalid_json.
     """
     text = decode_text(data)
     try:
-        return json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_names
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_finite_int,
+            object_pairs_hook=_unique_names,
         )
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise SampleError("invalid_json", str(error)) from error
 
@@ -222,6 +232,15 @@ def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text} is out of range")
+    return value
+
+
+def _finite_int(text: str) -> int:
+    value = int(text)
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"a number of {len(text)} digits is out of range") from error
     return value
 
 

@@ -163,7 +163,7 @@ def load_manifest(path: Path) -> Manifest:
         columns["samples"],
         columns["bytes"],
         columns["checksum"],
-        beside.astype(np.bool_),
+        beside.view(np.bool_),  # no copy: it may be mapped
     )
 
 
