@@ -1,9 +1,9 @@
 """Memory, time and communication of an update, predicted from a configuration.
 
 What ZeRO sends is what DeepSpeed 0.19 was measured to send (``tests/benchmarks/test_plan.py``; for checkpointed blocks,
-whose recomputation gathers once more, it is an estimate). Partitioned states are exact but for padding. Activations are an
-estimate from the sizes of what a block keeps, and seconds assume ``EFFICIENCY`` of the data sheet's FLOP/s: they rank
-settings, and have to be replaced by ``trainer.benchmark step`` where there is a device.
+whose recomputation gathers once more, it is an estimate). Partitioned states are exact but for padding. Activations are
+an estimate from the sizes of what a block keeps, and seconds assume ``EFFICIENCY`` of the data sheet's FLOP/s: they
+rank settings, and have to be replaced by ``trainer.benchmark step`` where there is a device.
 """
 
 from __future__ import annotations
