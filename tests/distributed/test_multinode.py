@@ -60,7 +60,9 @@ def test_stopped_and_started_again_it_trains_as_one_machine_does(
     command = (SCRIPT, cluster.hostfile, config, "--run_dir", run_dir)
     launched = cluster.start_on(cluster.head, *command, environment=ENVIRONMENT)
     deadline = time.monotonic() + 180
-    while not (run_dir / "ledger/rank-1.jsonl").exists() or (run_dir / "metrics.jsonl").read_text().count("\n") < 2:
+    ledgers, metrics = run_dir / "ledger", run_dir / "metrics.jsonl"
+    # Whichever rank is first: the one writes its ledger, the other the metrics.
+    while not ((ledgers / "rank-1.jsonl").exists() and metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert launched.poll() is None and time.monotonic() < deadline, launched.communicate()[0]
         time.sleep(0.05)
     cluster.send(launched, signal.SIGTERM)
