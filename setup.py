@@ -46,6 +46,7 @@ def torch_folders() -> tuple[list[str], str]:
 
 
 def find_compiler() -> str:
+    """Path of the C++ compiler. Raises: Unavailable."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler: set CXX or install g++")
@@ -53,6 +54,7 @@ def find_compiler() -> str:
 
 
 def find_nvcc() -> str:
+    """Path of the CUDA compiler, of CUDA_HOME first. Raises: Unavailable."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     candidates = [str(Path(home) / "bin" / "nvcc"), shutil.which("nvcc") or ""]
     for candidate in candidates:
@@ -62,7 +64,10 @@ def find_nvcc() -> str:
 
 
 def cuda_code_flags() -> list[str]:
-    """`-gencode` options from TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a" or "8.0+PTX"."""
+    """`-gencode` options from TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a" or "8.0+PTX"; Ampere and later only.
+
+    Raises: Unavailable for a list without any.
+    """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
     flags = []
     for name in names.replace(";", " ").split():
@@ -79,6 +84,7 @@ def cuda_code_flags() -> list[str]:
 
 
 def cpu_rules() -> tuple[list[Path], str, list[str]]:
+    """Sources, compiler and flags of the CPU library. Raises: Unavailable."""
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *STABLE_ABI]
     if platform.machine().lower() in ("x86_64", "amd64") and "clang" not in compiler_name():
         flags.append("-DFLAMINGO_X86_KERNELS")
@@ -86,10 +92,12 @@ def cpu_rules() -> tuple[list[Path], str, list[str]]:
 
 
 def compiler_name() -> str:
+    """What the C++ compiler says of itself, in lower case. Raises: Unavailable."""
     return subprocess.run([find_compiler(), "--version"], capture_output=True, text=True, check=False).stdout.lower()
 
 
 def cuda_rules() -> tuple[list[Path], str, list[str]]:
+    """Sources, compiler and flags of the CUDA library. Raises: Unavailable."""
     if os.environ.get("FLAMINGO_BUILD") == "cpu":
         raise Unavailable("built with FLAMINGO_BUILD=cpu")
     nvcc = find_nvcc()
@@ -103,6 +111,7 @@ def cuda_rules() -> tuple[list[Path], str, list[str]]:
 
 
 def run(command: list[str], folder: Path) -> None:
+    """Run a build command. Raises: Unavailable, with the first errors that it printed."""
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     sys.stdout.write(result.stdout)
     if result.returncode != 0:
@@ -129,6 +138,7 @@ def ninja_text(sources: list[Path], compiler: str, flags: list[str], link: list[
 
 
 def build_library(rules: tuple[list[Path], str, list[str]], libraries: list[str], output: Path, folder: Path) -> None:
+    """Compile ``rules`` (sources, compiler, flags) in ``folder`` and link ``output``. Raises: Unavailable."""
     sources, compiler, flags = rules
     ninja = shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja"))
     if ninja is None:

@@ -9,17 +9,13 @@ import pytest
 import torch
 
 from model import ops
-from model.ops import reference
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
-    CrossCase,
-    assert_as_good_as,
+    check_cross,
+    check_resampler,
     cross_case,
-    cross_truth,
-    gate_terms,
     resampler_case,
-    resampler_truth,
     run_cross,
     run_resampler,
 )
@@ -31,12 +27,6 @@ pytestmark = [
 ]
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 WIDTHS = pytest.mark.parametrize("width", [64, 96, 128])
-
-
-def check_cross(case: CrossCase) -> None:
-    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
-    by_torch = run_cross(reference.masked_cross_attention, case)
-    assert_as_good_as(fused, by_torch, cross_truth(case), gate_terms=gate_terms(case))
 
 
 @TYPES
@@ -53,9 +43,8 @@ def test_cross_attention(dtype: torch.dtype, width: int, so_far: bool) -> None:
 @WIDTHS
 def test_resampler(dtype: torch.dtype, width: int) -> None:
     for seed, (latents, lengths) in enumerate(((64, [300, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]), (64, [0]))):
-        case = resampler_case(lengths, latents=latents, width=width, dtype=dtype, heads=3, seed=seed, device="cuda")
-        fused = run_resampler(ops.resampler_attention, case, backend="fused")
-        assert_as_good_as(fused, run_resampler(reference.resampler_attention, case), resampler_truth(case))
+        options = {"latents": latents, "width": width, "dtype": dtype, "heads": 3, "seed": seed, "device": "cuda"}
+        check_resampler(resampler_case(lengths, **options))
 
 
 def test_training_sizes() -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model import ops
 from model.ops import reference
 
 Results = tuple[Tensor, ...]
@@ -170,6 +171,20 @@ def assert_as_good_as(
             spacing = torch.finfo(x.dtype).eps * rounding * exact.abs().max().item()
         allowed = max(allowed, spacings * spacing)
         assert error <= allowed, f"result {i} is off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def check_cross(case: CrossCase, spacings: float = 1.0) -> None:
+    """The fused op against float64, by the measure above."""
+    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
+    by_torch = run_cross(reference.masked_cross_attention, case)
+    assert_as_good_as(fused, by_torch, cross_truth(case), gate_terms=gate_terms(case), spacings=spacings)
+
+
+def check_resampler(case: ResamplerCase) -> None:
+    """The fused op against float64, by the measure above."""
+    fused = run_resampler(ops.resampler_attention, case, backend="fused")
+    by_torch = run_resampler(reference.resampler_attention, case)
+    assert_as_good_as(fused, by_torch, resampler_truth(case))
 
 
 def _leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -6,29 +6,20 @@ import pytest
 import torch
 
 from model import ops
-from model.ops import reference
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
-    CrossCase,
-    assert_as_good_as,
+    check_cross,
+    check_resampler,
     cross_case,
     cross_truth,
-    gate_terms,
     resampler_case,
-    resampler_truth,
     run_cross,
     run_resampler,
 )
 
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 pytestmark = pytest.mark.usefixtures("cpu_library")
-
-
-def check_cross(case: CrossCase) -> None:
-    fused = run_cross(ops.masked_cross_attention, case, backend="fused")
-    by_torch = run_cross(reference.masked_cross_attention, case)
-    assert_as_good_as(fused, by_torch, cross_truth(case), gate_terms=gate_terms(case))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
@@ -45,10 +36,7 @@ def test_cross_attention(instruction_set: str, dtype: torch.dtype, width: int, s
 @pytest.mark.parametrize("width", [16, 64, 96, 128])
 def test_resampler(instruction_set: str, dtype: torch.dtype, width: int) -> None:
     for latents, lengths in ((64, [100, 0, 63]), (7, [64, 65, 1]), (70, [30, 70])):
-        case = resampler_case(lengths, latents=latents, width=width, dtype=dtype)
-        fused = run_resampler(ops.resampler_attention, case, backend="fused")
-        by_torch = run_resampler(reference.resampler_attention, case)
-        assert_as_good_as(fused, by_torch, resampler_truth(case))
+        check_resampler(resampler_case(lengths, latents=latents, width=width, dtype=dtype))
 
 
 @pytest.mark.parametrize("index", [[-1] * 5, [0], [], [7]], ids=["blind", "one row", "no rows", "last medium"])

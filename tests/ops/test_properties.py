@@ -12,10 +12,10 @@ from model.ops import reference
 from tests.ops.cases import (
     CrossCase,
     ResamplerCase,
+    Results,
     assert_as_good_as,
+    check_cross,
     cross_case,
-    cross_truth,
-    gate_terms,
     resampler_case,
     resampler_truth,
     run_cross,
@@ -60,18 +60,29 @@ def resampler_cases(draw: st.DrawFn) -> ResamplerCase:
     )
 
 
+def as_one_attention(results: Results) -> Results:
+    """The gradients of all keys, and of all values, in one tensor each, as one softmax has them.
+
+    A single latent that gets next to no attention has a gradient of next to nothing, a difference of larger numbers:
+    it says little about the precision by itself.
+    """
+    out, dq, dk_features, dv_features, dk_latents, dv_latents = results
+    keys = torch.cat([dk_features.flatten(), dk_latents.flatten()])
+    return out, dq, keys, torch.cat([dv_features.flatten(), dv_latents.flatten()])
+
+
 @bounded
 @given(cross_cases())
 def test_cross_attention(case: CrossCase) -> None:
-    results = run_cross(ops.masked_cross_attention, case, backend="fused")
-    by_torch = run_cross(reference.masked_cross_attention, case)
-    assert_as_good_as(results, by_torch, cross_truth(case), gate_terms=gate_terms(case), spacings=4)
-    assert (results[0][case.media_index < 0] == 0).all()
+    check_cross(case, spacings=4)
+    out, *_ = run_cross(ops.masked_cross_attention, case, backend="fused")
+    assert (out[case.media_index < 0] == 0).all()
 
 
 @bounded
 @given(resampler_cases())
 def test_resampler(case: ResamplerCase) -> None:
-    results = run_resampler(ops.resampler_attention, case, backend="fused")
+    by_kernel = run_resampler(ops.resampler_attention, case, backend="fused")
     by_torch = run_resampler(reference.resampler_attention, case)
-    assert_as_good_as(results, by_torch, resampler_truth(case), spacings=4)
+    exact = resampler_truth(case)
+    assert_as_good_as(as_one_attention(by_kernel), as_one_attention(by_torch), as_one_attention(exact), spacings=4)
