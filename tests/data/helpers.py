@@ -13,7 +13,10 @@ from PIL import Image
 from webdataset import TarWriter
 
 from trainer import index
+from trainer.config.schema import DataConfig
 from trainer.data.batch import SampleId
+from trainer.data.loader import UpdateLoader
+from trainer.data.sequences import Builder
 from trainer.data.text_encoding import TextEncoding
 
 BOS, EOS, PAD, IMAGE, EOC = 1, 2, 3, 4, 5
@@ -88,3 +91,24 @@ def mmc4(texts: list[str], matches: list[int], **extra: Any) -> dict[str, bytes]
     info = [{"image_name": f"{i}.png", "matched_text_index": match} for i, match in enumerate(matches)]
     members = {f"{i}.png": image_bytes((10 * (i + 1),) * 3) for i in range(len(matches))}
     return {"json": json.dumps({"text_list": texts, "image_info": info, **extra}).encode(), **members}
+
+
+def update_loader(
+    data: DataConfig,
+    builders: Mapping[str, Builder],
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    stop: int = 10,
+    **more: Any,
+) -> UpdateLoader:
+    """The updates ``start`` to ``stop`` of a rank, padded with ``PAD``, dummies of 8 x 8 pixels unless told."""
+    return UpdateLoader(
+        data,
+        builders,
+        rank=rank,
+        world_size=world_size,
+        start_step=start,
+        stop_step=stop,
+        **{"pad_id": PAD, "media_shape": (1, 3, 8, 8), **more},
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tests.data.helpers import build_manifest, image_bytes, mmc4, noise, saved, write_shard
+from tests.data.helpers import build_manifest, image_bytes, mmc4, noise, saved, update_loader, write_shard
 from tests.data.test_reader import Bomb
 from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource
 from trainer.data.batch import SampleId
@@ -21,7 +21,6 @@ from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError
 from trainer.data.image_text import ImageTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
-from trainer.data.loader import UpdateLoader
 from trainer.data.manifest import load_manifest
 from trainer.data.reader import ShardReader
 from trainer.data.sequences import Builder, sample_rng
@@ -130,16 +129,7 @@ def test_each_has_its_reason_and_the_stream_goes_on(
 
     kind = ImageTextSource if source == "pairs" else InterleavedSource
     count = len(samples) + len(whole)
-    loader = UpdateLoader(
-        DataConfig((kind(source, path, 1),), workers=0),
-        {source: build},
-        pad_id=2,
-        media_shape=(1, 3, 8, 8),
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=count,
-    )
+    loader = update_loader(DataConfig((kind(source, path, 1),), workers=0), {source: build}, stop=count)
     batches = [batch for update in loader for batch in update.micro_batches]
     counted = sum((batch.skipped for batch in batches), start=Counter[str]())
     expected = Counter(reason for _, reason in samples.values() if reason is not None)

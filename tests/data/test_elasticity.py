@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.helpers import PAD, build_manifest, encoding, image_bytes, mmc4, text_shards, write_shard
+from tests.data.helpers import build_manifest, encoding, image_bytes, mmc4, text_shards, update_loader, write_shard
 from tests.data.http_server import cut, serve, status
 from trainer import index
 from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, TextSource
@@ -68,16 +68,7 @@ def config(folder: Path, **changes: Any) -> DataConfig:
 
 
 def loader(data: DataConfig, rank: int, world_size: int, start: int, stop: int) -> UpdateLoader:
-    return UpdateLoader(
-        data,
-        BUILDERS,
-        pad_id=PAD,
-        media_shape=(1, 3, 8, 8),
-        rank=rank,
-        world_size=world_size,
-        start_step=start,
-        stop_step=stop,
-    )
+    return update_loader(data, BUILDERS, rank, world_size, start, stop)
 
 
 def run(data: DataConfig, world_size: int, start: int = 0, stop: int = STEPS) -> Ledger:

@@ -13,7 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.helpers import PAD, SAMPLE, build_manifest, encoding, image_bytes, mmc4, saved, write_shard
+from tests.data.helpers import (
+    SAMPLE,
+    build_manifest,
+    encoding,
+    image_bytes,
+    mmc4,
+    saved,
+    update_loader,
+    write_shard,
+)
 from tests.data.videos import video_bytes
 from trainer.config.schema import DataConfig, FilterConfig, ImageTextSource
 from trainer.data.contrastive import ContrastiveBuilder
@@ -21,7 +30,6 @@ from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError
 from trainer.data.image_text import ImageTextBuilder, VideoTextBuilder
 from trainer.data.interleaved import InterleavedBuilder
-from trainer.data.loader import UpdateLoader
 from trainer.data.sequences import Builder, sample_rng
 from trainer.data.text import TextBuilder
 from trainer.data.video import VideoDecoder
@@ -129,10 +137,7 @@ def test_what_is_filtered_is_counted_and_replaced(tmp_path: Path) -> None:
     builders = {"pairs": ImageTextBuilder(encoding(), DECODER, filters=filters)}
     seen = []
     for _ in range(2):
-        updates = UpdateLoader(
-            data, builders, pad_id=PAD, media_shape=(1, 3, 8, 8), rank=0, world_size=1, start_step=0, stop_step=10
-        )
-        batches = [batch for update in updates for batch in update.micro_batches]
+        batches = [batch for update in update_loader(data, builders) for batch in update.micro_batches]
         seen.append([sample for batch in batches for sample in batch.samples])
         skipped = sum((batch.skipped for batch in batches), Counter[str]())
     assert seen[0] == seen[1] and len(seen[0]) == 60

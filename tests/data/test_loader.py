@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.data.helpers import PAD, build_manifest, encoding, image_bytes, mmc4, text_shards, write_shard
+from tests.data.helpers import build_manifest, encoding, image_bytes, mmc4, text_shards, update_loader, write_shard
 from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch, SampleId, Sequence
 from trainer.data.decode import ImageDecoder
@@ -70,16 +70,7 @@ def config(shards: Path, **changes: Any) -> DataConfig:
 
 
 def loader(data: DataConfig, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = STEPS) -> UpdateLoader:
-    return UpdateLoader(
-        data,
-        BUILDERS,
-        pad_id=PAD,
-        media_shape=(1, 3, 8, 8),
-        rank=rank,
-        world_size=world_size,
-        start_step=start,
-        stop_step=stop,
-    )
+    return update_loader(data, BUILDERS, rank, world_size, start, stop)
 
 
 def rows(batches: list[Batch]) -> list[tuple[object, ...]]:

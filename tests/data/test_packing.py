@@ -17,7 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.helpers import BOS, PAD, build_manifest, encoding, image_bytes, mmc4, text_shards, write_shard
+from tests.data.helpers import (
+    BOS,
+    build_manifest,
+    encoding,
+    image_bytes,
+    mmc4,
+    text_shards,
+    update_loader,
+    write_shard,
+)
 from trainer.config.schema import DataConfig, FilterConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch
 from trainer.data.decode import ImageDecoder
@@ -114,17 +123,7 @@ def config(shards: Path, **changes: Any) -> DataConfig:
 def loader(
     data: DataConfig, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = STEPS, **more: Any
 ) -> UpdateLoader:
-    return UpdateLoader(
-        data,
-        BUILDERS,
-        pad_id=PAD,
-        media_shape=(1, 3, 8, 8),
-        rank=rank,
-        world_size=world_size,
-        start_step=start,
-        stop_step=stop,
-        **more,
-    )
+    return update_loader(data, BUILDERS, rank, world_size, start, stop, **more)
 
 
 def documents_of(batch: Batch) -> Iterator[list[tuple[object, ...]]]:
@@ -242,8 +241,8 @@ def test_padding_of_captions_of_8_to_40_tokens_in_rows_of_256(tmp_path: Path) ->
     shares = {}
     for pack in (True, False):
         data = DataConfig((replace(source, pack=pack),))
-        options: Any = {"pad_id": PAD, "media_shape": (1, 3, 2, 2), "rank": 0, "world_size": 1, "start_step": 0}
-        batches = [u.micro_batches[0] for u in UpdateLoader(data, builders, stop_step=15, **options)]
+        updates = update_loader(data, builders, stop=15, media_shape=(1, 3, 2, 2))
+        batches = [update.micro_batches[0] for update in updates]
         lengths = [len(ids) for batch in batches for row in documents_of(batch) for _, ids, *_ in row] if pack else []
         assert not lengths or (min(lengths), max(lengths)) == (8, 40)
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)

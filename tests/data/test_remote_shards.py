@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.data.helpers import PAD, encoding, image_bytes, text_shards, write_shard
+from tests.data.helpers import encoding, image_bytes, text_shards, update_loader, write_shard
 from tests.data.http_server import Server, cut, hang, serve, status, wrong_size
 from trainer import index, inspect
 from trainer.config.schema import DataConfig, ImageTextSource, TextSource
@@ -23,7 +23,6 @@ from trainer.data import shard_scan
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import ShardError
 from trainer.data.image_text import ImageTextBuilder
-from trainer.data.loader import UpdateLoader
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.order import SourceOrder
 from trainer.data.prefetch import BlockPrefetcher
@@ -212,16 +211,7 @@ def test_manifests_of_version_1_are_read(tmp_path: Path) -> None:
 def texts(folder: Path, manifest: Path, **changes: Any) -> list[list[tuple[str, int, list[int]]]]:
     values = {"lanes": 4, "block": 8, "window": 10, "cache_dir": folder / "cache", "read_timeout_seconds": 0.5}
     data = DataConfig((TextSource("text", manifest, 8, max_tokens=30),), **{**values, **changes})
-    loader = UpdateLoader(
-        data,
-        {"text": TextBuilder(encoding(), 30)},
-        pad_id=PAD,
-        media_shape=(1, 3, 8, 8),
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=12,
-    )
+    loader = update_loader(data, {"text": TextBuilder(encoding(), 30)}, stop=12)
     return [
         [(s.shard[-8:], s.index, row.tolist()) for s, row in zip(batch.samples, batch.input_ids, strict=True)]
         for update in loader
@@ -265,16 +255,8 @@ def test_bad_samples_in_remote_shards_are_replaced(server: Server, tmp_path: Pat
     output = tmp_path / "pairs.npz"
     assert index.main(["--output", str(output), "--processes", "1", server.url("pairs.tar")]) == 0
     data = DataConfig((ImageTextSource("pairs", output, 4),), block=8, cache_dir=tmp_path / "cache", window=10)
-    loader = UpdateLoader(
-        replace(data, max_bad_fraction=1.0),
-        {"pairs": ImageTextBuilder(encoding(), ImageDecoder(8))},
-        pad_id=PAD,
-        media_shape=(1, 3, 8, 8),
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=10,
-    )
+    builders = {"pairs": ImageTextBuilder(encoding(), ImageDecoder(8))}
+    loader = update_loader(replace(data, max_bad_fraction=1.0), builders)
     batches = [batch for update in loader for batch in update.micro_batches]
     assert all(sample.index % 7 for batch in batches for sample in batch.samples)
     assert sum(batch.skipped["empty_image"] for batch in batches) >= 6
