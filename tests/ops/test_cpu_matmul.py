@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from model.ops import cpu_matmul
 from tests.distributed.processes import run_distributed
+from trainer.distributed import World
 
 ROWS, WIDTH, COLUMNS = 160, 128, 192
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -20,6 +21,10 @@ ONEDNN = "mkldnn::_linear_pointwise"
 def test_products_and_gradients_are_onednn_s_up_to_rounding() -> None:
     """In a process of its own: the products are replaced for good."""
     run_distributed(_products_and_gradients, 1)
+
+
+def test_training_on_the_cpu_uses_them() -> None:
+    run_distributed(_engine, 1)
 
 
 @pytest.mark.parametrize("missing", ["vendor", "instruction set", "library"])
@@ -35,7 +40,7 @@ def test_elsewhere_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch, missing:
     assert _products_of_onednn(lambda: torch.ones(ROWS, WIDTH) @ torch.ones(WIDTH, COLUMNS)) == 0
 
 
-def _products_and_gradients(world: object) -> None:
+def _products_and_gradients(world: World) -> None:
     torch.manual_seed(0)
     cpu_matmul.why_not_onednn = lambda: None  # the library is right wherever it runs, and faster only there
     assert cpu_matmul.use_onednn()
@@ -59,6 +64,16 @@ def _products_and_gradients(world: object) -> None:
     assert (torch.ones(0, WIDTH) @ weight.t()).shape == (0, COLUMNS)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         matrix @ weight
+
+
+def _engine(world: World) -> None:
+    from trainer.config.schema import OptimizerConfig
+    from trainer.engine import Engine
+
+    cpu_matmul.why_not_onednn = lambda: None
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
+    engine = Engine(nn.Linear(WIDTH, COLUMNS), OptimizerConfig(), settings, world)
+    assert _products_of_onednn(lambda: engine.module(torch.randn(ROWS, WIDTH))) == 1
 
 
 def _with_gradients(inputs: list[Tensor]) -> list[Tensor]:
