@@ -17,7 +17,7 @@ from model import media_index as media_indices
 from model.config import FlamingoConfig
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
 from model.language_model import BeforeBlock, Call, LanguageModel
-from model.loss import label_positions, summed_cross_entropy
+from model.loss import label_positions, labels_after, summed_cross_entropy
 from model.perceiver_resampler import PerceiverResampler
 from model.tokens import SpecialTokenIds
 from model.tower_patches import Grid, feature_offsets
@@ -89,6 +89,7 @@ class Flamingo(nn.Module):
         media: Tensor | None = None,
         position_ids: Tensor | None = None,
         media_grids: Sequence[Grid] | None = None,
+        positions: Tensor | None = None,
     ) -> FlamingoOutput:
         """The loss of a batch, or its logits.
 
@@ -101,12 +102,16 @@ class Flamingo(nn.Module):
             position_ids: int64 [B, L], for packed documents: restarts at 0 with each of them. Give no attention mask
                 then.
             media_grids: ``media`` are then patches of media of any shape, as ``VisionEncoder`` takes them.
+            positions: int64 [N], ``label_positions`` of the labels; None: found here, and the host waits for a GPU.
 
         Returns:
             ``loss`` where labels are given, else ``logits``.
         """
         documents = None if position_ids is None else media_indices.documents_from_positions(position_ids)
-        positions, targets = (None, None) if labels is None else label_positions(labels)
+        targets = None
+        if labels is not None:
+            positions = label_positions(labels) if positions is None else positions
+            targets = labels_after(labels, positions)
         latents = None if media is None else self.encode_media(media, media_grids)
         if latents is not None and media_index is None:
             media_index = media_indices.preceding(input_ids, self.tokens.image_id, documents)

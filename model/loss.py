@@ -73,16 +73,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad[:2])
         grad_NE = torch.empty_like(hidden_NE) if needs_gradient else None
         grad_KE = torch.zeros_like(rows_KE, dtype=wide)
-        tokens_K = torch.tensor(token_ids_K, device=labels_N.device)
         replaced = [token for token in token_ids_K if token < len(table_VE)]
         step = max(1, _CHUNK_BYTES // (4 * len(table_VE)))
         for start in range(0, len(labels_N), step):
             hidden, labels = hidden_NE[start : start + step], labels_N[start : start + step, None]
-            is_new_NK = labels == tokens_K
+            # Token by token: a tensor of their ids would have to come from the host, which waits for the device.
+            is_new_NK = torch.cat([labels == token for token in token_ids_K], dim=-1)
             in_table_N1 = ~is_new_NK.any(-1, keepdim=True)
             column_N1 = labels.clamp(max=len(table_VE) - 1)
             logits_NV = F.linear(hidden, table_VE, bias_V).to(wide)
-            logits_NV[:, replaced] = -torch.inf
+            for token in replaced:
+                logits_NV[:, token] = -torch.inf
             new_NK = F.linear(hidden, rows_KE).to(wide)
             label_logit = torch.where(in_table_N1, logits_NV.gather(-1, column_N1), (new_NK * is_new_NK).sum(-1, True))
             highest = torch.maximum(logits_NV.amax(-1, True), new_NK.amax(-1, True))
@@ -122,13 +123,19 @@ def head_cross_entropy(
     return total
 
 
-def label_positions(labels_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the next token has a label, as positions in the flattened [B * L], and those labels, [N] each.
+def label_positions(labels_BL: Tensor) -> Tensor:
+    """Where the next token has a label: int64 [N], positions in the flattened [B * L].
 
     labels stand at their token's own position and are predicted from the position before; the first of a row never is.
+    On a GPU the host waits to learn how many there are, so the collator asks before the batch goes there.
     """
-    shifted_BL = torch.full_like(labels_BL, IGNORED_LABEL)
-    shifted_BL[:, :-1] = labels_BL[:, 1:]
-    shifted = shifted_BL.flatten()
-    positions = (shifted != IGNORED_LABEL).nonzero().squeeze(1)
-    return positions, shifted[positions]
+    return (_next_labels(labels_BL) != IGNORED_LABEL).nonzero().squeeze(1)
+
+
+def labels_after(labels_BL: Tensor, positions_N: Tensor) -> Tensor:
+    """The labels that these positions predict, [N]."""
+    return _next_labels(labels_BL)[positions_N]
+
+
+def _next_labels(labels_BL: Tensor) -> Tensor:
+    return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()

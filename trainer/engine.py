@@ -21,6 +21,7 @@ from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from model.ops.cpu_matmul import use_onednn
 from trainer.config.schema import OptimizerConfig
 from trainer.distributed import World
 from trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
@@ -82,6 +83,8 @@ class Engine:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, settings: dict[str, Any], world: World) -> None:
         self.world = world
+        if world.device.type == "cpu":
+            use_onednn()
         self._learning_rate = optimizer.lr
         groups = parameter_groups(module.named_parameters(), optimizer)
         if not groups:

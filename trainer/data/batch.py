@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.loss import label_positions
 from model.tower_patches import Grid
 from trainer.data.packing import LanePosition
 
@@ -72,6 +73,7 @@ class Batch:
     position_ids: of packed rows, int64 [B, L], restarting at 0 with each document and with the padding, which is then a
         document of its own. Documents do not attend to one another (``model.flamingo``).
     lane_positions: where packed lanes stand after this batch.
+    positions: ``model.loss.label_positions`` of the labels, found before a GPU has them: asking it would mean waiting.
     """
 
     source: str
@@ -85,6 +87,7 @@ class Batch:
     position_ids: Tensor | None = None
     lane_positions: Mapping[int, LanePosition] = field(default_factory=dict)
     media_grids: tuple[Grid, ...] | None = None
+    positions: Tensor | None = None
 
     @property
     def medium_count(self) -> int:
@@ -117,7 +120,8 @@ class Batch:
         attention = "attention_mask" if self.position_ids is None else "position_ids"
         names = ("input_ids", attention, "labels", "media_index", "media")
         found = {name: getattr(self, name) for name in names}
-        return found if self.media_grids is None else {**found, "media_grids": self.media_grids}
+        optional = {"media_grids": self.media_grids, "positions": self.positions}
+        return found | {name: value for name, value in optional.items() if value is not None}
 
     def map_tensors(self, name: str, *args: object, **kwargs: object) -> Batch:
         """The batch with a tensor method (``to``, ``pin_memory``) applied to each of its tensors."""
@@ -184,6 +188,7 @@ def collate(
         position_ids,
         lane_positions or {},
         media_grids,
+        label_positions(labels),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from model.factory import torch_dtype
-from model.loss import label_positions, summed_cross_entropy
+from model.loss import label_positions, labels_after, summed_cross_entropy
 from trainer.config.deepspeed import deepspeed_json
 from trainer.config.schema import LanguageModelRunConfig, TokenizerTrainingConfig
 from trainer.data.decode import text_member
@@ -47,14 +47,17 @@ class CausalLanguageModel(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        positions: Tensor | None = None,
         **unused: Tensor,
     ) -> LanguageModelOutput:
         """All int64 [B, L]; labels at their token's own position, -100 ignored. Packed documents come as position_ids
-        that restart with each, and without an attention mask."""
+        that restart with each, and without an attention mask. positions: ``label_positions`` of the labels, if known.
+        """
         attention = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
         logits = self.language_model(input_ids=input_ids, use_cache=False, **attention).logits
-        positions, targets = label_positions(labels)
-        return LanguageModelOutput(summed_cross_entropy(logits.flatten(0, 1)[positions], targets))
+        positions = label_positions(labels) if positions is None else positions
+        loss = summed_cross_entropy(logits.flatten(0, 1)[positions], labels_after(labels, positions))
+        return LanguageModelOutput(loss)
 
 
 def read_texts(manifest: Path) -> Iterator[str]:
