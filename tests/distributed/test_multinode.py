@@ -13,10 +13,7 @@ import pytest
 
 from tests.distributed import nodes
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, write_settings
-from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, train_here, write_settings
 
 pytestmark = pytest.mark.distributed
 SCRIPT = nodes.ROOT / "launch_scripts" / "multinode.sh"
@@ -35,16 +32,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nodes.Cluster]
     nodes.require("pdsh")
     with nodes.cluster(tmp_path_factory.mktemp("nodes"), count=2) as made:
         yield made
-
-
-def train_here(world: World, path: Path) -> None:
-    """The same run without a launcher, on processes of this machine."""
-    from trainer.loop import train
-    from trainer.tasks.flamingo import build_flamingo_task
-
-    config = load_config(path, [], FlamingoRunConfig)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    train(build_flamingo_task(config, world), config, world)
 
 
 def test_stopped_and_started_again_it_trains_as_one_machine_does(
