@@ -11,7 +11,7 @@
 #   FORWARD="NAME ..."    environment variables to set on the nodes, besides those of FORWARDED below
 #   PREFLIGHT=0           skip the checks
 #
-# SIGTERM, SIGUSR1 or Ctrl-C asks every rank to save and end; a second one ends the job at once.
+# SIGTERM, SIGUSR1 or Ctrl-C asks every rank to save and end; a second one, or SIGUSR2, ends the job at once.
 # Exit codes: 0 the run is complete; 75 it was asked to end, and did: start it again; 2 the hostfile or the
 # configuration is wrong; others: it failed. The clone and its .venv have to be at the same path on all nodes, and the
 # run folder on a file system that they share. See hostfile.example.
@@ -89,16 +89,24 @@ on_every_host() {
     wait "${waiting[@]}" || true # a host that is gone has no processes either
 }
 
-# Signals the job's ranks, and not the loader processes and launchers around them.
+# Signals the job's ranks, and not the loader processes and launchers around them; KILL ends the launchers first.
 signal_ranks() {
     on_every_host "$FLAMINGO_JOB" "$1" <<'RANKS'
 is_rank() { tr '\0' '\n' <"/proc/$1/environ" | grep -qE '^(OMPI_COMM_WORLD_)?RANK='; }
+is_launcher() { tr '\0' ' ' <"/proc/$1/cmdline" | grep -qF 'deepspeed.launcher.launch'; }
+launchers=() ranks=()
 for folder in /proc/[0-9]*; do
     process=${folder#/proc/}
     { tr '\0' '\n' <"$folder/environ" | grep -qxF "FLAMINGO_JOB=$1"; } 2>/dev/null || continue
     parent=$(sed -n 's/^PPid:\t//p' "$folder/status" 2>/dev/null)
-    if is_rank "$process" && ! is_rank "$parent"; then kill "-$2" "$process"; fi
+    if is_launcher "$process"; then
+        launchers+=("$process")
+    elif is_rank "$process" && ! is_rank "$parent"; then
+        ranks+=("$process")
+    fi
 done 2>/dev/null
+if [ "$2" != KILL ]; then launchers=(); fi
+for process in "${launchers[@]}" "${ranks[@]}"; do kill "-$2" "$process"; done 2>/dev/null
 RANKS
 }
 
@@ -109,10 +117,16 @@ stop() {
         echo "multinode: asking every rank to save and end" >&2
         signal_ranks USR1
     else
-        echo "multinode: ending the job" >&2
-        kill -TERM -- "-$running"
-        signal_ranks KILL
+        end_now
     fi
+}
+
+# Asked to end in order, DeepSpeed's runner would first wait for nodes that are gone, and stop other jobs on the nodes.
+end_now() {
+    asked=2
+    echo "multinode: ending the job" >&2
+    kill -KILL -- "-$running"
+    signal_ranks KILL
 }
 
 # pdsh hands the command to a shell on each host; DeepSpeed itself puts double quotes around what has a space in it.
@@ -140,6 +154,7 @@ setsid deepspeed --hostfile "$hostfile" --launcher "$launcher" --launcher_args="
     --module "${TRAINER:-trainer.train}" "${arguments[@]}" &
 running=$!
 trap stop TERM USR1 INT
+trap end_now USR2
 code=0
 while wait "$running" || code=$?; kill -0 "$running" 2>/dev/null; do :; done
 code=0

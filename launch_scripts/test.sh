@@ -27,7 +27,7 @@ stage() {
 # Best effort and bounded in time. The daemons are started by the tests alone, on nodes made of namespaces.
 system_packages() {
     local program missing=()
-    for program in ip sshd pdsh mpirun munged slurmctld; do
+    for program in ip sshd pdsh mpirun munged slurmctld faketime; do
         PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null || missing+=("$program")
     done
     if [ ${#missing[@]} -eq 0 ]; then return; fi
@@ -36,7 +36,7 @@ system_packages() {
         return
     fi
     local install=(apt-get -qq install -y --no-install-recommends
-        iproute2 openssh-server openssh-client pdsh openmpi-bin munge slurm-wlm)
+        iproute2 openssh-server openssh-client pdsh openmpi-bin munge slurm-wlm faketime)
     if ! { timeout 60 apt-get -qq update && timeout 60 "${install[@]}" --download-only &&
         RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive timeout 90 "${install[@]}"; } </dev/null >/dev/null 2>&1; then
         echo "could not be installed: tests that need ${missing[*]} are skipped"

@@ -122,6 +122,16 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(bool(self._deepspeed.was_step_applied()), float("nan") if norm is None else float(norm))
 
+    def shard_sizes(self) -> list[tuple[torch.dtype, int]]:
+        """Type and length of this rank's optimiser tensors that ``save`` gives: weights and their two moments."""
+        zero = self._deepspeed.optimizer
+        if self._deepspeed.zero_optimization_stage() == 3:
+            weights = moments = zero.fp32_partitioned_groups_flat
+        else:
+            moments = zero.single_partition_of_fp32_groups
+            weights = zero._get_groups_without_padding(moments)  # cut off of these alone
+        return [(tensor.dtype, tensor.numel()) for tensor in (*weights, *moments, *moments)]
+
     def save(self, folder: Path, tag: str, write: Write) -> None:
         """Give this rank's shards of trainable weights and optimiser to ``write``, with their paths in ``folder/tag``.
 

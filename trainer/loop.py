@@ -115,7 +115,7 @@ def _train_from_checkpoint(run: _Run) -> None:
     loader = _loader(run, state)
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
-    checkpoints = Checkpoints(folder, config.checkpoint, world)
+    checkpoints = Checkpoints(folder, config.checkpoint, world, engine.shard_sizes())
 
     def can_go_back(step: int) -> bool:
         watchdog.alive("looking for a checkpoint to go back to", slow=True)

@@ -35,7 +35,7 @@ from trainer.entry import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_OK, is_complete
 from trainer.errors import TrainerError
 from trainer.resilience.events import EventLog
 from trainer.resilience.hosts import Host, read_hostfile, unreachable, write_hostfile
-from trainer.resilience.restarts import RestartPolicy, choose_hosts, read_events, read_failure
+from trainer.resilience.restarts import RestartPolicy, choose_hosts, read_events, read_failure, steps_done
 
 EXIT_ASKED_TO_END = 75
 _WAIT_FOR_NODES_SECONDS = 30.0
@@ -91,6 +91,8 @@ class Supervisor:
         self._ssh_arguments = shlex.split(os.environ.get("SSH_ARGS", ""))
         self._events = EventLog(config.run_dir)
         self._asked = 0
+        self._lost: frozenset[str] = frozenset()  # nodes that the job now running, or the last one, lost
+        self._trained: set[str] = set()  # nodes on which the last job trained
         self._job: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -132,21 +134,33 @@ class Supervisor:
         environment = {**os.environ, "TRAINER": self._module, "MASTER_PORT": str(_free_port())}
         # Of options given twice ssh takes the first: multinode.sh would wait longer for a node that is gone.
         environment["SSH_ARGS"] = shlex.join([*self._ssh_arguments, *_IMPATIENT_SSH])
+        names = {host.name for host in hosts}
+        if hosts and names <= self._trained:
+            environment["PREFLIGHT"] = "0"  # these nodes trained together a moment ago
         # A session of its own: a terminal's Ctrl-C comes to the supervisor only, which asks the ranks in order.
         self._job = subprocess.Popen(command, cwd=None if not hosts else _ROOT, env=environment, start_new_session=True)
-        probed, silent_before, ending = time.monotonic(), frozenset[str](), False
+        before = steps_done(self._config.run_dir)
+        self._watch(hosts)
+        self._trained = names if steps_done(self._config.run_dir) > before else set()
+        return self._job.returncode
+
+    def _watch(self, hosts: Sequence[Host]) -> None:
+        """Until the job has ended, and end it when one of its nodes is gone."""
+        assert self._job is not None
+        begun, silent_before = time.monotonic(), frozenset[str]()
         while self._job.poll() is None:
             time.sleep(_POLL_SECONDS)
-            if hosts and time.monotonic() - probed > _PROBE_SECONDS:
-                silent = frozenset(unreachable(hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS))
-                lost = silent & silent_before  # twice, so that one lost packet ends no job
-                if lost and not ending:
-                    ending = True
-                    self._events.write("node_lost", hosts=sorted(lost))
-                    self._say(f"lost {', '.join(sorted(lost))}: ending the job on the other nodes")
-                    self._end_job()
-                probed, silent_before = time.monotonic(), silent
-        return self._job.returncode
+            if not hosts or self._lost or time.monotonic() - begun < _PROBE_SECONDS:
+                continue
+            # Counted from its beginning: a probe that had to wait for an answer is repeated at once.
+            begun = time.monotonic()
+            silent = frozenset(unreachable(hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS))
+            self._lost = silent & silent_before  # twice, so that one lost packet ends no job
+            silent_before = silent
+            if self._lost:
+                self._events.write("node_lost", hosts=sorted(self._lost))
+                self._say(f"lost {', '.join(sorted(self._lost))}: ending the job on the other nodes")
+                self._end_job()
 
     def _command(self) -> tuple[list[str], tuple[Host, ...]]:
         """What to start, and on which hosts. Raises: TrainerError when no world size is left."""
@@ -154,7 +168,11 @@ class Supervisor:
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             where = ["--num_accelerators", str(self._processes), "--master_port", str(_free_port())]
             return [launcher, *where, "--module", self._module, *self._arguments], ()
-        silent = unreachable(self._hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS)
+        # Who was lost a moment ago is not asked again, which would take the longest; at the next start it is.
+        silent = dict.fromkeys(self._lost, "just lost")
+        others = [host for host in self._hosts if host.name not in silent]
+        silent |= unreachable(others, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS)
+        self._lost = frozenset()
         sizes = allowed_world_sizes(self._config)
         hosts = choose_hosts(self._hosts, silent.keys(), self._policy.suspects, sizes)
         if not hosts:
@@ -189,10 +207,8 @@ class Supervisor:
     def _end_job(self) -> None:
         """Now, without saving."""
         assert self._job is not None
-        if self._hosts:  # twice ends the job on all its nodes
-            self._job.send_signal(signal.SIGTERM)
-            time.sleep(_POLL_SECONDS)
-            self._job.send_signal(signal.SIGTERM)
+        if self._hosts:
+            self._job.send_signal(signal.SIGUSR2)
             return
         for process in [*psutil.Process(self._job.pid).children(recursive=True), psutil.Process(self._job.pid)]:
             _send(process, signal.SIGKILL)

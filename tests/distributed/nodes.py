@@ -44,7 +44,7 @@ mount --bind {folder}/hosts.{name} /etc/hosts
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 ip link set lo up
 read -r connected
-exec {sshd} -D -e -f {folder}/sshd_config
+exec {sshd} -D -e -f {folder}/sshd_config.{name}
 """
 _SSH_CONFIG = """Host *
   IdentityFile {folder}/key
@@ -115,9 +115,9 @@ class Cluster:
         self._running: list[subprocess.Popen[str]] = []
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
         (folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=folder))
-        (folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=folder))
         everyone = [self.head, *self.nodes]
         for node in everyone:
+            self._sshd_config(node).write_text(_SSHD_CONFIG.format(folder=folder))
             lines = ["127.0.0.1 localhost", f"127.0.1.1 {node.name}"]
             lines += [f"{other.address} {other.name}" for other in everyone if other is not node]
             (folder / f"hosts.{node.name}").write_text("\n".join(lines) + "\n")
@@ -156,6 +156,19 @@ class Cluster:
         ssh = ("ssh", "-o", "ConnectTimeout=1", node.address, "true")
         _until(lambda: self.run_on(self.head, *ssh)[0] == 0, f"ssh to {node.name}")
 
+    def set_environment(self, node: Node, **variables: str) -> None:
+        """What every login on a node has from now on; without variables as at the beginning."""
+        lines = ["SetEnv " + " ".join(f"{name}={value}" for name, value in variables.items())] if variables else []
+        self._sshd_config(node).write_text("\n".join([_SSHD_CONFIG.format(folder=self.folder), *lines]))
+        os.kill(node.pid, signal.SIGHUP)  # sshd starts itself anew
+        expected = {f"{name}={value}" for name, value in variables.items()}
+
+        def is_set() -> bool:
+            code, output = self.run_on(self.head, "ssh", "-o", "ConnectTimeout=1", node.address, "env")
+            return code == 0 and expected <= set(output.splitlines())
+
+        _until(is_set, f"sshd on {node.name}")
+
     def start_on(
         self, node: Node, *command: str | Path, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> subprocess.Popen[str]:
@@ -190,6 +203,9 @@ class Cluster:
         """Signal a command that ``start_on`` started."""
         (command,) = psutil.Process(process.pid).children()
         command.send_signal(number)
+
+    def _sshd_config(self, node: Node) -> Path:
+        return self.folder / f"sshd_config.{node.name}"
 
     def _boot(self, node: Node) -> None:
         """Its namespaces and its process 1, which waits for the network before it becomes sshd."""

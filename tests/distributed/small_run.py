@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from tests.data.helpers import build_manifest, image_bytes, mmc4, write_shard
 from tests.model.builders import FAMILIES, write_tower
+from trainer.config.loader import load_config
+from trainer.config.schema import FlamingoRunConfig
+from trainer.distributed import World
 
 WORDS = "red green blue dark light".split()
 
@@ -102,6 +105,16 @@ def write_settings(path: Path, settings: dict[str, Any]) -> Path:
     """The YAML of a run."""
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def train_here(world: World, path: Path) -> None:
+    """The run of a YAML without a launcher, on processes of this machine (for ``run_distributed``)."""
+    from trainer.loop import train
+    from trainer.tasks.flamingo import build_flamingo_task
+
+    config = load_config(path, [], FlamingoRunConfig)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    train(build_flamingo_task(config, world), config, world)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

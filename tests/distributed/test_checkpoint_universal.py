@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,12 +126,28 @@ def everything(engine: Engine) -> dict[str, Any]:
     return found
 
 
+def saved_sizes(engine: Engine, folder: Path) -> Counter[tuple[torch.dtype, int]]:
+    """Type and length of every tensor that a save hands over."""
+    found: Counter[tuple[torch.dtype, int]] = Counter()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[value.dtype, value.numel()] += 1
+        elif isinstance(value, (dict, list, tuple)):
+            for item in value.values() if isinstance(value, dict) else value:
+                look(item)
+
+    engine.save(folder, "sizes", lambda value, path: look(value))
+    return found
+
+
 def train_and_save(world: World, folder: Path) -> list[tuple[dict[str, Any], list[float]]]:
     results = []
     for number, variant in enumerate(VARIANTS):
         engine = build(world, variant)
         updates(engine, world, range(BEFORE), variant[1])
-        checkpoints = Checkpoints(folder / str(number), CheckpointConfig(), world)
+        assert not Counter(engine.shard_sizes()) - saved_sizes(engine, folder / "sizes" / str(number)), variant
+        checkpoints = Checkpoints(folder / str(number), CheckpointConfig(), world, engine.shard_sizes())
         checkpoints.save(TrainingState(BEFORE, world.size, {}, {}, {}), "run_dir: here\n", engine.save)
         saved = everything(engine)
         results.append((saved, updates(engine, world, range(BEFORE, BEFORE + AFTER), variant[1])))

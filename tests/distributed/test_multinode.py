@@ -7,16 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import files, version
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import nodes
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, write_settings
-from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, train_here, write_settings
 
 pytestmark = pytest.mark.distributed
 SCRIPT = nodes.ROOT / "launch_scripts" / "multinode.sh"
@@ -35,16 +33,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nodes.Cluster]
     nodes.require("pdsh")
     with nodes.cluster(tmp_path_factory.mktemp("nodes"), count=2) as made:
         yield made
-
-
-def train_here(world: World, path: Path) -> None:
-    """The same run without a launcher, on processes of this machine."""
-    from trainer.loop import train
-    from trainer.tasks.flamingo import build_flamingo_task
-
-    config = load_config(path, [], FlamingoRunConfig)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    train(build_flamingo_task(config, world), config, world)
 
 
 def test_stopped_and_started_again_it_trains_as_one_machine_does(
@@ -80,20 +68,34 @@ def test_stopped_and_started_again_it_trains_as_one_machine_does(
     assert (run_dir / "complete").exists()
 
 
+def metadata_of(package: str) -> Path:
+    """The file that says which version of a package is installed."""
+    [path] = [path for path in files(package) or () if path.name == "METADATA" and path.parent.suffix == ".dist-info"]
+    return Path(str(path.locate()))
+
+
 def preflight(cluster: nodes.Cluster, *arguments: str | Path, hostfile: Path | None = None) -> tuple[int, str]:
     command = (sys.executable, "-m", "trainer.preflight", "--hostfile", hostfile or cluster.hostfile)
     return cluster.run_on(cluster.head, *command, *arguments)
 
 
 def test_preflight_names_the_nodes_that_cannot_train(cluster: nodes.Cluster, tmp_path: Path) -> None:
-    """In one go: a host that is not there, other code on a node, and a run folder that it cannot write."""
+    """In one go: a host that is not there; other code, another version and a run folder that it cannot write on one."""
     first, second = cluster.nodes
     (tmp_path / "run").mkdir()
     (tmp_path / "errors.py").write_text("# older\n" + (nodes.ROOT / "trainer/errors.py").read_text())
-    mounted = [nodes.ROOT / "trainer/errors.py", tmp_path / "run"]
-    cluster.run_on(second, "mount", "--bind", tmp_path / "errors.py", mounted[0])
-    cluster.run_on(second, "mount", "--bind", mounted[1], mounted[1])
-    cluster.run_on(second, "mount", "-o", "remount,ro,bind", mounted[1])
+    metadata = metadata_of("deepspeed")
+    (tmp_path / "METADATA").write_text(
+        metadata.read_text().replace(f"\nVersion: {version('deepspeed')}", "\nVersion: 0.1")
+    )
+    mounted = {
+        nodes.ROOT / "trainer/errors.py": tmp_path / "errors.py",
+        metadata: tmp_path / "METADATA",
+        tmp_path / "run": tmp_path / "run",
+    }
+    for there, here in mounted.items():
+        cluster.run_on(second, "mount", "--bind", here, there)
+    cluster.run_on(second, "mount", "-o", "remount,ro,bind", tmp_path / "run")
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(f"{first.name} slots=1\n{second.name} slots=1\nnode9 slots=1\n")
     try:
@@ -106,6 +108,7 @@ def test_preflight_names_the_nodes_that_cannot_train(cluster: nodes.Cluster, tmp
     assert verdicts == {"node": "verdict", "node0": "ok", "node1": "FAILED", "node9": "FAILED"}
     for expected in (
         "its code differs from that of node0",
+        f"deepspeed is 0.1, {version('deepspeed')} on node0: run launch_scripts/setup.sh",
         "the run folder cannot be written: [Errno 30] Read-only",
         "ssh does not reach it",
         "2 of 3 nodes cannot train: node1, node9",
@@ -121,6 +124,21 @@ def test_preflight_finds_a_run_folder_that_is_not_shared(cluster: nodes.Cluster,
         cluster.run_on(cluster.nodes[1], "umount", tmp_path)
     assert code == 1
     assert "its run folder is not that of node0" in output and "1 of 2 nodes cannot train: node1" in output
+
+
+def test_preflight_finds_a_clock_that_is_wrong(cluster: nodes.Cluster) -> None:
+    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not libraries:
+        pytest.skip("not installed: libfaketime (Debian's faketime), which gives a node another clock")
+    second = cluster.nodes[1]
+    cluster.set_environment(second, LD_PRELOAD=str(libraries[0]), FAKETIME="-300s")
+    try:
+        code, output = preflight(cluster)
+    finally:
+        cluster.set_environment(second)
+    assert code == 1
+    assert "its clock is 300 s behind: start chrony or ntpd on it" in output, output
+    assert "1 of 2 nodes cannot train: node1" in output
 
 
 def test_a_wrong_hostfile_is_told_before_anything_starts(cluster: nodes.Cluster, tmp_path: Path) -> None:

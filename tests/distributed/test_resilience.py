@@ -225,6 +225,9 @@ def test_a_rank_that_waits_for_its_data_is_named(assets: Path, tmp_path: Path) -
     assert [(event["step"], event["rank"], event["host"]) for event in named] == [
         (step, 1, socket.gethostname()) for step in (5, 10)
     ]
+    looks = events(tmp_path / "run", "rank_times")
+    assert [(look["step"], look["data"]["slowest_rank"]) for look in looks] == [(5, 1), (10, 1)]
+    assert all(look["data"]["most"] - look["data"]["least"] > 0.2 for look in looks)
 
 
 def test_a_healthy_run_leaves_no_stacks(skipping: Path) -> None:

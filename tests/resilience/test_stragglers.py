@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.config.resilience import StragglerConfig
-from trainer.resilience.stragglers import RankSeconds, find_stragglers
+from trainer.resilience.stragglers import RankSeconds, find_stragglers, spread
 
 CONFIG = StragglerConfig(factor=2.0, least_seconds=0.1)
 
@@ -26,3 +26,8 @@ def test_ranks_far_above_the_median_are_named(
 ) -> None:
     ranks = [RankSeconds(f"node{n}", *times) for n, times in enumerate(zip(data, compute, strict=True))]
     assert [(rank, what) for rank, _, what, _ in find_stragglers(ranks, CONFIG)] == expected
+
+
+def test_the_spread_names_the_slowest_rank() -> None:
+    ranks = [RankSeconds(f"node{n}", data=seconds, compute=1.0) for n, seconds in enumerate([0.1, 0.7, 0.3])]
+    assert spread(ranks, "data") == {"least": 0.1, "median": 0.3, "most": 0.7, "slowest_rank": 1, "host": "node1"}

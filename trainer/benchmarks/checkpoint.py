@@ -75,8 +75,10 @@ def _engine(world: World, width: int) -> Engine:
 def _measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[Row]:
     engine = _engine(world, width)
     x = torch.randn(64, width, device=world.device)
+    sizes = engine.shard_sizes()
     savers = {
-        mode: Checkpoints(folder / mode, CheckpointConfig(keep_last=1), world) for mode in ("background", "first")
+        mode: Checkpoints(folder / mode, CheckpointConfig(keep_last=1), world, sizes)
+        for mode in ("background", "first")
     }
     savers["synchronous"] = Checkpoints(folder / "synchronous", CheckpointConfig(1, 1, asynchronous=False), world)
     waited: defaultdict[str, list[float]] = defaultdict(list)
@@ -114,9 +116,8 @@ def _waiting(times: dict[str, float]) -> Iterator[Row]:
     yield _row(case, "background", "s", stall, "synchronous", synchronous, synchronous / stall, 10.0)
     plain = times["torch.save"]
     yield _row(case, "background", "s", stall, "torch.save alone", plain, plain / stall)
-    yield _row(
-        case, "first save of a run", "s", times["first"], "synchronous", synchronous, synchronous / times["first"]
-    )
+    first = times["first"]
+    yield _row(case, "first save of a run", "s", first, "synchronous", synchronous, synchronous / first, 10.0)
     slow, alone = times["update while writing"], times["update"]
     yield _row("an update", "while a save is written", "s", slow, "without", alone, alone / slow)
 

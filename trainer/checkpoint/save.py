@@ -8,7 +8,7 @@ agree on it at the ends of updates.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,19 @@ class Checkpoints:
 
     Each method raises CheckpointError on all ranks alike when one of them could not write (a full disk, a read-only
     folder); ``latest`` then still names the older checkpoint.
+
+    expected: type and length of tensors that a save will copy (``Engine.shard_sizes``), to have their memory ready.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        world: World,
+        expected: Sequence[tuple[torch.dtype, int]] = (),
+    ) -> None:
         self._folder, self._config, self._world = folder, config, world
-        self._copies = HostCopies(world.device)
+        self._copies = HostCopies(world.device, expected)
         self._target = folder
         self._writing: BackgroundWork[Entries] | None = None
         self._finishing: BackgroundWork[None] | None = None

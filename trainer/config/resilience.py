@@ -58,6 +58,8 @@ class WatchdogConfig:
 class StragglerConfig:
     """Ranks that hold up the others, named with their hosts in events.jsonl and in a warning.
 
+    At every look events.jsonl also gets ``rank_times``: the least, median and most of all ranks, and who is slowest.
+
     every: updates between two looks. factor: how many times the median a rank's own time has to be; looked at are its
         waiting for data (also at least ``least_seconds`` an update above the median) and a fixed piece of arithmetic.
     """

@@ -1,7 +1,8 @@
 """Slow ranks by name. In synchronous training all ranks take the same time an update: each waits for the slowest.
 
 What is a rank's own is measured apart from the waiting: the seconds from the end of an update to its next collective
-(its data, its host), and, every now and then, a fixed piece of arithmetic on its device.
+(its data, its host), and, every now and then, a fixed piece of arithmetic on its device. Both stand in events.jsonl as
+``rank_times``, with the slowest rank of each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ class RankSeconds:
 
 
 class Stragglers:
-    """Collects a rank's own times, and names those that are far above the others', every ``config.every`` updates."""
+    """Collects the ranks' own times, and names those that are far above the others', every ``config.every`` updates."""
 
     def __init__(self, config: StragglerConfig, world: World, events: EventLog) -> None:
         self._config, self._world, self._events = config, world, events
@@ -46,10 +48,21 @@ class Stragglers:
             return
         mine = RankSeconds(socket.gethostname(), statistics.mean(self._waited), _compute_seconds(self._world.device))
         self._waited.clear()
-        for rank, seconds, what, times in find_stragglers(gather_objects(mine, self._world), self._config):
+        ranks = gather_objects(mine, self._world)
+        self._events.write("rank_times", step, data=spread(ranks, "data"), compute=spread(ranks, "compute"))
+        for rank, seconds, what, times in find_stragglers(ranks, self._config):
             self._events.write("straggler", step, rank=rank, host=seconds.host, what=what, times_median=round(times, 2))
             if self._world.is_main:
                 _log.warning("rank %d on %s is slow: its %s takes %.1f x the median", rank, seconds.host, what, times)
+
+
+def spread(ranks: Sequence[RankSeconds], what: str) -> dict[str, Any]:
+    """How the ranks' seconds of "data" or "compute" lie, and whose are the most."""
+    seconds = [getattr(one, what) for one in ranks]
+    slowest = seconds.index(max(seconds))
+    figures = {"least": min(seconds), "median": statistics.median(seconds), "most": seconds[slowest]}
+    rounded = {name: round(value, 6) for name, value in figures.items()}
+    return {**rounded, "slowest_rank": slowest, "host": ranks[slowest].host}
 
 
 def find_stragglers(ranks: Sequence[RankSeconds], config: StragglerConfig) -> list[tuple[int, RankSeconds, str, float]]:
