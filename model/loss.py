@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IGNORED_LABEL = -100
 _ROWS = 1024  # rows whose float32 copy exists at once: 0.5 GB at a vocabulary of 128 k
@@ -126,7 +127,11 @@ def label_positions(labels_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Where the next token has a label, as positions in the flattened [B * L], and those labels, [N] each.
 
     labels stand at their token's own position and are predicted from the position before; the first of a row never is.
+    Labels without values (fake tensors) are all trained.
     """
+    if isinstance(labels_BL, FakeTensor):
+        positions = labels_BL[:, 1:].flatten()
+        return positions, positions.clone()
     shifted_BL = torch.full_like(labels_BL, IGNORED_LABEL)
     shifted_BL[:, :-1] = labels_BL[:, 1:]
     shifted = shifted_BL.flatten()
