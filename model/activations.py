@@ -119,9 +119,9 @@ def _inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
 class SavedTensors:
     """Counts what autograd keeps while this is open: each storage once, and no parameter.
 
-    total: bytes. blocks: those that a block of the language model was the first to keep. Storages are told apart by
-    their identity, for fake ones have no address; parameters by both, for theirs are saved as views, which may be made
-    anew while they are gathered.
+    total: bytes. blocks: those that a block of the language model was the first to keep. Real parameters are looked up
+    whenever something is saved: ZeRO-3 gives them another storage with each gathering, and what had theirs before may
+    be an activation by then.
     """
 
     def __init__(self, model: Flamingo) -> None:
@@ -133,7 +133,8 @@ class SavedTensors:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> SavedTensors:
-        self._seen = {_identity(p) for p in self._model.parameters()} - {0}
+        parameters = list(self._model.parameters())
+        self._seen = {_identity(p) for p in parameters if isinstance(p, FakeTensor)}
         language_model = self._model.language_model
         self._handles = [
             handle
