@@ -63,9 +63,10 @@ class Flamingo(nn.Module):
         """Where it computes, also while its parameters are partitioned or offloaded."""
         return self.vision_encoder.statistics_bits.device
 
-    def activation_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block of the language model, with its cross-attention, in the backward."""
-        self.language_model.activation_checkpointing(enable)
+    def activation_checkpointing(self, blocks: bool | int = True) -> None:
+        """Recompute blocks of the language model, each with its cross-attention, in the backward: all, none, or the
+        first so many. See ``LanguageModel.activation_checkpointing``."""
+        self.language_model.activation_checkpointing(blocks)
 
     def encode_media(self, media: Tensor, media_grids: Sequence[Grid] | None = None) -> Tensor:
         """uint8 (or floating point in 0..1) pixels [M, F, 3, Y, X] -> latents [M, R, W].

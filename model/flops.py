@@ -39,7 +39,7 @@ class UsefulFlops:
         text (N_xq: query, output, feed-forward); cross_media: on latents (N_xkv: keys, values); cross_attention: sum
         over them of heads * head width. latents: of a medium. features: of a frame. resampler_features,
         resampler_latents: weights that act on each feature and on each latent; resampler_attention: sum over its
-        layers of heads * head width. vision: forward FLOPs of the tower for a frame.
+        layers of heads * head width. vision: forward FLOPs of the tower for a frame. blocks: of the language model.
     """
 
     lm_weights: int
@@ -54,6 +54,7 @@ class UsefulFlops:
     resampler_latents: int
     resampler_attention: int
     vision: int
+    blocks: int
 
     @classmethod
     def of(cls, model: Flamingo) -> UsefulFlops:
@@ -81,6 +82,7 @@ class UsefulFlops:
             resampler_latents=sum(_matrices(layer.parameters()) for layer in layers),
             resampler_attention=sum(layer.attention.heads * layer.attention.head_width for layer in layers),
             vision=model.vision_encoder.flops,
+            blocks=language_model.blocks,
         )
 
     def parts(self, workload: Workload) -> dict[str, float]:

@@ -100,6 +100,7 @@ class LanguageModel(nn.Module):
     """A frozen causal LM with separate rows for new tokens. Submodules: ``lm``, ``input_rows``, ``output_rows``.
 
     Attributes: ``width`` of the hidden states, ``blocks`` (their number), ``vocabulary`` (columns of the logits),
+    ``checkpointed`` (how many of the first blocks the backward recomputes),
     ``fuses_loss``: whether a call with targets gives the loss, for the LM does nothing to its logits.
     """
 
@@ -117,7 +118,7 @@ class LanguageModel(nn.Module):
         text_config = lm.config.get_text_config()
         self.width: int = text_config.hidden_size
         self.blocks: int = text_config.num_hidden_layers
-        self.checkpointing = False
+        self.checkpointed = 0
         lm.requires_grad_(False)
         self.train(False)
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -144,10 +145,23 @@ class LanguageModel(nn.Module):
         self.lm.eval()
         return self
 
-    def activation_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block, with what goes before it, in the backward. Not Hugging Face's own checkpointing: that
-        one runs only in training mode, where dropout would run too."""
-        self.checkpointing = enable
+    def activation_checkpointing(self, blocks: bool | int = True) -> None:
+        """Recompute all blocks, none, or the first so many, each with what goes before it, in the backward.
+
+        The first, for the backward reaches them last: what it recomputes then takes the place of what the kept blocks
+        have already given back. Recomputing the last ones would come on top of everything that is kept. Not Hugging
+        Face's own checkpointing: that one runs only in training mode, where dropout would run too.
+
+        Raises:
+            ValueError: fewer blocks than none, or more than there are.
+        """
+        number = blocks if not isinstance(blocks, bool) else self.blocks if blocks else 0
+        if not 0 <= number <= self.blocks:
+            raise ValueError(
+                f"training.activation_checkpointing {number}: the language model has {self.blocks} blocks; "
+                f"set a number from 0 to {self.blocks}, or true for all"
+            )
+        self.checkpointed = number
 
     def forward(
         self,
@@ -209,7 +223,7 @@ class LanguageModel(nn.Module):
     def _block(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
         before = None if call is None else call.before.get(index)
-        if self.checkpointing and torch.is_grad_enabled():
+        if index < self.checkpointed and torch.is_grad_enabled():
             # No random numbers are drawn in a block (nothing has dropout), so none need be kept for the recomputation.
             return checkpoint(
                 _run_block, original, before, *args, use_reentrant=False, preserve_rng_state=False, **kwargs

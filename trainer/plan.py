@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     # Imported only now: a wrong configuration is reported before torch is loaded.
-    from trainer.cost_model import DEVICES, build_without_weights
+    from trainer.cost_model import DEVICES, ActivationMemory, build_without_weights
     from trainer.prediction import Cluster, predict
 
     if options.device not in DEVICES:
@@ -57,14 +57,16 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
     cluster = Cluster(DEVICES[options.device], options.nodes, options.devices_per_node)
-    model = build_without_weights(config.model)
-    found = predict(config, model, cluster)
+    model = build_without_weights(config.model, config.training.dtype)
+    activations = ActivationMemory(config, model)
+    found = predict(config, model, cluster, activations)
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.device}")
     print(f"  parameters {found.parameters / 1e9:.3f} G, of them trained {found.trainable / 1e9:.3f} G")
     _print_prediction(found)
     ranked = []
     if options.search or not found.fits:
-        tried = [(what, predict(other, model, cluster)) for what, other in variants(config, cluster)]
+        lines = ActivationMemory(config, model, interpolate=True)
+        tried = [(what, predict(other, model, cluster, lines)) for what, other in variants(config, cluster)]
         ranked = sorted((one for one in tried if one[1].fits), key=lambda one: one[1].update_seconds)
     if options.search:
         print("the fastest that fit:" if ranked else "no setting of the search fits")
@@ -89,6 +91,7 @@ def _print_prediction(found: Any) -> None:
     speed = found.samples / found.update_seconds
     print(f"  update   {'in all':28s} {found.update_seconds:10.3f} s, {speed:.0f} samples/s")
     print(f"  sent     {'by a device, an update':28s} {found.sent / GIB:10.2f} GiB")
+    print(f"  {found.recomputed} of the language model's blocks are recomputed in the backward")
     print(f"  2 billion samples {found.days(SAMPLES):28.1f} days", flush=True)
 
 
@@ -117,7 +120,7 @@ def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, Fla
             replace(
                 config,
                 data=replace(config.data, sources=tuple(sources)),
-                training=replace(config.training, activation_checkpointing=checkpointing),
+                training=replace(config.training, activation_checkpointing=checkpointing, activation_memory_gib=None),
                 deepspeed=_with(config.deepspeed, parameters, optimiser, secondary),
             ),
         )

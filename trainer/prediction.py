@@ -1,9 +1,9 @@
 """Memory, time and communication of an update, predicted from a configuration.
 
 What ZeRO sends is what DeepSpeed 0.19 was measured to send (``tests/benchmarks/test_plan.py``; for checkpointed blocks,
-whose recomputation gathers once more, it is an estimate). Partitioned states are exact but for padding. Activations are
-an estimate from the sizes of what a block keeps, and seconds assume ``EFFICIENCY`` of the data sheet's FLOP/s: they
-rank settings, and have to be replaced by ``trainer.benchmark step`` where there is a device.
+whose recomputation gathers once more, it is an estimate). Partitioned states are exact but for padding. Activations
+are counted (``model.activations``). Seconds assume ``EFFICIENCY`` of the data sheet's FLOP/s: they rank settings, and
+have to be replaced by ``trainer.benchmark step`` where there is a device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload
 from trainer.config.deepspeed import deepspeed_json
 from trainer.config.schema import FlamingoRunConfig
-from trainer.cost_model import Device, executed_flops, expected_media
+from trainer.cost_model import (
+    ActivationMemory,
+    Device,
+    checkpointed_blocks,
+    executed_flops,
+    expected_media,
+    micro_batch,
+)
 from trainer.data.plan import SourcePlan, plan_update
 
 EFFICIENCY = 0.5  # of the dense peak: what well-fed matrix products of these sizes reach
 _REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default for stage3_max_reuse_distance and stage3_max_live_parameters
-_LOSS_BUFFERS = 3 * 64 * 2**20  # model.loss: a chunk of float32 logits, its type's copy and the gradient
 _MASTER_AND_MOMENTS = 12  # bytes of an AdamW state in float32
 
 
@@ -45,7 +51,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Prediction:
     """memory: bytes of a device, by what they are for. seconds: of an update, by what they are spent on, which overlaps
-    but for the optimiser. sent: bytes a device sends in an update. samples: of an update."""
+    but for the optimiser. sent: bytes a device sends in an update. samples: of an update. recomputed: how many of the
+    language model's first blocks the backward computes again."""
 
     parameters: int
     trainable: int
@@ -54,6 +61,7 @@ class Prediction:
     sent: float
     samples: int
     device: Device
+    recomputed: int
 
     @property
     def total_memory(self) -> float:
@@ -75,36 +83,42 @@ class Prediction:
         return samples / self.samples * self.update_seconds / 86_400
 
 
-def predict(config: FlamingoRunConfig, model: Flamingo, cluster: Cluster) -> Prediction:
-    """model: on the meta device, from ``cost_model.build_without_weights``.
+def predict(
+    config: FlamingoRunConfig, model: Flamingo, cluster: Cluster, activations: ActivationMemory | None = None
+) -> Prediction:
+    """model: on the meta device, from ``cost_model.build_without_weights``. activations: counts made for the same model
+    and type before, and ZeRO's stage.
 
-    Raises: ValueError where the number of devices does not divide the batches.
+    Raises: ValueError where the number of devices does not divide the batches, or the activations' budget is too small.
     """
     plans = plan_update(config.data, cluster.size)
+    activations = activations or ActivationMemory(config, model)
+    recomputed = checkpointed_blocks(config, activations, plans)
     micro_batches = sum(plan.micro_batches for plan in plans)
     zero = deepspeed_json(config, world_size=cluster.size, micro_batches_per_update=micro_batches)["zero_optimization"]
     width = 2 if config.training.dtype == "bfloat16" else 4
     trainable = _count(p for p in model.parameters() if p.requires_grad)
-    sent = width * sent_elements(model, zero, cluster.size, micro_batches, config.training.activation_checkpointing)
+    sent = width * sent_elements(model, zero, cluster.size, micro_batches, recomputed)
     return Prediction(
         _count(model.parameters()),
         trainable,
-        _memory(config, model, plans, zero, cluster, width),
-        _seconds(config, model, plans, zero, cluster, width, sent),
+        _memory(config, model, zero, cluster, width) | _activations(activations, plans, recomputed),
+        _seconds(config, model, plans, zero, cluster, width, sent, recomputed),
         sent,
         sum(source.batch_size for source in config.data.sources),
         cluster.device,
+        recomputed,
     )
 
 
 def sent_elements(
-    model: Flamingo, zero: Mapping[str, Any], ranks: int, micro_batches: int, checkpointing: bool = False
+    model: Flamingo, zero: Mapping[str, Any], ranks: int, micro_batches: int, recomputed: int = 0
 ) -> float:
     """Numbers that each device sends in an update under ZeRO, all collectives being rings.
 
     Stage 1 reduces once an update and gathers what it updated; stage 2 reduces with every micro-batch. Stage 3 gathers
     all that is not persistent for each forward, and for each backward what is no longer held then; persistent ones,
-    frozen or not, once an update. zero: the json's ``zero_optimization``.
+    frozen or not, once an update. zero: the json's ``zero_optimization``. recomputed: blocks.
     """
     share = (ranks - 1) / ranks
     trainable = _count(p for p in model.parameters() if p.requires_grad)
@@ -122,16 +136,17 @@ def sent_elements(
     table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     if again and table.numel() > threshold:
         again += table.numel() * (3 if table is head else 1)
-    if again and checkpointing:
-        blocks = (model.language_model.decoder_blocks(), model.cross_attention)
-        again += _count(p for part in blocks for p in part.parameters() if p.numel() > threshold)
+    if again:
+        crossings = model.blocks_with_cross_attention()
+        for index, block in enumerate(model.language_model.decoder_blocks()[:recomputed]):
+            parts = [block, crossings[index]] if index in crossings else [block]
+            again += _count(p for part in parts for p in part.parameters() if p.numel() > threshold)
     return share * (micro_batches * (gathered + again + trainable) + persistent)
 
 
 def _memory(
     config: FlamingoRunConfig,
     model: Flamingo,
-    plans: tuple[SourcePlan, ...],
     zero: Mapping[str, Any],
     cluster: Cluster,
     width: int,
@@ -152,36 +167,14 @@ def _memory(
         "node's second partition": width * total / secondary if secondary > 1 else 0.0,
         "gradients": 0.0 if optimiser_away else 4 * trainable / (ranks if stage > 1 else 1),
         "optimiser": 0.0 if optimiser_away else _MASTER_AND_MOMENTS * trainable / ranks,
-        "activations": max(_activations(model, plan, config, width) for plan in plans),
-        "buffers": float(_LOSS_BUFFERS + width * zero.get("reduce_bucket_size", 500_000_000)),
+        "reduce bucket": float(width * zero["reduce_bucket_size"]),
     }
 
 
-def _activations(model: Flamingo, plan: SourcePlan, config: FlamingoRunConfig, width: int) -> float:
-    """What the backward of one micro-batch keeps, and the largest thing that exists besides."""
-    text = model.language_model.lm.config.get_text_config()
-    hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    tokens = plan.micro_batch_size * plan.source.max_tokens
-    media, frames = expected_media(plan.source)
-    media = max(1, media * plan.micro_batch_size)
-    # A frozen block keeps what its norms, attention and gated feed-forward need; a trained one its inputs as well.
-    block = tokens * (8 * hidden + 4 * inner) * width
-    sizes = model.config.cross_attention
-    cross = tokens * (6 * hidden + 3 * sizes.feed_forward_multiplier * hidden) * width
-    blocks, crossings = model.language_model.blocks, len(model.cross_attention)
-    if config.training.activation_checkpointing:
-        text_bytes = (blocks * tokens * hidden) * width + block + cross
-    else:
-        text_bytes = blocks * block + crossings * cross
-    resampler = model.resampler
-    features = media * frames * model.vision_encoder.features
-    attention = model.config.resampler.heads * model.config.resampler.head_width
-    layer = features * (2 * resampler.width + 2 * attention) + media * model.config.resampler.latents * (
-        (6 + 3 * model.config.resampler.feed_forward_multiplier) * resampler.width
-    )
-    tower = features * model.vision_encoder.width * 8  # a block's worth: no graph is kept
-    return float(text_bytes + width * (len(resampler.layers) * layer + tower))
+def _activations(memory: ActivationMemory, plans: tuple[SourcePlan, ...], recomputed: int) -> dict[str, float]:
+    """Of the micro-batch that needs most."""
+    largest = max((memory.estimate(micro_batch(plan), recomputed) for plan in plans), key=lambda one: one.peak)
+    return {"saved activations": largest.saved, "temporaries": largest.peak - largest.saved}
 
 
 def _seconds(
@@ -192,17 +185,17 @@ def _seconds(
     cluster: Cluster,
     width: int,
     sent: float,
+    recomputed: int,
 ) -> dict[str, float]:
     sizes, device = UsefulFlops.of(model), cluster.device
-    checkpointing = config.training.activation_checkpointing
     flops = sum(
         plan.micro_batches
         * plan.micro_batch_size
-        * executed_flops(sizes, Workload(1, plan.source.max_tokens, *expected_media(plan.source)), checkpointing)
+        * executed_flops(sizes, Workload(1, plan.source.max_tokens, *expected_media(plan.source)), recomputed)
         for plan in plans
     )
     trainable = _count(p for p in model.parameters() if p.requires_grad)
-    passes = (3 if checkpointing else 2) * sum(plan.micro_batches for plan in plans)
+    passes = (2 + recomputed / sizes.blocks) * sum(plan.micro_batches for plan in plans)
     from_host = 0.0
     if config.deepspeed.offload_param.device != "none":
         from_host += passes * width * _count(model.parameters()) / cluster.size

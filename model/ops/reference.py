@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def masked_cross_attention(
@@ -25,12 +26,14 @@ def masked_cross_attention(
 
     Rows are grouped by what they see, so that no mask over all media is built (Flamingo, section 2.4, computes the
     full product and masks it). Under `torch.compile` and on meta tensors, where group sizes are unknown, it is the
-    dense oracle.
+    dense oracle; on fake ones, which are for counting, equal groups stand for them.
     """
     if torch.compiler.is_compiling() or q_THD.is_meta:
         return dense_masked_cross_attention(
             q_THD, k_MNHD, v_MNHD, media_index_T, gate, first_media_T=first_media_T, scale=scale
         )
+    if isinstance(media_index_T, FakeTensor):
+        return _apply_gate(_equal_groups(q_THD, k_MNHD, v_MNHD, scale), gate)
     index_T = media_index_T.long()
     if first_media_T is None:
         rows, values = _one_medium(q_THD, k_MNHD, v_MNHD, index_T, scale)
@@ -82,6 +85,9 @@ def resampler_attention(
     """
     if q_MRHD.is_meta:
         return torch.empty_like(q_MRHD, memory_format=torch.contiguous_format)
+    if isinstance(cu_media, FakeTensor):
+        length = k_features_SHD.shape[0] // q_MRHD.shape[0]
+        return _equal_lengths(q_MRHD, k_features_SHD, v_features_SHD, k_latents_MRHD, v_latents_MRHD, length, scale)
     lengths_M = cu_media.diff()
     distinct = lengths_M.unique().tolist()
     if not distinct:
@@ -146,6 +152,16 @@ def _media_so_far(
         all_values.append(_attention(q_THD[rows][None], k, v, medium_K <= index_T[rows, None], scale)[0])
         all_rows.append(rows)
     return torch.cat(all_rows), torch.cat(all_values)
+
+
+def _equal_groups(q_THD: Tensor, k_MNHD: Tensor, v_MNHD: Tensor, scale: float | None) -> Tensor:
+    """Stands for ``_one_medium`` where indices have no values: as many rows see each medium, one after the other."""
+    media, total = k_MNHD.shape[0], q_THD.shape[0]
+    slots = torch.arange(total, device=q_THD.device)
+    q_padded = q_THD.new_zeros(media * -(-total // media), *q_THD.shape[1:]).index_copy(0, slots, q_THD[slots])
+    out_MLHD = _attention(q_padded.unflatten(0, (media, -1)), k_MNHD[slots[:media]], v_MNHD[slots[:media]], None, scale)
+    values = out_MLHD.flatten(0, 1)[slots]
+    return torch.zeros_like(q_THD, memory_format=torch.contiguous_format).index_copy(0, slots, values)
 
 
 def _equal_lengths(

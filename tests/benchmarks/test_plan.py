@@ -77,10 +77,42 @@ def test_what_two_processes_send_is_what_the_plan_says() -> None:
 
 
 def test_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main([NINE, "--nodes", "4", "--devices-per-node", "8", "--device", "h100", "--search"]) == 0
+    assert plan.main([NINE, "--nodes", "4", "--devices-per-node", "8", "--device", "h100"]) == 0
     printed = capsys.readouterr().out
     assert "parameters 9.376 G, of them trained 1.634 G" in printed
-    assert "the fastest that fit:" in printed
+    assert "32 of the language model's blocks are recomputed" in printed
+
+
+def test_the_search_shows_the_fastest_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([str(DEBUG), "--devices-per-node", "2", "--search"]) == 0
+    found = capsys.readouterr().out.partition("the fastest that fit:\n")[2].splitlines()
+    seconds = [float(line.split()[0]) for line in found]
+    assert seconds and seconds == sorted(seconds)
+    assert "training.activation_checkpointing false" in found[0]
+
+
+def test_as_few_blocks_are_recomputed_as_the_budget_allows() -> None:
+    from trainer.cost_model import ActivationMemory, build_without_weights, checkpointed_blocks, micro_batch
+    from trainer.data.plan import plan_update
+
+    config = debug_config([])
+    memory, plans = ActivationMemory(config, build_without_weights(config.model)), plan_update(config.data, 1)[:1]
+
+    def peak(checkpointed: int) -> int:
+        return max(memory.count(micro_batch(each), checkpointed).peak for each in plans)
+
+    def chosen(most: int) -> int:
+        return checkpointed_blocks(debug_config(["--training.activation_memory_gib", str(most / 2**30)]), memory, plans)
+
+    assert peak(0) > peak(2) > peak(4)
+    assert chosen(peak(0)) == 0
+    assert chosen(peak(2)) == 2
+    assert chosen(peak(2) - 1) == 3
+    for number in range(5):
+        estimated = max(memory.estimate(micro_batch(each), number).peak for each in plans)
+        assert estimated == pytest.approx(peak(number), rel=0.05)
+    with pytest.raises(ValueError, match="with every block recomputed"):
+        chosen(peak(4) - 1)
 
 
 def test_one_that_does_not_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +129,11 @@ def test_one_that_does_not_says_what_to_change(capsys: pytest.CaptureFixture[str
         ([NINE, "--nodes", "5"], "possible numbers of processes"),
         ([str(ROOT / "configs" / "openflamingo-3b.yaml"), "--nodes", "8"], "the hub is not asked"),
         ([NINE, "--training.stepz", "1"], "did you mean"),
+        ([NINE, "--nodes", "4", "--training.activation_checkpointing", "33"], "the language model has 32 blocks"),
+        (
+            [NINE, "--nodes", "4", "--training.activation_memory_gib", "9"],
+            "leave training.activation_checkpointing out",
+        ),
     ],
 )
 def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,8 +139,12 @@ def test_a_signal_to_one_rank_saves_and_stops_all(assets: Path, uninterrupted: P
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
 
 
-def test_activation_checkpointing_changes_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", activation_checkpointing=True))
+# With the budget, two of three blocks are recomputed.
+@pytest.mark.parametrize("how", [{"activation_checkpointing": True}, {"activation_memory_gib": 0.0005}])
+def test_activation_checkpointing_changes_nothing(
+    assets: Path, uninterrupted: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", **how))
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from tests.model.builders import BEYOND, random_media, tiny_flamingo
 
 SIZES = UsefulFlops(
     lm_weights=1000, lm_attention=16, head_weights=500, cross_text=200, cross_media=60, cross_attention=8, latents=4,
-    features=10, resampler_features=30, resampler_latents=70, resampler_attention=5, vision=12345,
+    features=10, resampler_features=30, resampler_latents=70, resampler_attention=5, vision=12345, blocks=4,
 )  # fmt: skip
 
 

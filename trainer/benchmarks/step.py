@@ -37,7 +37,15 @@ from model.tokens import SpecialTokenIds
 from trainer.benchmarks.rows import Row, header
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
-from trainer.cost_model import DEVICES, executed_flops, expected_media, made_up_tokens, without_weights
+from trainer.cost_model import (
+    DEVICES,
+    ActivationMemory,
+    checkpointed_blocks,
+    executed_flops,
+    expected_media,
+    made_up_tokens,
+    without_weights,
+)
 from trainer.data.batch import IGNORED_LABEL, Batch
 from trainer.data.plan import SourcePlan, plan_update
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
@@ -133,8 +141,8 @@ def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -
             gather=placement.gather,
             partition=placement.partition,
         )
-    if config.training.activation_checkpointing:
-        model.activation_checkpointing()
+    plans = plan_update(config.data, world.size)
+    model.activation_checkpointing(checkpointed_blocks(config, ActivationMemory(config, model), plans))
     return model, settings
 
 

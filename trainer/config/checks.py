@@ -45,6 +45,7 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
         *_check_deepspeed(config),
         *_check_optimizer(config),
         *_check_resilience(config),
+        *_check_activations(config),
         *_check_task(config),
         *raw_problems(config, check_files=check_files),
     ]
@@ -181,6 +182,18 @@ def _check_task(config: RunConfig) -> Iterator[Problem]:
         if source.type not in types:
             message = f"{source.type} cannot be trained on here; this trainer takes {', '.join(sorted(types))}"
             yield Problem(f"data.sources.{index}.type", message)
+
+
+def _check_activations(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    if training.activation_memory_gib is None:
+        return
+    if not isinstance(config, FlamingoRunConfig):
+        yield Problem("training.activation_memory_gib", "only trainer.train chooses blocks to recompute; leave it out")
+    elif training.activation_checkpointing is not False:
+        message = "decides itself how many blocks are recomputed; leave training.activation_checkpointing out"
+        related = ("training.activation_checkpointing",)
+        yield Problem("training.activation_memory_gib", message, related=related)
 
 
 def _check_flamingo(config: FlamingoRunConfig) -> Iterator[Problem]:

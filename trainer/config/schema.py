@@ -347,7 +347,10 @@ class TrainingConfig:
     loss_normalization: "token_mean" divides each source's summed loss by its trained tokens in the global batch;
         "token_sum" by its sequences, as in the paper (a sum over tokens).
     max_skipped_in_a_row: that many non-finite updates one after another abort the run.
-    activation_checkpointing: recompute each language-model block (with its cross-attention) in the backward.
+    activation_checkpointing: recompute language-model blocks (each with its cross-attention) in the backward instead of
+        keeping their activations: true for all, or how many; the first ones, which the backward reaches last.
+    activation_memory_gib: the most that activations may take of a device, in GiB. As few blocks are recomputed as that
+        allows, counted at the start; activation_checkpointing is left out then.
     threads: torch threads a process on the CPU; None leaves torch's own choice.
     ops: implementation of the fused attention ops: "auto" takes the fastest that is there (or what the
         environment variable FLAMINGO_OPS says), "fused" insists on it.
@@ -360,7 +363,8 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     loss_normalization: Literal["token_mean", "token_sum"] = "token_mean"
     max_skipped_in_a_row: Positive = 10
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | NonNegative = False
+    activation_memory_gib: PositiveFloat | None = None
     threads: Positive | None = None
     ops: Literal["auto", "reference", "fused"] = "auto"
 

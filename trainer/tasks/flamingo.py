@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from model import ops
 from model.factory import build_flamingo, build_tokenizer
+from model.flamingo import Flamingo
 from model.flops import UsefulFlops
 from model.parameters import frozen_digests
 from trainer.config.deepspeed import deepspeed_json
 from trainer.config.schema import FlamingoRunConfig
+from trainer.cost_model import ActivationMemory, checkpointed_blocks, micro_batch
 from trainer.data.loader import micro_batches_per_update
+from trainer.data.plan import plan_update
 from trainer.distributed import World
 from trainer.engine import partitioned_loading
 from trainer.loop import Task
@@ -35,8 +39,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
             partition=placement.partition,
         )
     check_packing(config.data, model.language_model.lm)
-    if config.training.activation_checkpointing:
-        model.activation_checkpointing()
+    config = _choose_checkpointing(config, model, world)
     size, sizes = model.vision_encoder.image_size, UsefulFlops.of(model)
     return Task(
         module=model,
@@ -49,3 +52,15 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         frozen=frozen_digests(model, placement.gather),
         flops=partial(useful_flops, sizes),
     )
+
+
+def _choose_checkpointing(config: FlamingoRunConfig, model: Flamingo, world: World) -> FlamingoRunConfig:
+    """Sets the model, and returns the configuration with the number of blocks in it. Every rank counts the same."""
+    memory, plans = ActivationMemory(config, model), plan_update(config.data, world.size)
+    number = checkpointed_blocks(config, memory, plans)
+    model.activation_checkpointing(number)
+    if config.training.activation_memory_gib is not None and world.is_main:
+        peak = max(memory.count(micro_batch(plan), number).peak for plan in plans)
+        blocks = model.language_model.blocks
+        print(f"activations: {peak / 2**30:.4g} GiB at most, with {number} of {blocks} blocks recomputed", flush=True)
+    return replace(config, training=replace(config.training, activation_checkpointing=number))

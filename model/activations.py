@@ -1,0 +1,210 @@
+"""What a micro-batch keeps for its backward, and the most that exists at once, counted without computing anything.
+
+The model's own forward and backward run on fake tensors, which have shapes and no values: whatever the language model,
+its attention, its type, or the ops compute with, nothing has to be written down here. A few seconds for a model of any
+size; no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.flamingo import Flamingo
+from model.parameters import full_shape
+
+Linear = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Shapes of one forward. media: of all rows, each of ``frames`` frames. grid: rows and columns of a frame's
+    patches where media keep their aspect, None for squares. packed: rows of several documents."""
+
+    rows: int
+    tokens: int
+    media: int
+    frames: int = 1
+    grid: tuple[int, int] | None = None
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes. saved: what the forward leaves for the backward. peak: the most that exists at any moment of forward and
+    backward, with ``saved`` in it; without parameters and their gradients. blocks: of ``saved``, what each block of
+    the language model, with the cross-attention before it, keeps."""
+
+    saved: int
+    peak: int
+    blocks: tuple[int, ...]
+
+
+def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear = F.linear) -> Activations:
+    """model: on any device, the meta device too, or partitioned; it is not changed. It counts with the checkpointing
+    that it is set to. dtype: of its floating-point parameters. linear: what computes projections (DeepSpeed replaces
+    torch's while it partitions parameters)."""
+    device = torch.device("cpu")
+    with FakeTensorMode(), _linear(linear):
+        state = {
+            name: torch.empty(full_shape(p), dtype=dtype, device=device).requires_grad_(p.requires_grad)
+            for name, p in model.named_parameters()
+        }
+        state |= {
+            name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for name, buffer in model.named_buffers()
+        }
+        inputs = _inputs(model, batch)
+        step = _Step(model)
+        torch.func.functional_call(step, {f"model.{name}": tensor for name, tensor in state.items()}, (inputs,))
+    return Activations(step.saved.total, step.peak, tuple(step.saved.blocks))
+
+
+class _Step(nn.Module):
+    """Forward and backward inside of one call: the backward has to find the same parameters when it recomputes."""
+
+    def __init__(self, model: Flamingo) -> None:
+        super().__init__()
+        self.model = model
+        self.saved = SavedTensors(model)
+        self.peak = 0
+
+    def forward(self, inputs: dict[str, Any]) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # an engine takes each gradient away as soon as it is there
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with AllocatedMemory() as memory:
+            with self.saved:
+                loss = self.model(**inputs).loss
+            loss.backward()
+        self.peak = memory.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _linear(linear: Linear) -> Iterator[None]:
+    before = F.linear
+    F.linear = linear
+    try:
+        yield
+    finally:
+        F.linear = before
+
+
+def _inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
+    text = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
+    size, media = model.vision_encoder.image_size, max(1, batch.media)
+    inputs: dict[str, Any] = {"input_ids": text, "labels": text.clone(), "media_index": text.clone()}
+    inputs["position_ids" if batch.packed else "attention_mask"] = text.clone()
+    if batch.grid is None:
+        return inputs | {"media": torch.zeros(media, batch.frames, 3, size, size, dtype=torch.uint8)}
+    patch = model.vision_encoder.patch_size
+    assert patch is not None, "a tower that takes squares only"
+    grids = [(batch.frames, *batch.grid)] * media
+    patches = media * batch.frames * batch.grid[0] * batch.grid[1]
+    return inputs | {"media": torch.zeros(patches, 3, patch, patch, dtype=torch.uint8), "media_grids": grids}
+
+
+class SavedTensors:
+    """Counts what autograd keeps while this is open: each storage once, and no parameter.
+
+    total: bytes. blocks: those that a block of the language model was the first to keep. Real parameters are looked up
+    whenever something is saved: ZeRO-3 gives them another storage with each gathering, and what had theirs before may
+    be an activation by then.
+    """
+
+    def __init__(self, model: Flamingo) -> None:
+        self.total = 0
+        self.blocks = [0] * model.language_model.blocks
+        self._model = model
+        self._block: int | None = None
+        self._seen: set[Any] = set()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedTensors:
+        parameters = list(self._model.parameters())
+        self._seen = {_identity(p) for p in parameters if isinstance(p, FakeTensor)}
+        language_model = self._model.language_model
+        self._handles = [
+            handle
+            for index, block in enumerate(language_model.decoder_blocks())
+            for handle in (
+                block.register_forward_pre_hook(lambda *_, index=index: self._enter(index)),
+                block.register_forward_hook(lambda *_: self._enter(None)),
+            )
+        ]
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, block: int | None) -> None:
+        self._block = block
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity in self._seen or isinstance(tensor, nn.Parameter):
+            return tensor
+        if not isinstance(tensor, FakeTensor) and self._is_gathered(identity):
+            return tensor
+        self._seen.add(identity)
+        size = tensor.untyped_storage().nbytes()
+        self.total += size
+        if self._block is not None:
+            self.blocks[self._block] += size
+        return tensor
+
+    def _is_gathered(self, identity: int) -> bool:
+        return any(_identity(parameter) == identity for parameter in self._model.parameters())
+
+
+def _identity(tensor: Tensor) -> int:
+    """Of the storage, equal for all of its views; fake ones have no data address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class AllocatedMemory(TorchDispatchMode):
+    """Bytes of the tensors that were made while this was open: ``current`` ones and the ``peak``. What a kernel needs
+    only inside of itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs the op and counts the storages that it made."""
+        result = function(*args, **(kwargs or {}))
+        given = {_identity(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            identity = _identity(tensor)
+            if identity not in given and identity not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[identity] = storage.nbytes()
+                self.current += storage.nbytes()
+                self.peak = max(self.peak, self.current)
+                weakref.finalize(storage, self._free, identity)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)

@@ -1,0 +1,65 @@
+"""What a micro-batch keeps, counted without values, against what a real forward and backward keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.activations import AllocatedMemory, MicroBatch, SavedTensors, count_activations
+from model.config import CrossAttentionConfig, PerceiverResamplerConfig
+from model.factory import torch_dtype
+from model.parameters import trainable_parameters
+from tests.model.builders import random_media, random_text, text_with_media, tiny_flamingo
+
+ROWS, TOKENS, MEDIA = 4, 32, 8
+# Heads as wide as the fused ops want them.
+WIDE = {
+    "cross_attention": CrossAttentionConfig(every=2, head_width=16, heads=4),
+    "resampler": PerceiverResamplerConfig(layers=2, width=20, heads=2, head_width=16, latents=4, frames=2),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16")])
+def test_counted_is_what_is_kept(family: str, dtype: str, packed: bool, checkpointed: int) -> None:
+    model = tiny_flamingo(family, gates=0.5, **WIDE).to(torch_dtype(dtype))  # type: ignore[arg-type]
+    model.activation_checkpointing(checkpointed)
+    batch = MicroBatch(ROWS, TOKENS, MEDIA, packed=packed)
+    counted = count_activations(model, batch, torch_dtype(dtype))  # type: ignore[arg-type]
+    ids, mask = random_text(ROWS, TOKENS), torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[0, -3:] = 0
+    positions = (torch.arange(TOKENS) % 16).expand(ROWS, TOKENS)
+    inputs = {"position_ids": positions} if packed else {"attention_mask": mask}
+    index = torch.arange(TOKENS)[None] // 16 + 2 * torch.arange(ROWS)[:, None]
+    for parameter in trainable_parameters(model).values():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with AllocatedMemory() as memory:
+        with SavedTensors(model) as saved:
+            loss = model(ids, labels=ids, media=random_media(MEDIA), media_index=index, **inputs).loss
+        loss.backward()
+    assert counted.saved == pytest.approx(saved.total, rel=0.02)
+    assert counted.peak == pytest.approx(memory.peak, rel=0.02)
+    assert sum(counted.blocks) < counted.saved
+
+
+def gradients(checkpointed: bool | int) -> dict[str, Tensor]:
+    model = tiny_flamingo(gates=0.5).train()
+    model.activation_checkpointing(checkpointed)
+    ids, media = text_with_media()
+    model(ids, labels=ids, media=media).loss.backward()
+    return {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointed", [1, 2, True])
+def test_some_blocks_recomputed_give_the_same_gradients(checkpointed: bool | int) -> None:
+    expected, found = gradients(False), gradients(checkpointed)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_more_blocks_than_there_are() -> None:
+    with pytest.raises(ValueError, match="the language model has 3 blocks"):
+        tiny_flamingo().activation_checkpointing(4)
