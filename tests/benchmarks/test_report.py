@@ -10,7 +10,7 @@ import pytest
 
 from trainer import benchmark
 from trainer.benchmarks.rows import Row
-from trainer.benchmarks.step import PARTS
+from trainer.benchmarks.step_parts import PARTS
 
 RESULTS = Path(__file__).parent / "results"
 

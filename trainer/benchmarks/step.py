@@ -3,13 +3,16 @@
 Random weights, and made-up batches of the configuration's sizes: rows of ``max_tokens`` with as many media as the
 source allows, made before the clock runs, or with ``--data real`` the run's own. Three phases: warm-up; timed updates,
 in which nothing is measured but the wall clock between device-synchronised ends of updates; and the same number of
-profiled ones, in which the device is synchronised at the border of each part. Parts come from the profiled phase only:
+profiled ones, in which the device is synchronised at the border of each part. Parts come from the profiled phase only.
+Each moment belongs to one of them, so they add up to the profiled update:
 
-- data wait: until the next update's batches are there. vision, resampler: around the modules. language model: the rest
-  of the forward. backward: forward_backward less its forward. optimiser: the engine's step.
+- data wait: until the next update's batches are on the device. vision, resampler: the modules' forward. language model:
+  the rest of the forward. backward: with what is computed again. optimiser: the engine's step.
+- gather (of partitioned parameters), reduce (of gradients and norms): while this process waits for a collective, the
+  time until the slowest rank joins it included. They count there and not in the part that asked for them.
 
-Collectives (gathers of partitioned parameters, reductions) and offload transfers lie inside of the parts; ``--trace``
-shows them one by one. What they send is counted by DeepSpeed's comms logger.
+On a CPU a collective that runs beside the computing costs its part nothing but the waiting. On a GPU the profiled
+updates let nothing overlap, so their sum exceeds the timed update by what overlap hides.
 """
 
 from __future__ import annotations
@@ -20,21 +23,20 @@ import resource
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from model.factory import build_flamingo
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload, utilisation
 from model.tokens import SpecialTokenIds
 from trainer.benchmarks.rows import Row, header
+from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
 from trainer.cost_model import DEVICES, executed_flops, expected_media, made_up_tokens, without_weights
@@ -47,18 +49,23 @@ from trainer.tasks.flops import frames_per_medium, useful_flops
 
 BENCHMARK = "step"
 LEAST_STEPS = 3
-PARTS = ("data wait", "vision", "resampler", "language model", "backward", "optimiser")
 MIB = 2.0**20
 
 
 @dataclass
 class Timings:
-    """Seconds of each timed update; of each part in each profiled one; bytes that this rank sends in one, by
-    collective."""
+    """Seconds of each timed update; of each part in each profiled one; bytes that this rank sends in one, by part."""
 
     updates: list[float] = field(default_factory=list)
-    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    profiled: list[dict[str, float]] = field(default_factory=list)
     sent: dict[str, float] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, float]:
+        """Means over the middle half of the profiled updates, by their duration: they add up, and outliers are out."""
+        ordered = sorted(self.profiled, key=lambda parts: sum(parts.values()))
+        quarter = len(ordered) // 4
+        middle = ordered[quarter : len(ordered) - quarter]
+        return {name: statistics.fmean(parts[name] for parts in middle) for name in PARTS}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +95,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m trainer.benchmark step", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.benchmark step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("config", type=Path, help="a run's YAML; further --section.key VALUE change it")
     parser.add_argument("--steps", type=int, default=10, help=f"timed updates, at least {LEAST_STEPS}")
     parser.add_argument("--warmup", type=int, default=2, help="updates before them, at least 1")
@@ -175,109 +187,42 @@ def _made_up(plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: i
 
 def measure(engine: Engine, updates: Iterator[list[Batch]], steps: int, warmup: int, trace: Path | None) -> Timings:
     """Warm up, time, profile; a collective. updates: this rank's micro-batches, update after update."""
-    timings = Timings()
+    timings, now = Timings(), device_clock(engine.world)
     for number in range(warmup + steps):
-        start = _now(engine.world)
-        _update(engine, next(updates))
+        start = now()
+        _update(engine, updates)
         if number >= warmup:
-            timings.updates.append(_now(engine.world) - start)
-    with _parts_timed(engine, timings) as forward, _communication(engine.world, timings, steps):
+            timings.updates.append((now() - start) / 1e9)
+    clock = PartClock(now, OUTERMOST)
+    with parts_timed(engine, clock) as sent:
         for _ in range(steps):
-            _profiled_update(engine, updates, timings, forward)
+            clock.lap()
+            _update(engine, updates, clock)
+            spent = clock.lap()
+            timings.profiled.append({name: spent[name] / 1e9 for name in PARTS})
+        timings.sent = {name: size / steps for name, size in sent.items()}
     if trace is not None:
-        _traced_update(engine, next(updates), trace)
+        _traced_update(engine, updates, trace)
     return timings
 
 
-def _traced_update(engine: Engine, batches: list[Batch], path: Path) -> None:
+def _traced_update(engine: Engine, updates: Iterator[list[Batch]], path: Path) -> None:
     """One update more on all ranks; the main one writes what its profiler saw."""
     with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
-        _update(engine, batches)
+        _update(engine, updates)
     if profiler is not None:
         profiler.export_chrome_trace(str(path))
 
 
-def _update(engine: Engine, batches: list[Batch]) -> None:
-    for batch in batches:
-        engine.forward_backward(batch.to(engine.world.device).inputs, 1.0 / max(1, batch.trained_tokens))
-    engine.step(1.0)
-
-
-def _profiled_update(
-    engine: Engine, updates: Iterator[list[Batch]], timings: Timings, forward: dict[str, float]
-) -> None:
-    world = engine.world
-    forward.update(dict.fromkeys(forward, 0.0))
-    start = _now(world)
-    batches = next(updates)
-    after_data = _now(world)
-    for batch in batches:
-        engine.forward_backward(batch.to(world.device).inputs, 1.0 / max(1, batch.trained_tokens))
-    after_backward = _now(world)
-    engine.step(1.0)
-    seconds = {
-        "data wait": after_data - start,
-        "vision": forward["vision"],
-        "resampler": forward["resampler"],
-        "language model": forward["model"] - forward["vision"] - forward["resampler"],
-        "backward": after_backward - after_data - forward["model"],
-        "optimiser": _now(world) - after_backward,
-    }
-    for name, value in seconds.items():
-        timings.parts[name].append(value)
-
-
-@contextmanager
-def _parts_timed(engine: Engine, timings: Timings) -> Iterator[dict[str, float]]:
-    """Seconds spent in the forward of the model and of two of its parts, summed up while this is open."""
-    model: Any = engine.module
-    spent = {"vision": 0.0, "resampler": 0.0, "model": 0.0}
-    started: dict[str, float] = {}
-    handles = []
-    for name, module in (("vision", model.vision_encoder), ("resampler", model.resampler), ("model", model)):
-
-        def begin(module: nn.Module, arguments: Any, name: str = name) -> None:
-            started[name] = _now(engine.world)
-
-        def end(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
-            spent[name] += _now(engine.world) - started[name]
-
-        handles += [module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _communication(world: World, timings: Timings, steps: int) -> Iterator[None]:
-    """Fills in ``sent``, for one of ``steps`` updates, from what DeepSpeed sends while this is open."""
-    import deepspeed
-    from deepspeed.comm import comm
-
-    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
-    comm.comms_logger.comms_dict.clear()
-    try:
-        yield
-    finally:
-        comm.comms_logger.enabled = False
-    for operation, sizes in comm.comms_logger.comms_dict.items():
-        for size, (count, *_) in sizes.items():
-            sent = sent_bytes(operation, size, world.size) * count / steps
-            timings.sent[operation] = timings.sent.get(operation, 0.0) + sent
-
-
-def sent_bytes(operation: str, size: float, ranks: int) -> float:
-    """What a rank sends in a ring: each shard of a gather or scatter passes all ranks but one.
-
-    size: as DeepSpeed logs it: a shard for an all-gather, the whole for all others.
-    """
-    if operation.startswith(("all_gather", "allgather")):
-        return size * (ranks - 1)
-    if operation.startswith(("all_reduce", "inference_all_reduce")):
-        return 2 * size * (ranks - 1) / ranks
-    return size * (ranks - 1) / ranks
+def _update(engine: Engine, updates: Iterator[list[Batch]], clock: PartClock | None = None) -> None:
+    """One update; its parts are timed where there is a clock for them."""
+    part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
+    for batch in next(updates):
+        inputs = batch.to(engine.world.device).inputs
+        with part("backward"):  # the model's forward is a part in this one
+            engine.forward_backward(inputs, 1.0 / max(1, batch.trained_tokens))
+    with part("optimiser"):
+        engine.step(1.0)
 
 
 def _rows(
@@ -314,9 +259,13 @@ def _rows(
             (f"{name} per second, all", "1/s", total / seconds),
             (f"{name} per second and device", "1/s", total / seconds / world.size),
         ]
-    found += [(f"part: {name}", "s", statistics.median(timings.parts[name])) for name in PARTS]
+    parts = timings.parts()
+    found += [(f"part: {name}", "s", parts[name]) for name in PARTS]
     found += [
+        ("profiled update, sum of the parts", "s", sum(parts.values())),
         ("sent over the network, a device", "MiB", sum(timings.sent.values()) / MIB),
+        ("of it to gather", "MiB", timings.sent.get(GATHER, 0.0) / MIB),
+        ("of it to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / MIB),
         ("MFU", "%", 100 * utilisation(summed[3], seconds, world.size, peak)),
         ("HFU", "%", 100 * utilisation(summed[4], seconds, world.size, peak)),
         ("peak of a device", "TFLOP/s", peak / 1e12),
@@ -352,13 +301,6 @@ def _peak_tflops(device: torch.device, dtype: str) -> float:
         float((a @ b)[0, 0])
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best / 1e12
-
-
-def _now(world: World) -> float:
-    """The wall clock, after everything that was asked of the device."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return time.perf_counter()
 
 
 def _device_memory(device: torch.device) -> float:
