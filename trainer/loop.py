@@ -27,6 +27,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.limits import BadSampleLimit
 from trainer.data.loader import Update, UpdateLoader
+from trainer.data.packing import LanePositions
 from trainer.data.sequences import Builder
 from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
 from trainer.data.totals import UpdateTotals, update_totals
@@ -112,7 +113,10 @@ def _train_from_checkpoint(run: _Run) -> None:
     folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(run)
-    loader = _loader(run, state)
+    lane_positions = saved_lane_positions(state.data)
+    loader = update_loader(task, config, world, state.step, config.training.steps, lane_positions)
+    if state.step:
+        check_data_state(state.data, loader.state(state.step))
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     checkpoints = Checkpoints(folder, config.checkpoint, world)
@@ -187,10 +191,19 @@ def _resume(run: _Run) -> TrainingState:
     return state
 
 
-def _loader(run: _Run, state: TrainingState) -> UpdateLoader:
-    """The updates from ``state`` on. Raises: ValueError when the data are not those of the checkpoint."""
-    task, config, world = run.task, run.config, run.world
-    loader = UpdateLoader(
+def update_loader(
+    task: Task,
+    config: RunConfig,
+    world: World,
+    start_step: int,
+    stop_step: int,
+    lane_positions: Mapping[str, LanePositions] | None = None,
+) -> UpdateLoader:
+    """This rank's part of the updates from start_step up to stop_step (exclusive).
+
+    lane_positions: of packed sources before start_step. Raises: ValueError and ShardError as ``UpdateLoader`` does.
+    """
+    return UpdateLoader(
         config.data,
         task.builders,
         pad_id=task.pad_id,
@@ -198,14 +211,11 @@ def _loader(run: _Run, state: TrainingState) -> UpdateLoader:
         patch_size=task.patch_size,
         rank=world.rank,
         world_size=world.size,
-        start_step=state.step,
-        stop_step=config.training.steps,
+        start_step=start_step,
+        stop_step=stop_step,
         pin_memory=world.device.type == "cuda",
-        lane_positions=saved_lane_positions(state.data),
+        lane_positions=lane_positions,
     )
-    if state.step:
-        check_data_state(state.data, loader.state(state.step))
-    return loader
 
 
 def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:

@@ -1,10 +1,10 @@
 """``python -m trainer.benchmark step CONFIG``: what an update of a run costs on these devices, and where the time goes.
 
-Random weights, and made-up batches of the configuration's sizes: rows of ``max_tokens`` with as many media as the
-source allows, made before the clock runs, or with ``--data real`` the run's own. Three phases: warm-up; timed updates,
-in which nothing is measured but the wall clock between device-synchronised ends of updates; and the same number of
-profiled ones, in which the device is synchronised at the border of each part. Parts come from the profiled phase only.
-Each moment belongs to one of them, so they add up to the profiled update:
+Random weights, and made-up batches of the configuration's sizes: full rows of ``max_tokens``, each one sample with as
+many media as the source allows, made before the clock runs. Or, with ``--data real``, the run's own model and data.
+Three phases: warm-up; timed updates, in which nothing is measured but the wall clock between device-synchronised ends
+of updates; and the same number of profiled ones, in which the device is synchronised at the border of each part.
+Parts come from the profiled phase only. Each moment belongs to one of them, so they add up to the profiled update:
 
 - data wait: until the next update's batches are on the device. vision, resampler: the modules' forward. language model:
   the rest of the forward. backward: with what is computed again. optimiser: the engine's step.
@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,13 @@ from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, Part
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
 from trainer.cost_model import DEVICES, executed_flops, expected_media, made_up_tokens, without_weights
-from trainer.data.batch import IGNORED_LABEL, Batch
+from trainer.data.batch import IGNORED_LABEL, Batch, media_inputs
 from trainer.data.plan import SourcePlan, plan_update
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
 from trainer.errors import ConfigError
+from trainer.loop import update_loader
+from trainer.tasks.flamingo import build_flamingo_task
 from trainer.tasks.flops import frames_per_medium, useful_flops
 
 BENCHMARK = "step"
@@ -54,10 +59,12 @@ MIB = 2.0**20
 
 @dataclass
 class Timings:
-    """Seconds of each timed update; of each part in each profiled one; bytes that this rank sends in one, by part."""
+    """Seconds of each timed update, and what this rank had in all of them; seconds of each part in each profiled one;
+    bytes that this rank sends in one, by part."""
 
     updates: list[float] = field(default_factory=list)
     profiled: list[dict[str, float]] = field(default_factory=list)
+    contents: Counter[str] = field(default_factory=Counter)
     sent: dict[str, float] = field(default_factory=dict)
 
     def parts(self) -> dict[str, float]:
@@ -89,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"{row.case:28s} {row.measure:36s} {row.value:12.5g} {row.unit}")
         if options.json is not None:
             device = "cuda" if world.device.type == "cuda" else "cpu"
-            head = header(device) | {"benchmark": BENCHMARK, "processes": world.size, "config": to_plain(config)}
+            measured = {"benchmark": BENCHMARK, "processes": world.size, "data": options.data, "steps": options.steps}
+            head = header(device) | measured | {"config": to_plain(config)}
             options.json.write_text(json.dumps([head, *(row.as_json() for row in rows)], indent=1) + "\n")
     return 0
 
@@ -104,7 +112,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("config", type=Path, help="a run's YAML; further --section.key VALUE change it")
     parser.add_argument("--steps", type=int, default=10, help=f"timed updates, at least {LEAST_STEPS}")
     parser.add_argument("--warmup", type=int, default=2, help="updates before them, at least 1")
-    parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
+    parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="default: synthetic")
     parser.add_argument("--peak-tflops", type=float, help="of a device; default: its data sheet, or a measured matmul")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="torch profiler's trace of one more update")
@@ -112,22 +120,27 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -> list[Row]:
-    plans = plan_update(config.data, world.size)
+    updates: Iterator[list[Batch]]
     if options.data == "real":
-        from trainer.tasks.flamingo import build_flamingo_task
-
         task = build_flamingo_task(config, world)
         engine = Engine(task.module, config.optimizer, task.deepspeed, world)
-        updates = _real_updates(config, task, world, options)
+        drawn = options.warmup + 2 * options.steps + (options.trace is not None)
+        updates = (update.micro_batches for update in update_loader(task, config, world, 0, drawn))
     else:
+        plans = plan_update(config.data, world.size)
         model, settings = _random_model(config, world, sum(plan.micro_batches for plan in plans))
         engine = Engine(model, config.optimizer, settings, world)
-        size = model.vision_encoder.image_size
-        made = [batch for plan in plans for batch in _made_up(plan, model.tokens, size, world.rank)]
+        tower = model.vision_encoder
+        made = [
+            batch
+            for plan in plans
+            for batch in _made_up(plan, model.tokens, tower.image_size, world.rank, tower.patch_size)
+        ]
         updates = iter(lambda: made, None)
-    timings = measure(engine, updates, options.steps, options.warmup, options.trace)
-    batches = next(updates)
-    return _rows(engine.module, config, world, timings, batches, options.peak_tflops)
+    model_module: Any = engine.module
+    count = partial(_contents, UsefulFlops.of(model_module), config)
+    timings = measure(engine, updates, options.steps, options.warmup, options.trace, count)
+    return _rows(world, config, timings, options)
 
 
 def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -> tuple[Flamingo, dict[str, Any]]:
@@ -150,28 +163,18 @@ def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -
     return model, settings
 
 
-def _real_updates(config: FlamingoRunConfig, task: Any, world: World, options: argparse.Namespace) -> Iterator[Any]:
-    from trainer.data.loader import UpdateLoader
-
-    loader = UpdateLoader(
-        config.data,
-        task.builders,
-        pad_id=task.pad_id,
-        media_shape=task.media_shape,
-        patch_size=task.patch_size,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=0,
-        stop_step=options.warmup + 2 * options.steps + 2,
-        pin_memory=world.device.type == "cuda",
-    )
-    return (update.micro_batches for update in loader)
-
-
-def _made_up(plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: int) -> Iterator[Batch]:
+def _made_up(
+    plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: int, patch_size: int | None = None
+) -> Iterator[Batch]:
+    """Full rows of one source. patch_size: the tower's, for sources whose media keep their aspect."""
     generator = torch.Generator().manual_seed(rank)
     rows, length = plan.micro_batch_size, plan.source.max_tokens
     media, frames = expected_media(plan.source)
+    height = width = image_size
+    image_tokens: int | None = getattr(plan.source, "image_tokens", None)
+    if image_tokens is not None and patch_size is not None:
+        rows_of_patches = math.isqrt(image_tokens)
+        height, width = patch_size * rows_of_patches, patch_size * (image_tokens // rows_of_patches)
     for _ in range(plan.micro_batches):
         ids = torch.randint(3, tokens.image_id, (rows, length), generator=generator)
         index = torch.full_like(ids, -1)
@@ -180,19 +183,29 @@ def _made_up(plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: i
             index = within + media * torch.arange(rows)[:, None]
             ids[:, [-(-medium * length // media) for medium in range(media)]] = tokens.image_id
         labels = ids.masked_fill(ids == tokens.image_id, IGNORED_LABEL)
-        shape = (max(1, rows * media), frames, 3, image_size, image_size)
+        shape = (max(1, rows * media), frames, 3, height, width)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, pixels)
+        inputs, grids = media_inputs(pixels.unbind(), patch_size if plan.keeps_aspect else None)
+        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, inputs, media_grids=grids)
 
 
-def measure(engine: Engine, updates: Iterator[list[Batch]], steps: int, warmup: int, trace: Path | None) -> Timings:
-    """Warm up, time, profile; a collective. updates: this rank's micro-batches, update after update."""
+def measure(
+    engine: Engine,
+    updates: Iterator[list[Batch]],
+    steps: int,
+    warmup: int,
+    trace: Path | None,
+    count: Callable[[list[Batch]], Counter[str]] | None = None,
+) -> Timings:
+    """Warm up, time, profile; a collective. updates: this rank's micro-batches, update after update. count: what a
+    timed update holds."""
     timings, now = Timings(), device_clock(engine.world)
     for number in range(warmup + steps):
         start = now()
-        _update(engine, updates)
+        batches = _update(engine, updates)
         if number >= warmup:
             timings.updates.append((now() - start) / 1e9)
+            timings.contents += count(batches) if count else Counter()
     clock = PartClock(now, OUTERMOST)
     with parts_timed(engine, clock) as sent:
         for _ in range(steps):
@@ -214,50 +227,48 @@ def _traced_update(engine: Engine, updates: Iterator[list[Batch]], path: Path) -
         profiler.export_chrome_trace(str(path))
 
 
-def _update(engine: Engine, updates: Iterator[list[Batch]], clock: PartClock | None = None) -> None:
-    """One update; its parts are timed where there is a clock for them."""
+def _update(engine: Engine, updates: Iterator[list[Batch]], clock: PartClock | None = None) -> list[Batch]:
+    """One update; its parts are timed where there is a clock for them. Returns what it trained on."""
     part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
-    for batch in next(updates):
+    batches = next(updates)
+    for batch in batches:
         inputs = batch.to(engine.world.device).inputs
         with part("backward"):  # the model's forward is a part in this one
             engine.forward_backward(inputs, 1.0 / max(1, batch.trained_tokens))
     with part("optimiser"):
         engine.step(1.0)
+    return batches
 
 
-def _rows(
-    model: Any,
-    config: FlamingoRunConfig,
-    world: World,
-    timings: Timings,
-    batches: list[Batch],
-    peak_tflops: float | None,
-) -> list[Row]:
+def _contents(sizes: UsefulFlops, config: FlamingoRunConfig, batches: list[Batch]) -> Counter[str]:
+    """What an update holds on this rank, and the floating-point operations it takes."""
+    found: Counter[str] = Counter()
+    for batch in batches:
+        found["tokens"] += int(batch.attention_mask.sum())
+        found["images"] += int(batch.media_index.max() >= 0) * batch.medium_count
+        found["samples"] += batch.sequences
+        found["positions"] += batch.attention_mask.numel()
+        found["useful"] += round(useful_flops(sizes, batch))
+        found["executed"] += round(_executed_flops(sizes, batch, config))
+    return found
+
+
+def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: argparse.Namespace) -> list[Row]:
     case = f"{world.size} x {world.device.type}, {config.training.dtype}"
     seconds = statistics.median(timings.updates)
-    sizes = UsefulFlops.of(model)
-    tokens, positions = (
-        sum(int(batch.attention_mask.sum()) for batch in batches),
-        sum(batch.attention_mask.numel() for batch in batches),
-    )
-    useful = sum(useful_flops(sizes, batch) for batch in batches)
-    executed = sum(_executed_flops(sizes, batch, config) for batch in batches)
-    counts = {
-        "tokens": tokens,
-        "images": sum(int(batch.media_index.max() >= 0) * batch.medium_count for batch in batches),
-        "samples": sum(batch.sequences for batch in batches),
-    }
-    summed = sum_over_ranks([*counts.values(), useful, executed], world)
-    peak = 1e12 * (peak_tflops or _peak_tflops(world.device, config.training.dtype))
+    names = ("tokens", "images", "samples", "positions", "useful", "executed")
+    summed = sum_over_ranks([timings.contents[name] / len(timings.updates) for name in names], world)
+    held = dict(zip(names, summed, strict=True))
+    peak = 1e12 * (options.peak_tflops or _peak_tflops(world.device, config.training.dtype))
     found: list[tuple[str, str, float]] = [
         ("update, median", "s", seconds),
         ("update, fastest", "s", min(timings.updates)),
         ("update, slowest", "s", max(timings.updates)),
     ]
-    for name, total in zip(counts, summed, strict=False):
+    for name in ("tokens", "images", "samples"):
         found += [
-            (f"{name} per second, all", "1/s", total / seconds),
-            (f"{name} per second and device", "1/s", total / seconds / world.size),
+            (f"{name} per second, all", "1/s", held[name] / seconds),
+            (f"{name} per second and device", "1/s", held[name] / seconds / world.size),
         ]
     parts = timings.parts()
     found += [(f"part: {name}", "s", parts[name]) for name in PARTS]
@@ -266,11 +277,12 @@ def _rows(
         ("sent over the network, a device", "MiB", sum(timings.sent.values()) / MIB),
         ("of it to gather", "MiB", timings.sent.get(GATHER, 0.0) / MIB),
         ("of it to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / MIB),
-        ("MFU", "%", 100 * utilisation(summed[3], seconds, world.size, peak)),
-        ("HFU", "%", 100 * utilisation(summed[4], seconds, world.size, peak)),
+        ("MFU", "%", 100 * utilisation(held["useful"], seconds, world.size, peak)),
+        ("HFU", "%", 100 * utilisation(held["executed"], seconds, world.size, peak)),
         ("peak of a device", "TFLOP/s", peak / 1e12),
-        ("padding", "%", 100 * (1 - tokens / positions)),
     ]
+    if options.data == "real":
+        found.append(("padding", "%", 100 * (1 - held["tokens"] / held["positions"])))
     memory = gather_objects((_device_memory(world.device), _host_memory()), world)
     found += [
         ("peak memory of a device", "MiB", max(device for device, _ in memory) / MIB),
