@@ -46,6 +46,7 @@ def test_real_and_made_up_data(yaml: Path, processes: int) -> None:
     for values in (real, made_up):
         assert sum(values[f"part: {name}"] for name in PARTS) == values["profiled update, sum of the parts"]
         assert 0 < values["MFU"] <= values["HFU"]
+        assert values["over the host link, a device"] == 0
         assert (values["of it to gather"] > 0) == (processes > 1) == (values["of it to reduce"] > 0)
     # 8 pairs and 4 texts, and 4 rows of several documents each, which are whole samples
     samples = real["samples per second, all"] * real["update, median"]

@@ -12,7 +12,9 @@ Parts come from the profiled phase only. Each moment belongs to one of them, so 
   time until the slowest rank joins it included. They count there and not in the part that asked for them.
 
 On a CPU a collective that runs beside the computing costs its part nothing but the waiting. On a GPU the profiled
-updates let nothing overlap, so their sum exceeds the timed update by what overlap hides.
+updates let nothing overlap, so their sum exceeds the timed update by what overlap hides. One update more is traced
+there: "exposed" is the time in which a collective or an offload transfer ran and nothing that computes, and the bytes
+over the host link are those of its copies, the batches' included. A CPU has no such link.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from model.factory import build_flamingo
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload, utilisation
 from model.tokens import SpecialTokenIds
+from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
 from trainer.benchmarks.rows import Row, header
 from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
@@ -60,11 +64,12 @@ MIB = 2.0**20
 @dataclass
 class Timings:
     """Seconds of each timed update, and what this rank had in all of them; seconds of each part in each profiled one;
-    bytes that this rank sends in one, by part."""
+    bytes that this rank sends in one, by part; what a GPU did in one more."""
 
     updates: list[float] = field(default_factory=list)
     profiled: list[dict[str, float]] = field(default_factory=list)
     contents: Counter[str] = field(default_factory=Counter)
+    device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
 
     def parts(self) -> dict[str, float]:
@@ -124,7 +129,7 @@ def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -
     if options.data == "real":
         task = build_flamingo_task(config, world)
         engine = Engine(task.module, config.optimizer, task.deepspeed, world)
-        drawn = options.warmup + 2 * options.steps + (options.trace is not None)
+        drawn = options.warmup + 2 * options.steps + 1  # the last one to be traced
         updates = (update.micro_batches for update in update_loader(task, config, world, 0, drawn))
     else:
         plans = plan_update(config.data, world.size)
@@ -214,7 +219,12 @@ def measure(
             spent = clock.lap()
             timings.profiled.append({name: spent[name] / 1e9 for name in PARTS})
         timings.sent = {name: size / steps for name, size in sent.items()}
-    if trace is not None:
+    if engine.world.device.type == "cuda":
+        with TemporaryDirectory() as folder:
+            path = trace or Path(folder) / "trace.json"
+            _traced_update(engine, updates, path)
+            timings.device = read_device_trace(path) if engine.world.is_main else None
+    elif trace is not None:
         _traced_update(engine, updates, trace)
     return timings
 
@@ -223,6 +233,7 @@ def _traced_update(engine: Engine, updates: Iterator[list[Batch]], path: Path) -
     """One update more on all ranks; the main one writes what its profiler saw."""
     with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
         _update(engine, updates)
+        device_clock(engine.world)()  # what the device still does belongs into the trace
     if profiler is not None:
         profiler.export_chrome_trace(str(path))
 
@@ -277,6 +288,7 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
         ("sent over the network, a device", "MiB", sum(timings.sent.values()) / MIB),
         ("of it to gather", "MiB", timings.sent.get(GATHER, 0.0) / MIB),
         ("of it to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / MIB),
+        *_device_rows(timings.device),
         ("MFU", "%", 100 * utilisation(held["useful"], seconds, world.size, peak)),
         ("HFU", "%", 100 * utilisation(held["executed"], seconds, world.size, peak)),
         ("peak of a device", "TFLOP/s", peak / 1e12),
@@ -289,6 +301,19 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
         ("peak memory of a process", "MiB", max(host for _, host in memory) / MIB),
     ]
     return [Row(BENCHMARK, case, measure, unit, value) for measure, unit, value in found]
+
+
+def _device_rows(traced: DeviceTrace | None) -> list[tuple[str, str, float]]:
+    """What passed over the host link, and on a GPU what overlap did not hide."""
+    if traced is None:
+        return [("over the host link, a device", "MiB", 0.0)]
+    return [
+        ("over the host link, a device", "MiB", (traced.to_device + traced.to_host) / MIB),
+        ("of it to the device", "MiB", traced.to_device / MIB),
+        ("of it to the host", "MiB", traced.to_host / MIB),
+        ("host link busy", "s", traced.link_seconds),
+        *((f"exposed: {name}", "s", seconds) for name, seconds in traced.exposed.items()),
+    ]
 
 
 def _executed_flops(sizes: UsefulFlops, batch: Batch, config: FlamingoRunConfig) -> float:
