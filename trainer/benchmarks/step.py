@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,24 +35,26 @@ from typing import Any
 
 import torch
 
-from model.factory import build_flamingo
+from model.config import DType
+from model.factory import build_flamingo, torch_dtype
 from model.flamingo import Flamingo
-from model.flops import UsefulFlops, Workload, utilisation
+from model.flops import UsefulFlops, utilisation
 from model.tokens import SpecialTokenIds
 from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
 from trainer.benchmarks.rows import Row, header
 from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
-from trainer.cost_model import DEVICES, executed_flops, expected_media, made_up_tokens, without_weights
+from trainer.cost_model import expected_media, made_up_tokens, without_weights
 from trainer.data.batch import IGNORED_LABEL, Batch, media_inputs
 from trainer.data.plan import SourcePlan, plan_update
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
 from trainer.errors import ConfigError
 from trainer.loop import update_loader
+from trainer.metrics.speed import device_memory, host_memory
 from trainer.tasks.flamingo import build_flamingo_task
-from trainer.tasks.flops import frames_per_medium, useful_flops
+from trainer.tasks.flops import count_operations, data_sheet_tflops
 
 BENCHMARK = "step"
 LEAST_STEPS = 3
@@ -233,7 +233,6 @@ def _traced_update(engine: Engine, updates: Iterator[list[Batch]], path: Path) -
     """One update more on all ranks; the main one writes what its profiler saw."""
     with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
         _update(engine, updates)
-        device_clock(engine.world)()  # what the device still does belongs into the trace
     if profiler is not None:
         profiler.export_chrome_trace(str(path))
 
@@ -259,8 +258,9 @@ def _contents(sizes: UsefulFlops, config: FlamingoRunConfig, batches: list[Batch
         found["images"] += int(batch.media_index.max() >= 0) * batch.medium_count
         found["samples"] += batch.sequences
         found["positions"] += batch.attention_mask.numel()
-        found["useful"] += round(useful_flops(sizes, batch))
-        found["executed"] += round(_executed_flops(sizes, batch, config))
+        operations = count_operations(sizes, config.training.activation_checkpointing, batch)
+        found["useful"] += round(operations.useful)
+        found["executed"] += round(operations.executed)
     return found
 
 
@@ -270,7 +270,7 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
     names = ("tokens", "images", "samples", "positions", "useful", "executed")
     summed = sum_over_ranks([timings.contents[name] / len(timings.updates) for name in names], world)
     held = dict(zip(names, summed, strict=True))
-    peak = 1e12 * (options.peak_tflops or _peak_tflops(world.device, config.training.dtype))
+    source, peak = _peak(world, config.training.dtype, options.peak_tflops or config.logging.peak_tflops)
     found: list[tuple[str, str, float]] = [
         ("update, median", "s", seconds),
         ("update, fastest", "s", min(timings.updates)),
@@ -291,11 +291,11 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
         *_device_rows(timings.device),
         ("MFU", "%", 100 * utilisation(held["useful"], seconds, world.size, peak)),
         ("HFU", "%", 100 * utilisation(held["executed"], seconds, world.size, peak)),
-        ("peak of a device", "TFLOP/s", peak / 1e12),
+        (f"peak of a device, {source}", "TFLOP/s", peak / 1e12),
     ]
     if options.data == "real":
         found.append(("padding", "%", 100 * (1 - held["tokens"] / held["positions"])))
-    memory = gather_objects((_device_memory(world.device), _host_memory()), world)
+    memory = gather_objects((device_memory(world.device), host_memory()), world)
     found += [
         ("peak memory of a device", "MiB", max(device for device, _ in memory) / MIB),
         ("peak memory of a process", "MiB", max(host for _, host in memory) / MIB),
@@ -316,33 +316,20 @@ def _device_rows(traced: DeviceTrace | None) -> list[tuple[str, str, float]]:
     ]
 
 
-def _executed_flops(sizes: UsefulFlops, batch: Batch, config: FlamingoRunConfig) -> float:
-    """FLOPs of all positions of a batch, with what is computed again."""
-    rows, length = batch.input_ids.shape
-    workload = Workload(rows, length, batch.medium_count / rows, frames_per_medium(sizes, batch))
-    return rows * executed_flops(sizes, workload, config.training.activation_checkpointing)
+def _peak(world: World, dtype: DType, given: float | None) -> tuple[str, float]:
+    """Where it comes from, and FLOP/s: of the command line, of the data sheet, or of two matrices' product."""
+    if given is not None:
+        return "given", 1e12 * given
+    known = data_sheet_tflops(world.device, dtype)
+    return ("data sheet", 1e12 * known) if known else ("measured", _measured_peak(world, torch_dtype(dtype)))
 
 
-def _peak_tflops(device: torch.device, dtype: str) -> float:
-    """By the device's name in ``cost_model.DEVICES``; what is not there, and a CPU, multiplies two matrices."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-        for known in sorted(DEVICES, key=len, reverse=True):
-            if known.split("-")[-1 if known.startswith("rtx") else 0] in name:
-                return DEVICES[known].tflops
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    a, b = torch.randn(2, 2048, 2048, device=device).to(kind).unbind()
-    best = float("inf")
+def _measured_peak(world: World, dtype: torch.dtype) -> float:
+    now = device_clock(world)
+    a, b = torch.randn(2, 2048, 2048, device=world.device).to(dtype).unbind()
+    best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e12
-
-
-def _device_memory(device: torch.device) -> float:
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
-
-
-def _host_memory() -> float:
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = now()
+        a @ b
+        best = min(best, (now() - start) / 1e9)
+    return 2 * 2048**3 / best
