@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import make_assets, run_settings, write_settings
+from tests.project.commands import ROOT
+from trainer import benchmark
+from trainer.benchmarks import step_memory
 from trainer.benchmarks.step_parts import PARTS
+from trainer.config.loader import load_config
+from trainer.config.schema import FlamingoRunConfig
+from trainer.distributed import World
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +35,6 @@ def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(world: Any, yaml: Path) -> dict[str, dict[str, float]]:
     from trainer.benchmarks import step
-    from trainer.config.loader import load_config
-    from trainer.config.schema import FlamingoRunConfig
 
     config = load_config(yaml, [], FlamingoRunConfig)
     found = {}
@@ -58,3 +64,31 @@ def test_real_and_made_up_data(yaml: Path, processes: int) -> None:
     assert made_up["samples per second, all"] * update == pytest.approx(16)
     assert made_up["tokens per second, all"] * update == pytest.approx(8 * 24 + 4 * 40 + 4 * 24)
     assert made_up["images per second, all"] * update == pytest.approx(8 + 4 * 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "2"], "--steps 3 or more"),
+        (["--warmup", "0"], "--warmup 1 or more"),
+        (["--peak-tflops", "0"], "peak is above 0"),
+        (["--json", "nowhere/result.json"], "there is no folder"),
+        (["--trace", "nowhere/trace.json"], "there is no folder"),
+        (["--stepz", "4"], "no such setting"),
+        (["--data.sources.0.micro_batch_size", "3"], "does not divide batch_size"),
+    ],
+)
+def test_what_cannot_be_measured(yaml: Path, arguments: list[str], message: str, capsys: Any) -> None:
+    assert benchmark.main(["step", str(yaml), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs" / "flamingo-9b.yaml", [], FlamingoRunConfig, check_files=False)
+    world = World(0, 1, 0, torch.device("cpu"))
+    available = SimpleNamespace(available=8 * 2**30)
+    monkeypatch.setattr(step_memory.psutil, "virtual_memory", lambda: available)
+    with pytest.raises(ValueError, match=r"41\.\d GiB of the host, and 8\.0 GiB are free"):
+        step_memory.check_memory(config, world)
+    available.available = 64 * 2**30
+    step_memory.check_memory(config, world)

@@ -22,10 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,14 +35,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from model.config import DType
 from model.factory import build_flamingo, torch_dtype
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops, utilisation
+from model.parameters import full_shape
 from model.tokens import SpecialTokenIds
 from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
 from trainer.benchmarks.rows import Row, header
+from trainer.benchmarks.step_memory import check_memory
 from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
@@ -84,8 +88,7 @@ def main(argv: Sequence[str]) -> int:
     """Entry point behind ``trainer.benchmark step``; returns the exit code: 2 for wrong arguments or settings."""
     options, overrides = _parse(argv)
     try:
-        if options.steps < LEAST_STEPS or options.warmup < 1:
-            raise ValueError(f"a median needs --steps {LEAST_STEPS} or more, and --warmup 1 or more")
+        _check_options(options)
         config = load_config(options.config, overrides, FlamingoRunConfig, check_files=options.data == "real")
         world = initialize(config.deepspeed.timeout_seconds, config.training.threads)
         try:
@@ -94,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
         finally:
             shut_down()
     except (ConfigError, ValueError) as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         return 2
     if world.is_main:
         for row in rows:
@@ -105,6 +109,19 @@ def main(argv: Sequence[str]) -> int:
             head = header(device) | measured | {"config": to_plain(config)}
             options.json.write_text(json.dumps([head, *(row.as_json() for row in rows)], indent=1) + "\n")
     return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises: ValueError for what would be noticed only after the measuring, or not at all."""
+    if options.steps < LEAST_STEPS or options.warmup < 1:
+        raise ValueError(f"a median needs --steps {LEAST_STEPS} or more, and --warmup 1 or more")
+    if options.peak_tflops is not None and options.peak_tflops <= 0:
+        raise ValueError(
+            f"--peak-tflops {options.peak_tflops:g}: a device's peak is above 0; leave it out to measure it"
+        )
+    for name, path in (("--json", options.json), ("--trace", options.trace)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {path.absolute().parent}")
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -133,6 +150,7 @@ def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -
         updates = (update.micro_batches for update in update_loader(task, config, world, 0, drawn))
     else:
         plans = plan_update(config.data, world.size)
+        check_memory(config, world)
         model, settings = _random_model(config, world, sum(plan.micro_batches for plan in plans))
         engine = Engine(model, config.optimizer, settings, world)
         tower = model.vision_encoder
@@ -145,7 +163,7 @@ def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -
     model_module: Any = engine.module
     count = partial(_contents, UsefulFlops.of(model_module), config)
     timings = measure(engine, updates, options.steps, options.warmup, options.trace, count)
-    return _rows(world, config, timings, options)
+    return _rows(model_module, world, config, timings, options)
 
 
 def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -> tuple[Flamingo, dict[str, Any]]:
@@ -264,7 +282,9 @@ def _contents(sizes: UsefulFlops, config: FlamingoRunConfig, batches: list[Batch
     return found
 
 
-def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: argparse.Namespace) -> list[Row]:
+def _rows(
+    model: nn.Module, world: World, config: FlamingoRunConfig, timings: Timings, options: argparse.Namespace
+) -> list[Row]:
     case = f"{world.size} x {world.device.type}, {config.training.dtype}"
     seconds = statistics.median(timings.updates)
     names = ("tokens", "images", "samples", "positions", "useful", "executed")
@@ -289,6 +309,8 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
         ("of it to gather", "MiB", timings.sent.get(GATHER, 0.0) / MIB),
         ("of it to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / MIB),
         *_device_rows(timings.device),
+        ("parameters", "", _count(model.parameters())),
+        ("of them trained", "", _count(parameter for parameter in model.parameters() if parameter.requires_grad)),
         ("MFU", "%", 100 * utilisation(held["useful"], seconds, world.size, peak)),
         ("HFU", "%", 100 * utilisation(held["executed"], seconds, world.size, peak)),
         (f"peak of a device, {source}", "TFLOP/s", peak / 1e12),
@@ -301,6 +323,10 @@ def _rows(world: World, config: FlamingoRunConfig, timings: Timings, options: ar
         ("peak memory of a process", "MiB", max(host for _, host in memory) / MIB),
     ]
     return [Row(BENCHMARK, case, measure, unit, value) for measure, unit, value in found]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(math.prod(full_shape(parameter)) for parameter in parameters)
 
 
 def _device_rows(traced: DeviceTrace | None) -> list[tuple[str, str, float]]:
