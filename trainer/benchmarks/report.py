@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.files import write_atomically
 
-_SAME = ("hardware", "device", "versions", "config")
+_SAME = ("hardware", "device", "versions", "data", "config")
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
 _STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -69,12 +69,20 @@ def _read(path: Path) -> tuple[Any, list[Any]]:
 def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> None:
     first_path, first, _ = results[0]
     for path, head, _ in results[1:]:
-        different = [key for key in _SAME if head.get(key) != first.get(key)]
+        different = [name for key in _SAME for name in _differing(key, head.get(key), first.get(key))]
         if different:
             raise ValueError(
                 f"{first_path} and {path} are results of {name} with different {', '.join(different)}: "
                 "they do not belong into one plot; write a page for each"
             )
+
+
+def _differing(path: str, left: Any, right: Any) -> list[str]:
+    """Dotted paths of the settings in which two headers differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = sorted(left.keys() | right.keys())
+        return [name for key in keys for name in _differing(f"{path}.{key}", left.get(key), right.get(key))]
+    return [] if left == right else [path]
 
 
 def _rival_plot(rows: list[Any]) -> str:
