@@ -52,7 +52,11 @@ def test_different_results_do_not_share_a_plot(
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.json").write_text("[]")
+HEAD = '{"benchmark": "step", "hardware": "CPU", "versions": {}}'
+
+
+@pytest.mark.parametrize("text", ["[]", "[{", "3", "null", '["a"]', f'[{HEAD}, {{"measure": "time"}}]', f"[{HEAD}, 1]"])
+def test_what_is_no_result_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(text)
     assert benchmark.main(["report", str(tmp_path / "a.json"), "--html", str(tmp_path / "page.html")]) == 2
     assert "trainer.benchmark --json wrote" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from typing import Any
 from trainer.files import write_atomically
 
 _SAME = ("hardware", "device", "versions", "data", "config")
+_ROW = {"case", "measure", "unit", "value", "rival", "rival_value", "ratio", "target", "met"}
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
 _STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -60,8 +61,9 @@ def page(paths: Sequence[Path]) -> str:
 def _read(path: Path) -> tuple[Any, list[Any]]:
     try:
         head, *rows = json.loads(path.read_text(encoding="utf-8"))
-        assert {"benchmark", "hardware", "versions"} <= head.keys()
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        if not {"benchmark", "hardware", "versions"} <= head.keys() or not all(row.keys() >= _ROW for row in rows):
+            raise ValueError("keys are missing")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a file that trainer.benchmark --json wrote") from error
     return head, rows
 
