@@ -27,6 +27,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.limits import BadSampleLimit
 from trainer.data.loader import Update, UpdateLoader
+from trainer.data.packing import LanePositions
 from trainer.data.sequences import Builder
 from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
 from trainer.data.totals import UpdateTotals, update_totals
@@ -35,7 +36,9 @@ from trainer.engine import Engine, StepResult
 from trainer.files import write_atomically
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import MetricsWriter
+from trainer.metrics.speed import Operations, Speed, SpeedMeter
 from trainer.metrics.step import StepMetrics
+from trainer.metrics.trace import UpdateTrace
 from trainer.optimizer import learning_rate_factor
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
@@ -54,7 +57,7 @@ class Task:
     builders: for each source, what makes a sequence of a sample.
     pad_id, media_shape, patch_size: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of
         videos have more frames, by their own setting), patch_size the tower's, for sources with ``image_tokens``.
-    flops: useful floating-point operations of a batch, for the metrics.
+    operations: floating-point operations of a batch, and peak_tflops of a device, for the metrics; None: not known.
     unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
     deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
     frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
@@ -69,7 +72,8 @@ class Task:
     frozen: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["token", "sequence"] = "token"
     patch_size: int | None = None
-    flops: Callable[[Batch], float] | None = None
+    operations: Callable[[Batch], Operations] | None = None
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,10 @@ def _train_from_checkpoint(run: _Run) -> None:
     folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(run)
-    loader = _loader(run, state)
+    lane_positions = saved_lane_positions(state.data)
+    loader = update_loader(task, config, world, state.step, config.training.steps, lane_positions)
+    if state.step:
+        check_data_state(state.data, loader.state(state.step))
     if world.is_main:
         write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
     checkpoints = Checkpoints(folder, config.checkpoint, world, engine.shard_sizes())
@@ -124,13 +131,16 @@ def _train_from_checkpoint(run: _Run) -> None:
 
     stability = Stability(config, windows, state.stability, can_go_back, run.events)
     limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, run.events)
+    meter = SpeedMeter(world, task.peak_tflops)
     with (
         MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
         closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
+        closing(UpdateTrace(config.run_dir, config.logging.trace_steps, world.is_main)) as trace,
     ):
         for update, data_seconds in _timed(loader):
             done = update.step + 1
             watchdog.alive(f"update {done}")
+            trace.begin(done)
             if (why := stability.why_skipped(done)) is not None:
                 writer.write(_passed_over(done, why, config, data_seconds))
                 stop = run.preemption.agreed()
@@ -140,18 +150,16 @@ def _train_from_checkpoint(run: _Run) -> None:
                 result, losses = _run_update(engine, update, totals, task, config)
                 step_seconds = time.perf_counter() - start + data_seconds
                 # Everything that the ranks tell one another after an update, at once.
-                flops = sum(task.flops(batch) for batch in update.micro_batches) if task.flops else 0.0
-                *losses, step_seconds, flops, asked = sum_over_ranks(
-                    [*losses, step_seconds, flops, run.preemption.asked], world
-                )
-                stop = asked > 0
+                own = meter.own(step_seconds, map(task.operations, update.micro_batches) if task.operations else ())
+                asked, *summed = sum_over_ranks([run.preemption.asked, *losses, *own], world)
+                stop, speed = asked > 0, meter.over_ranks(summed[len(losses) :])
                 if config.data.ledger and result.applied:
                     ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
-                tflops = flops / step_seconds / 1e12 if task.flops else None
-                metrics = _metrics(update, result, losses, totals, task, config, step_seconds / world.size, tflops)
+                metrics = _metrics(update, result, summed[: len(losses)], totals, task, config, speed)
                 writer.write(metrics)
                 stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
                 limit.record(totals.samples, totals.replaced)
+            trace.end(done)
             checkpoints.poll()
             if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
                 watchdog.alive(f"the checkpoint of update {done}", slow=True)
@@ -187,10 +195,19 @@ def _resume(run: _Run) -> TrainingState:
     return state
 
 
-def _loader(run: _Run, state: TrainingState) -> UpdateLoader:
-    """The updates from ``state`` on. Raises: ValueError when the data are not those of the checkpoint."""
-    task, config, world = run.task, run.config, run.world
-    loader = UpdateLoader(
+def update_loader(
+    task: Task,
+    config: RunConfig,
+    world: World,
+    start_step: int,
+    stop_step: int,
+    lane_positions: Mapping[str, LanePositions] | None = None,
+) -> UpdateLoader:
+    """This rank's part of the updates from start_step up to stop_step (exclusive).
+
+    lane_positions: of packed sources before start_step. Raises: ValueError and ShardError as ``UpdateLoader`` does.
+    """
+    return UpdateLoader(
         config.data,
         task.builders,
         pad_id=task.pad_id,
@@ -198,14 +215,11 @@ def _loader(run: _Run, state: TrainingState) -> UpdateLoader:
         patch_size=task.patch_size,
         rank=world.rank,
         world_size=world.size,
-        start_step=state.step,
-        stop_step=config.training.steps,
+        start_step=start_step,
+        stop_step=stop_step,
         pin_memory=world.device.type == "cuda",
-        lane_positions=saved_lane_positions(state.data),
+        lane_positions=lane_positions,
     )
-    if state.step:
-        check_data_state(state.data, loader.state(state.step))
-    return loader
 
 
 def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:
@@ -270,8 +284,7 @@ def _metrics(
     totals: UpdateTotals,
     task: Task,
     config: RunConfig,
-    step_seconds: float,
-    tflops: float | None,
+    speed: Speed,
 ) -> StepMetrics:
     """What metrics.jsonl says of an update. summed_losses: of each source, over all ranks."""
     normalizers = _normalizers(totals, task, config)
@@ -290,8 +303,9 @@ def _metrics(
         padding=totals.padding,
         images=totals.images,
         replaced=reasons,
-        step_seconds=step_seconds,
+        step_seconds=speed.step_seconds,
         data_seconds=totals.data_seconds,
         skipped=not result.applied,
-        tflops=tflops,
+        tflops=speed.tflops,
+        speed=speed,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from trainer import benchmark
 from trainer.benchmarks.rows import Row
-from trainer.benchmarks.step import PARTS
+from trainer.benchmarks.step_parts import PARTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,17 +34,29 @@ def test_a_page_with_plots_and_without_a_network(tmp_path: Path) -> None:
     assert "http" not in text
 
 
-@pytest.mark.parametrize("header", [{"hardware": "another"}, {"config": {"a": 1}}, {"versions": {"torch": "1"}}])
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ({"hardware": "another"}, "hardware"),
+        ({"config": {"training": {"dtype": "float32"}}}, "config.training"),
+        ({"versions": {"torch": "1"}}, "versions.torch"),
+        ({"data": "real"}, "data"),
+    ],
+)
 def test_different_results_do_not_share_a_plot(
-    tmp_path: Path, header: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, header: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [step_result(tmp_path / "a.json", 1), step_result(tmp_path / "b.json", 2, **header)]
     assert benchmark.main(["report", *results, "--html", str(tmp_path / "page.html")]) == 2
-    assert f"different {next(iter(header))}" in capsys.readouterr().err
+    assert f"different {named}" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.json").write_text("[]")
+HEAD = '{"benchmark": "step", "hardware": "CPU", "versions": {}}'
+
+
+@pytest.mark.parametrize("text", ["[]", "[{", "3", "null", '["a"]', f'[{HEAD}, {{"measure": "time"}}]', f"[{HEAD}, 1]"])
+def test_what_is_no_result_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(text)
     assert benchmark.main(["report", str(tmp_path / "a.json"), "--html", str(tmp_path / "page.html")]) == 2
     assert "trainer.benchmark --json wrote" in capsys.readouterr().err

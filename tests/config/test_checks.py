@@ -25,6 +25,7 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "drive"}
         ("schedule", {"warmup_steps": 101}, "schedule.warmup_steps", "more than training.steps 100"),
         ("checkpoint", {"every": 10, "keep_every": 25}, "checkpoint.keep_every", "multiple of checkpoint.every 10"),
         ("resilience", {"skip_updates": [[9, 8]]}, "resilience.skip_updates.0", "from 9 to 8"),
+        ("logging", {"trace_steps": [9, 8]}, "logging.trace_steps", "from 9 to 8"),
         ("resilience", {"watchdog": {"seconds": 200}}, "resilience.watchdog.seconds", "read_deadline_seconds 300"),
         ("resilience", {"watchdog": {"seconds": 2000}}, "resilience.watchdog.startup_seconds", "less than"),
         ("resilience", {"spikes": {"window": 9}}, "resilience.spikes.min_updates", "more than spikes.window 9"),

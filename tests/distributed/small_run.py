@@ -122,6 +122,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+# What no two runs have in common.
+MEASURED = {
+    "step_seconds",
+    "data_seconds",
+    "tokens_per_second",
+    "samples_per_second",
+    "images_per_second",
+    "tflops",
+    "mfu",
+    "hfu",
+    "device_memory_gib",
+    "host_memory_gib",
+}
+
+
+def without_measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl as far as they are the same in every run of the same settings."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
 def losses(run_dir: Path) -> list[float]:
     """The loss of each step, in order; every step stands there once."""
     lines = read_metrics(run_dir)

@@ -16,7 +16,14 @@ import pytest
 import torch
 
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import make_assets, read_ledger, read_metrics, run_settings, write_settings
+from tests.distributed.small_run import (
+    make_assets,
+    read_ledger,
+    read_metrics,
+    run_settings,
+    without_measured,
+    write_settings,
+)
 from trainer.config.loader import load_config
 from trainer.config.schema import FlamingoRunConfig
 from trainer.distributed import World
@@ -108,8 +115,7 @@ def without_times(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl less what no two runs have in common."""
     lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    speed = ("step_seconds", "data_seconds", "tflops", "why_skipped")
-    return [{key: value for key, value in line.items() if key not in speed} for line in lines]
+    return [{key: value for key, value in line.items() if key != "why_skipped"} for line in without_measured(lines)]
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from typing import Any
 
 from trainer.files import write_atomically
 
-_SAME = ("hardware", "device", "versions", "config")
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
+_SAME = ("hardware", "device", "versions", "data", "config")
+_ROW = {"case", "measure", "unit", "value", "rival", "rival_value", "ratio", "target", "met"}
+_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
 _STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
@@ -60,8 +61,9 @@ def page(paths: Sequence[Path]) -> str:
 def _read(path: Path) -> tuple[Any, list[Any]]:
     try:
         head, *rows = json.loads(path.read_text(encoding="utf-8"))
-        assert {"benchmark", "hardware", "versions"} <= head.keys()
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        if not {"benchmark", "hardware", "versions"} <= head.keys() or not all(row.keys() >= _ROW for row in rows):
+            raise ValueError("keys are missing")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a file that trainer.benchmark --json wrote") from error
     return head, rows
 
@@ -69,12 +71,20 @@ def _read(path: Path) -> tuple[Any, list[Any]]:
 def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> None:
     first_path, first, _ = results[0]
     for path, head, _ in results[1:]:
-        different = [key for key in _SAME if head.get(key) != first.get(key)]
+        different = [name for key in _SAME for name in _differing(key, head.get(key), first.get(key))]
         if different:
             raise ValueError(
                 f"{first_path} and {path} are results of {name} with different {', '.join(different)}: "
                 "they do not belong into one plot; write a page for each"
             )
+
+
+def _differing(path: str, left: Any, right: Any) -> list[str]:
+    """Dotted paths of the settings in which two headers differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = sorted(left.keys() | right.keys())
+        return [name for key in keys for name in _differing(f"{path}.{key}", left.get(key), right.get(key))]
+    return [] if left == right else [path]
 
 
 def _rival_plot(rows: list[Any]) -> str:

@@ -1,80 +1,100 @@
 """``python -m trainer.benchmark step CONFIG``: what an update of a run costs on these devices, and where the time goes.
 
-Random weights, and made-up batches of the configuration's sizes: rows of ``max_tokens`` with as many media as the
-source allows, made before the clock runs, or with ``--data real`` the run's own. Three phases: warm-up; timed updates,
-in which nothing is measured but the wall clock between device-synchronised ends of updates; and the same number of
-profiled ones, in which the device is synchronised at the border of each part. Parts come from the profiled phase only:
+Random weights, and made-up batches of the configuration's sizes: full rows of ``max_tokens``, each one sample with as
+many media as the source allows, made before the clock runs. Or, with ``--data real``, the run's own model and data.
+Three phases: warm-up; timed updates, in which nothing is measured but the wall clock between device-synchronised ends
+of updates; and the same number of profiled ones, in which the device is synchronised at the border of each part.
+Parts come from the profiled phase only. Each moment belongs to one of them, so they add up to the profiled update:
 
-- data wait: until the next update's batches are there. vision, resampler: around the modules. language model: the rest
-  of the forward. backward: forward_backward less its forward. optimiser: the engine's step.
+- data wait: until the next update's batches are on the device. vision, resampler: the modules' forward. language model:
+  the rest of the forward. backward: with what is computed again. optimiser: the engine's step.
+- gather (of partitioned parameters), reduce (of gradients and norms): while this process waits for a collective, the
+  time until the slowest rank joins it included. They count there and not in the part that asked for them.
 
-Collectives (gathers of partitioned parameters, reductions) and offload transfers lie inside of the parts; ``--trace``
-shows them one by one. What they send is counted by DeepSpeed's comms logger.
+On a CPU a collective that runs beside the computing costs its part nothing but the waiting. On a GPU the profiled
+updates let nothing overlap, so their sum exceeds the timed update by what overlap hides. One update more is traced
+there: "exposed" is the time in which a collective or an offload transfer ran and nothing that computes, and the bytes
+over the host link are those of its copies, the batches' included. A CPU has no such link.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import math
+import os
 import statistics
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from model.factory import build_flamingo
+from model.config import DType
+from model.factory import build_flamingo, torch_dtype
 from model.flamingo import Flamingo
-from model.flops import UsefulFlops, Workload, utilisation
+from model.flops import UsefulFlops, utilisation
+from model.parameters import full_shape
 from model.tokens import SpecialTokenIds
+from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
 from trainer.benchmarks.rows import Row, header
+from trainer.benchmarks.step_memory import check_memory
+from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
 from trainer.cost_model import (
-    DEVICES,
     ActivationMemory,
     checkpointed_blocks,
-    executed_flops,
     expected_media,
     made_up_tokens,
     without_weights,
 )
-from trainer.data.batch import IGNORED_LABEL, Batch
+from trainer.data.batch import IGNORED_LABEL, Batch, media_inputs
 from trainer.data.plan import SourcePlan, plan_update
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
 from trainer.errors import ConfigError
-from trainer.tasks.flops import frames_per_medium, useful_flops
+from trainer.loop import update_loader
+from trainer.metrics.speed import device_memory, host_memory
+from trainer.tasks.flamingo import build_flamingo_task
+from trainer.tasks.flops import count_operations, data_sheet_tflops
 
 BENCHMARK = "step"
 LEAST_STEPS = 3
-PARTS = ("data wait", "vision", "resampler", "language model", "backward", "optimiser")
 MIB = 2.0**20
 
 
 @dataclass
 class Timings:
-    """Seconds of each timed update; of each part in each profiled one; bytes that this rank sends in one, by
-    collective."""
+    """Seconds of each timed update, and what this rank had in all of them; seconds of each part in each profiled one;
+    bytes that this rank sends in one, by part; what a GPU did in one more."""
 
     updates: list[float] = field(default_factory=list)
-    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    profiled: list[dict[str, float]] = field(default_factory=list)
+    contents: Counter[str] = field(default_factory=Counter)
+    device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, float]:
+        """Means over the middle half of the profiled updates, by their duration: they add up, and outliers are out."""
+        ordered = sorted(self.profiled, key=lambda parts: sum(parts.values()))
+        quarter = len(ordered) // 4
+        middle = ordered[quarter : len(ordered) - quarter]
+        return {name: statistics.fmean(parts[name] for parts in middle) for name in PARTS}
 
 
 def main(argv: Sequence[str]) -> int:
     """Entry point behind ``trainer.benchmark step``; returns the exit code: 2 for wrong arguments or settings."""
     options, overrides = _parse(argv)
     try:
-        if options.steps < LEAST_STEPS or options.warmup < 1:
-            raise ValueError(f"a median needs --steps {LEAST_STEPS} or more, and --warmup 1 or more")
+        _check_options(options)
         config = load_config(options.config, overrides, FlamingoRunConfig, check_files=options.data == "real")
         world = initialize(config.deepspeed.timeout_seconds, config.training.threads)
         try:
@@ -83,24 +103,44 @@ def main(argv: Sequence[str]) -> int:
         finally:
             shut_down()
     except (ConfigError, ValueError) as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         return 2
     if world.is_main:
         for row in rows:
             print(f"{row.case:28s} {row.measure:36s} {row.value:12.5g} {row.unit}")
         if options.json is not None:
             device = "cuda" if world.device.type == "cuda" else "cpu"
-            head = header(device) | {"benchmark": BENCHMARK, "processes": world.size, "config": to_plain(config)}
+            measured = {"benchmark": BENCHMARK, "processes": world.size, "data": options.data, "steps": options.steps}
+            head = header(device) | measured | {"config": to_plain(config)}
             options.json.write_text(json.dumps([head, *(row.as_json() for row in rows)], indent=1) + "\n")
     return 0
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises: ValueError for what would be noticed only after the measuring, or not at all."""
+    if options.steps < LEAST_STEPS or options.warmup < 1:
+        raise ValueError(f"a median needs --steps {LEAST_STEPS} or more, and --warmup 1 or more")
+    if options.peak_tflops is not None and options.peak_tflops <= 0:
+        raise ValueError(
+            f"--peak-tflops {options.peak_tflops:g}: a device's peak is above 0; leave it out to measure it"
+        )
+    for name, path in (("--json", options.json), ("--trace", options.trace)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {path.absolute().parent}")
+
+
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m trainer.benchmark step", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.benchmark step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("config", type=Path, help="a run's YAML; further --section.key VALUE change it")
     parser.add_argument("--steps", type=int, default=10, help=f"timed updates, at least {LEAST_STEPS}")
     parser.add_argument("--warmup", type=int, default=2, help="updates before them, at least 1")
-    parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
+    parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="default: synthetic")
     parser.add_argument("--peak-tflops", type=float, help="of a device; default: its data sheet, or a measured matmul")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="torch profiler's trace of one more update")
@@ -108,22 +148,28 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -> list[Row]:
-    plans = plan_update(config.data, world.size)
+    updates: Iterator[list[Batch]]
     if options.data == "real":
-        from trainer.tasks.flamingo import build_flamingo_task
-
         task = build_flamingo_task(config, world)
         engine = Engine(task.module, config.optimizer, task.deepspeed, world)
-        updates = _real_updates(config, task, world, options)
+        drawn = options.warmup + 2 * options.steps + 1  # the last one to be traced
+        updates = (update.micro_batches for update in update_loader(task, config, world, 0, drawn))
     else:
+        plans = plan_update(config.data, world.size)
+        check_memory(config, world)
         model, settings = _random_model(config, world, sum(plan.micro_batches for plan in plans))
         engine = Engine(model, config.optimizer, settings, world)
-        size = model.vision_encoder.image_size
-        made = [batch for plan in plans for batch in _made_up(plan, model.tokens, size, world.rank)]
+        tower = model.vision_encoder
+        made = [
+            batch
+            for plan in plans
+            for batch in _made_up(plan, model.tokens, tower.image_size, world.rank, tower.patch_size)
+        ]
         updates = iter(lambda: made, None)
-    timings = measure(engine, updates, options.steps, options.warmup, options.trace)
-    batches = next(updates)
-    return _rows(engine.module, config, world, timings, batches, options.peak_tflops)
+    model_module: Any = engine.module
+    count = partial(_contents, UsefulFlops.of(model_module), config)
+    timings = measure(engine, updates, options.steps, options.warmup, options.trace, count)
+    return _rows(model_module, world, config, timings, options)
 
 
 def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -> tuple[Flamingo, dict[str, Any]]:
@@ -146,28 +192,18 @@ def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -
     return model, settings
 
 
-def _real_updates(config: FlamingoRunConfig, task: Any, world: World, options: argparse.Namespace) -> Iterator[Any]:
-    from trainer.data.loader import UpdateLoader
-
-    loader = UpdateLoader(
-        config.data,
-        task.builders,
-        pad_id=task.pad_id,
-        media_shape=task.media_shape,
-        patch_size=task.patch_size,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=0,
-        stop_step=options.warmup + 2 * options.steps + 2,
-        pin_memory=world.device.type == "cuda",
-    )
-    return (update.micro_batches for update in loader)
-
-
-def _made_up(plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: int) -> Iterator[Batch]:
+def _made_up(
+    plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: int, patch_size: int | None = None
+) -> Iterator[Batch]:
+    """Full rows of one source. patch_size: the tower's, for sources whose media keep their aspect."""
     generator = torch.Generator().manual_seed(rank)
     rows, length = plan.micro_batch_size, plan.source.max_tokens
     media, frames = expected_media(plan.source)
+    height = width = image_size
+    image_tokens: int | None = getattr(plan.source, "image_tokens", None)
+    if image_tokens is not None and patch_size is not None:
+        rows_of_patches = math.isqrt(image_tokens)
+        height, width = patch_size * rows_of_patches, patch_size * (image_tokens // rows_of_patches)
     for _ in range(plan.micro_batches):
         ids = torch.randint(3, tokens.image_id, (rows, length), generator=generator)
         index = torch.full_like(ids, -1)
@@ -176,161 +212,118 @@ def _made_up(plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: i
             index = within + media * torch.arange(rows)[:, None]
             ids[:, [-(-medium * length // media) for medium in range(media)]] = tokens.image_id
         labels = ids.masked_fill(ids == tokens.image_id, IGNORED_LABEL)
-        shape = (max(1, rows * media), frames, 3, image_size, image_size)
+        shape = (max(1, rows * media), frames, 3, height, width)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, pixels)
+        inputs, grids = media_inputs(pixels.unbind(), patch_size if plan.keeps_aspect else None)
+        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, inputs, media_grids=grids)
 
 
-def measure(engine: Engine, updates: Iterator[list[Batch]], steps: int, warmup: int, trace: Path | None) -> Timings:
-    """Warm up, time, profile; a collective. updates: this rank's micro-batches, update after update."""
-    timings = Timings()
+def measure(
+    engine: Engine,
+    updates: Iterator[list[Batch]],
+    steps: int,
+    warmup: int,
+    trace: Path | None,
+    count: Callable[[list[Batch]], Counter[str]] | None = None,
+) -> Timings:
+    """Warm up, time, profile; a collective. updates: this rank's micro-batches, update after update. count: what a
+    timed update holds."""
+    timings, now = Timings(), device_clock(engine.world)
     for number in range(warmup + steps):
-        start = _now(engine.world)
-        _update(engine, next(updates))
+        start = now()
+        batches = _update(engine, updates)
         if number >= warmup:
-            timings.updates.append(_now(engine.world) - start)
-    with _parts_timed(engine, timings) as forward, _communication(engine.world, timings, steps):
+            timings.updates.append((now() - start) / 1e9)
+            timings.contents += count(batches) if count else Counter()
+    clock = PartClock(now, OUTERMOST)
+    with parts_timed(engine, clock) as sent:
         for _ in range(steps):
-            _profiled_update(engine, updates, timings, forward)
-    if trace is not None:
-        _traced_update(engine, next(updates), trace)
+            clock.lap()
+            _update(engine, updates, clock)
+            spent = clock.lap()
+            timings.profiled.append({name: spent[name] / 1e9 for name in PARTS})
+        timings.sent = {name: size / steps for name, size in sent.items()}
+    if engine.world.device.type == "cuda":
+        with TemporaryDirectory() as folder:
+            path = trace or Path(folder) / "trace.json"
+            _traced_update(engine, updates, path)
+            timings.device = read_device_trace(path) if engine.world.is_main else None
+    elif trace is not None:
+        _traced_update(engine, updates, trace)
     return timings
 
 
-def _traced_update(engine: Engine, batches: list[Batch], path: Path) -> None:
+def _traced_update(engine: Engine, updates: Iterator[list[Batch]], path: Path) -> None:
     """One update more on all ranks; the main one writes what its profiler saw."""
     with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
-        _update(engine, batches)
+        _update(engine, updates)
     if profiler is not None:
         profiler.export_chrome_trace(str(path))
 
 
-def _update(engine: Engine, batches: list[Batch]) -> None:
-    for batch in batches:
-        engine.forward_backward(batch.to(engine.world.device).inputs, 1.0 / max(1, batch.trained_tokens))
-    engine.step(1.0)
-
-
-def _profiled_update(
-    engine: Engine, updates: Iterator[list[Batch]], timings: Timings, forward: dict[str, float]
-) -> None:
-    world = engine.world
-    forward.update(dict.fromkeys(forward, 0.0))
-    start = _now(world)
+def _update(engine: Engine, updates: Iterator[list[Batch]], clock: PartClock | None = None) -> list[Batch]:
+    """One update; its parts are timed where there is a clock for them. Returns what it trained on."""
+    part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
     batches = next(updates)
-    after_data = _now(world)
     for batch in batches:
-        engine.forward_backward(batch.to(world.device).inputs, 1.0 / max(1, batch.trained_tokens))
-    after_backward = _now(world)
-    engine.step(1.0)
-    seconds = {
-        "data wait": after_data - start,
-        "vision": forward["vision"],
-        "resampler": forward["resampler"],
-        "language model": forward["model"] - forward["vision"] - forward["resampler"],
-        "backward": after_backward - after_data - forward["model"],
-        "optimiser": _now(world) - after_backward,
-    }
-    for name, value in seconds.items():
-        timings.parts[name].append(value)
+        inputs = batch.to(engine.world.device).inputs
+        with part("backward"):  # the model's forward is a part in this one
+            engine.forward_backward(inputs, 1.0 / max(1, batch.trained_tokens))
+    with part("optimiser"):
+        engine.step(1.0)
+    return batches
 
 
-@contextmanager
-def _parts_timed(engine: Engine, timings: Timings) -> Iterator[dict[str, float]]:
-    """Seconds spent in the forward of the model and of two of its parts, summed up while this is open."""
-    model: Any = engine.module
-    spent = {"vision": 0.0, "resampler": 0.0, "model": 0.0}
-    started: dict[str, float] = {}
-    handles = []
-    for name, module in (("vision", model.vision_encoder), ("resampler", model.resampler), ("model", model)):
-
-        def begin(module: nn.Module, arguments: Any, name: str = name) -> None:
-            started[name] = _now(engine.world)
-
-        def end(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
-            spent[name] += _now(engine.world) - started[name]
-
-        handles += [module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _communication(world: World, timings: Timings, steps: int) -> Iterator[None]:
-    """Fills in ``sent``, for one of ``steps`` updates, from what DeepSpeed sends while this is open."""
-    import deepspeed
-    from deepspeed.comm import comm
-
-    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
-    comm.comms_logger.comms_dict.clear()
-    try:
-        yield
-    finally:
-        comm.comms_logger.enabled = False
-    for operation, sizes in comm.comms_logger.comms_dict.items():
-        for size, (count, *_) in sizes.items():
-            sent = sent_bytes(operation, size, world.size) * count / steps
-            timings.sent[operation] = timings.sent.get(operation, 0.0) + sent
-
-
-def sent_bytes(operation: str, size: float, ranks: int) -> float:
-    """What a rank sends in a ring: each shard of a gather or scatter passes all ranks but one.
-
-    size: as DeepSpeed logs it: a shard for an all-gather, the whole for all others.
-    """
-    if operation.startswith(("all_gather", "allgather")):
-        return size * (ranks - 1)
-    if operation.startswith(("all_reduce", "inference_all_reduce")):
-        return 2 * size * (ranks - 1) / ranks
-    return size * (ranks - 1) / ranks
+def _contents(sizes: UsefulFlops, config: FlamingoRunConfig, batches: list[Batch]) -> Counter[str]:
+    """What an update holds on this rank, and the floating-point operations it takes."""
+    found: Counter[str] = Counter()
+    for batch in batches:
+        found["tokens"] += int(batch.attention_mask.sum())
+        found["images"] += int(batch.media_index.max() >= 0) * batch.medium_count
+        found["samples"] += batch.sequences
+        found["positions"] += batch.attention_mask.numel()
+        operations = count_operations(sizes, config.training.activation_checkpointing, batch)
+        found["useful"] += round(operations.useful)
+        found["executed"] += round(operations.executed)
+    return found
 
 
 def _rows(
-    model: Any,
-    config: FlamingoRunConfig,
-    world: World,
-    timings: Timings,
-    batches: list[Batch],
-    peak_tflops: float | None,
+    model: nn.Module, world: World, config: FlamingoRunConfig, timings: Timings, options: argparse.Namespace
 ) -> list[Row]:
     case = f"{world.size} x {world.device.type}, {config.training.dtype}"
     seconds = statistics.median(timings.updates)
-    sizes = UsefulFlops.of(model)
-    tokens, positions = (
-        sum(int(batch.attention_mask.sum()) for batch in batches),
-        sum(batch.attention_mask.numel() for batch in batches),
-    )
-    useful = sum(useful_flops(sizes, batch) for batch in batches)
-    executed = sum(_executed_flops(sizes, batch, config) for batch in batches)
-    counts = {
-        "tokens": tokens,
-        "images": sum(int(batch.media_index.max() >= 0) * batch.medium_count for batch in batches),
-        "samples": sum(batch.sequences for batch in batches),
-    }
-    summed = sum_over_ranks([*counts.values(), useful, executed], world)
-    peak = 1e12 * (peak_tflops or _peak_tflops(world.device, config.training.dtype))
+    names = ("tokens", "images", "samples", "positions", "useful", "executed")
+    summed = sum_over_ranks([timings.contents[name] / len(timings.updates) for name in names], world)
+    held = dict(zip(names, summed, strict=True))
+    source, peak = _peak(world, config.training.dtype, options.peak_tflops or config.logging.peak_tflops)
     found: list[tuple[str, str, float]] = [
         ("update, median", "s", seconds),
         ("update, fastest", "s", min(timings.updates)),
         ("update, slowest", "s", max(timings.updates)),
     ]
-    for name, total in zip(counts, summed, strict=False):
+    for name in ("tokens", "images", "samples"):
         found += [
-            (f"{name} per second, all", "1/s", total / seconds),
-            (f"{name} per second and device", "1/s", total / seconds / world.size),
+            (f"{name} per second, all", "1/s", held[name] / seconds),
+            (f"{name} per second and device", "1/s", held[name] / seconds / world.size),
         ]
-    found += [(f"part: {name}", "s", statistics.median(timings.parts[name])) for name in PARTS]
+    parts = timings.parts()
+    found += [(f"part: {name}", "s", parts[name]) for name in PARTS]
     found += [
+        ("profiled update, sum of the parts", "s", sum(parts.values())),
         ("sent over the network, a device", "MiB", sum(timings.sent.values()) / MIB),
-        ("MFU", "%", 100 * utilisation(summed[3], seconds, world.size, peak)),
-        ("HFU", "%", 100 * utilisation(summed[4], seconds, world.size, peak)),
-        ("peak of a device", "TFLOP/s", peak / 1e12),
-        ("padding", "%", 100 * (1 - tokens / positions)),
+        ("of it to gather", "MiB", timings.sent.get(GATHER, 0.0) / MIB),
+        ("of it to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / MIB),
+        *_device_rows(timings.device),
+        ("parameters", "", _count(model.parameters())),
+        ("of them trained", "", _count(parameter for parameter in model.parameters() if parameter.requires_grad)),
+        ("MFU", "%", 100 * utilisation(held["useful"], seconds, world.size, peak)),
+        ("HFU", "%", 100 * utilisation(held["executed"], seconds, world.size, peak)),
+        (f"peak of a device, {source}", "TFLOP/s", peak / 1e12),
     ]
-    memory = gather_objects((_device_memory(world.device), _host_memory()), world)
+    if options.data == "real":
+        found.append(("padding", "%", 100 * (1 - held["tokens"] / held["positions"])))
+    memory = gather_objects((device_memory(world.device), host_memory()), world)
     found += [
         ("peak memory of a device", "MiB", max(device for device, _ in memory) / MIB),
         ("peak memory of a process", "MiB", max(host for _, host in memory) / MIB),
@@ -338,40 +331,37 @@ def _rows(
     return [Row(BENCHMARK, case, measure, unit, value) for measure, unit, value in found]
 
 
-def _executed_flops(sizes: UsefulFlops, batch: Batch, config: FlamingoRunConfig) -> float:
-    """FLOPs of all positions of a batch, with what is computed again."""
-    rows, length = batch.input_ids.shape
-    workload = Workload(rows, length, batch.medium_count / rows, frames_per_medium(sizes, batch))
-    return rows * executed_flops(sizes, workload, config.training.activation_checkpointing)
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(math.prod(full_shape(parameter)) for parameter in parameters)
 
 
-def _peak_tflops(device: torch.device, dtype: str) -> float:
-    """By the device's name in ``cost_model.DEVICES``; what is not there, and a CPU, multiplies two matrices."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-        for known in sorted(DEVICES, key=len, reverse=True):
-            if known.split("-")[-1 if known.startswith("rtx") else 0] in name:
-                return DEVICES[known].tflops
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    a, b = torch.randn(2, 2048, 2048, device=device).to(kind).unbind()
-    best = float("inf")
+def _device_rows(traced: DeviceTrace | None) -> list[tuple[str, str, float]]:
+    """What passed over the host link, and on a GPU what overlap did not hide."""
+    if traced is None:
+        return [("over the host link, a device", "MiB", 0.0)]
+    return [
+        ("over the host link, a device", "MiB", (traced.to_device + traced.to_host) / MIB),
+        ("of it to the device", "MiB", traced.to_device / MIB),
+        ("of it to the host", "MiB", traced.to_host / MIB),
+        ("host link busy", "s", traced.link_seconds),
+        *((f"exposed: {name}", "s", seconds) for name, seconds in traced.exposed.items()),
+    ]
+
+
+def _peak(world: World, dtype: DType, given: float | None) -> tuple[str, float]:
+    """Where it comes from, and FLOP/s: of the command line, of the data sheet, or of two matrices' product."""
+    if given is not None:
+        return "given", 1e12 * given
+    known = data_sheet_tflops(world.device, dtype)
+    return ("data sheet", 1e12 * known) if known else ("measured", _measured_peak(world, torch_dtype(dtype)))
+
+
+def _measured_peak(world: World, dtype: torch.dtype) -> float:
+    now = device_clock(world)
+    a, b = torch.randn(2, 2048, 2048, device=world.device).to(dtype).unbind()
+    best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e12
-
-
-def _now(world: World) -> float:
-    """The wall clock, after everything that was asked of the device."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return time.perf_counter()
-
-
-def _device_memory(device: torch.device) -> float:
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
-
-
-def _host_memory() -> float:
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = now()
+        a @ b
+        best = min(best, (now() - start) / 1e9)
+    return 2 * 2048**3 / best

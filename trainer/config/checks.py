@@ -46,6 +46,7 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
         *_check_optimizer(config),
         *_check_resilience(config),
         *_check_activations(config),
+        *_check_logging(config),
         *_check_task(config),
         *raw_problems(config, check_files=check_files),
     ]
@@ -162,6 +163,11 @@ def _check_optimizer(config: RunConfig) -> Iterator[Problem]:
     for index, beta in enumerate(config.optimizer.betas):
         if beta >= 1:
             yield Problem(f"optimizer.betas.{index}", f"must be below 1, not {beta}")
+
+
+def _check_logging(config: RunConfig) -> Iterator[Problem]:
+    if (traced := config.logging.trace_steps) is not None and traced[0] > traced[1]:
+        yield Problem("logging.trace_steps", f"goes from {traced[0]} to {traced[1]}; write [first, last]")
 
 
 def _check_task(config: RunConfig) -> Iterator[Problem]:

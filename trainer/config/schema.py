@@ -329,6 +329,10 @@ class LoggingConfig:
 
     console_every: steps between console lines; skipped updates and the last one always get theirs.
     tensorboard: event files in the run folder. wandb_project: where wandb logs to; None does not use it.
+    peak_tflops: 10^12 operations a second that a device can do at most in ``training.dtype``, of which MFU and HFU are
+        shares; None takes the data sheet's of a known GPU in bfloat16, and leaves them out on others.
+    trace_steps: [first, last] update, counted from 1, that torch profiler traces on the main process, into ``traces/``
+        in the run folder; opens in Perfetto and TensorBoard. Traced updates are slow, and a file grows by each.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -336,6 +340,8 @@ class LoggingConfig:
     console_every: Positive = 1
     tensorboard: bool = True
     wandb_project: str | None = None
+    peak_tflops: PositiveFloat | None = None
+    trace_steps: tuple[Positive, Positive] | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def console_line(metrics: StepMetrics, rates: Rates, total_steps: int) -> str:
         f"data wait {rates.data_fraction:.0%}",
         f"{format_duration(rates.seconds_left)} left",
     ]
+    if rates.mfu is not None:
+        parts.insert(-2, f"MFU {rates.mfu:.1%}")
     if metrics.skipped:
         parts.append(f"SKIPPED ({metrics.why_skipped or 'gradient not finite'})")
     if metrics.substituted:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.metrics.speed import Speed
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -19,7 +21,8 @@ class StepMetrics:
     skipped: the update was not applied: its gradient was not finite, or ``why_skipped`` says why it was passed over.
     padding: share of the batch's positions that hold no token.
     replaced: samples that could not be used and were replaced, by reason.
-    tflops: useful 10^12 floating-point operations a second and process; over the device's peak that is the MFU.
+    tflops: useful 10^12 floating-point operations a second and process.
+    speed: how well the devices were used; None where the update was passed over.
     """
 
     step: int
@@ -37,11 +40,23 @@ class StepMetrics:
     replaced: Mapping[str, int] = field(default_factory=dict)
     why_skipped: str | None = None
     tflops: float | None = None
+    speed: Speed | None = None
 
     @property
     def substituted(self) -> int:
         """Samples that were replaced, for whatever reason."""
         return sum(self.replaced.values())
+
+    def _speeds(self, speed: Speed) -> dict[str, float | None]:
+        return {
+            "tokens_per_second": self.tokens / self.step_seconds,
+            "samples_per_second": sum(self.samples.values()) / self.step_seconds,
+            "images_per_second": self.images / self.step_seconds,
+            "mfu": speed.mfu,
+            "hfu": speed.hfu,
+            "device_memory_gib": speed.device_memory,
+            "host_memory_gib": speed.host_memory,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The flat object of metrics.jsonl; numbers that are not finite become null, for JSON has none of them."""
@@ -61,8 +76,8 @@ class StepMetrics:
             "data_seconds": round(self.data_seconds, 6),
             "skipped": self.skipped,
         }
-        if self.tflops is not None:
-            values["tflops"] = float(f"{self.tflops:.4g}")
+        speeds = {"tflops": self.tflops} | (self._speeds(self.speed) if self.speed else {})
+        values |= {key: float(f"{value:.4g}") for key, value in speeds.items() if value is not None}
         if self.why_skipped is not None:
             values["why_skipped"] = self.why_skipped
         return {key: None if _not_finite(value) else value for key, value in values.items()}

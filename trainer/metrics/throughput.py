@@ -12,7 +12,7 @@ from trainer.metrics.step import StepMetrics
 class Rates:
     """Per second, over the last steps, all ranks together. data_fraction: share of the time spent waiting for data.
 
-    seconds_left: to the last step at this speed.
+    seconds_left: to the last step at this speed. mfu: 0 to 1, None where it is not known.
     """
 
     tokens: float
@@ -20,6 +20,7 @@ class Rates:
     images: float
     data_fraction: float
     seconds_left: float
+    mfu: float | None = None
 
 
 class Throughput:
@@ -48,7 +49,13 @@ class Throughput:
             images=sum(step.images for step in self._steps) / seconds,
             data_fraction=sum(step.data_seconds for step in self._steps) / seconds,
             seconds_left=seconds / len(self._steps) * max(0, self._total_steps - metrics.step),
+            mfu=self._mfu(),
         )
+
+    def _mfu(self) -> float | None:
+        """Of the updates that were trained on, each by its duration."""
+        known = [(step.speed.mfu, step.step_seconds) for step in self._steps if step.speed and step.speed.mfu]
+        return sum(mfu * seconds for mfu, seconds in known) / sum(seconds for _, seconds in known) if known else None
 
 
 def format_duration(seconds: float) -> str:

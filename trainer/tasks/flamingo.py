@@ -19,7 +19,7 @@ from trainer.distributed import World
 from trainer.engine import partitioned_loading
 from trainer.loop import Task
 from trainer.tasks.builders import check_packing, flamingo_builders
-from trainer.tasks.flops import useful_flops
+from trainer.tasks.flops import count_operations, data_sheet_tflops
 
 
 def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
@@ -50,7 +50,8 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         deepspeed=settings,
         model=config.model.to_dict(),
         frozen=frozen_digests(model, placement.gather),
-        flops=partial(useful_flops, sizes),
+        operations=partial(count_operations, sizes, config.training.activation_checkpointing),
+        peak_tflops=config.logging.peak_tflops or data_sheet_tflops(world.device, config.training.dtype),
     )
 
 
