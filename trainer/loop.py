@@ -306,6 +306,5 @@ def _metrics(
         step_seconds=speed.step_seconds,
         data_seconds=totals.data_seconds,
         skipped=not result.applied,
-        tflops=speed.tflops,
         speed=speed,
     )

@@ -11,6 +11,7 @@ import yaml
 from tests.project.commands import ROOT, UncheckedCommandError, check_command, shell_commands
 from trainer.config.loader import load_config
 from trainer.config.schema import FlamingoRunConfig
+from trainer.metrics.speed import Speed
 from trainer.metrics.step import StepMetrics
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -92,7 +93,6 @@ def test_the_example_configuration_loads(tmp_path: Path) -> None:
 def test_the_fields_of_metrics_jsonl_are_those_that_are_written() -> None:
     (cell,) = re.findall(r"^\| `metrics.jsonl` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     documented = set(re.findall(r"`([^`]+)`", cell))
-    metrics = StepMetrics(
-        1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False, replaced={"<reason>": 1}, tflops=1.0
-    )
+    values = (1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
+    metrics = StepMetrics(*values, replaced={"<reason>": 1}, speed=Speed(1, 1, 1, 1, 1, 1))
     assert documented == set(metrics.to_json())

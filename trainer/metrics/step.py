@@ -21,7 +21,6 @@ class StepMetrics:
     skipped: the update was not applied: its gradient was not finite, or ``why_skipped`` says why it was passed over.
     padding: share of the batch's positions that hold no token.
     replaced: samples that could not be used and were replaced, by reason.
-    tflops: useful 10^12 floating-point operations a second and process.
     speed: how well the devices were used; None where the update was passed over.
     """
 
@@ -39,7 +38,6 @@ class StepMetrics:
     padding: float = 0.0
     replaced: Mapping[str, int] = field(default_factory=dict)
     why_skipped: str | None = None
-    tflops: float | None = None
     speed: Speed | None = None
 
     @property
@@ -52,6 +50,7 @@ class StepMetrics:
             "tokens_per_second": self.tokens / self.step_seconds,
             "samples_per_second": sum(self.samples.values()) / self.step_seconds,
             "images_per_second": self.images / self.step_seconds,
+            "tflops": speed.tflops,
             "mfu": speed.mfu,
             "hfu": speed.hfu,
             "device_memory_gib": speed.device_memory,
@@ -76,7 +75,7 @@ class StepMetrics:
             "data_seconds": round(self.data_seconds, 6),
             "skipped": self.skipped,
         }
-        speeds = {"tflops": self.tflops} | (self._speeds(self.speed) if self.speed else {})
+        speeds = {} if self.speed is None else self._speeds(self.speed)
         values |= {key: float(f"{value:.4g}") for key, value in speeds.items() if value is not None}
         if self.why_skipped is not None:
             values["why_skipped"] = self.why_skipped
