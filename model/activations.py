@@ -107,6 +107,7 @@ def _inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
     size, media = model.vision_encoder.image_size, max(1, batch.media)
     inputs: dict[str, Any] = {"input_ids": text, "labels": text.clone(), "media_index": text.clone()}
     inputs["position_ids" if batch.packed else "attention_mask"] = text.clone()
+    inputs["positions"] = text[:, 1:].flatten()  # as many as can have a label
     if batch.grid is None:
         return inputs | {"media": torch.zeros(media, batch.frames, 3, size, size, dtype=torch.uint8)}
     patch = model.vision_encoder.patch_size

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 IGNORED_LABEL = -100
 _ROWS = 1024  # rows whose float32 copy exists at once: 0.5 GB at a vocabulary of 128 k
@@ -128,11 +127,8 @@ def label_positions(labels_BL: Tensor) -> Tensor:
     """Where the next token has a label: int64 [N], positions in the flattened [B * L].
 
     labels stand at their token's own position and are predicted from the position before; the first of a row never is.
-    On a GPU the host waits to learn how many there are, so the collator asks before the batch goes there. Labels
-    without values (fake tensors) are all trained.
+    On a GPU the host waits to learn how many there are, so the collator asks before the batch goes there.
     """
-    if isinstance(labels_BL, FakeTensor):
-        return labels_BL[:, 1:].flatten()
     return (_next_labels(labels_BL) != IGNORED_LABEL).nonzero().squeeze(1)
 
 

@@ -2,8 +2,9 @@
 
 Each node has its own network, PID, UTS, IPC and mount namespace: an address on a common network, its own sshd (root may
 go from every node to every other without a password), its own hostname, /dev/shm and /run. The file system is the
-machine's, so it is shared, as in a cluster. Names resolve as Debian sets them up: a node's own name is 127.0.1.1, which
-no other node reaches. The nodes see only each other; there is no way to or from the machine's own network.
+machine's, so it is shared, as in a cluster, but for ~/.bashrc: what is in there may wait for a lock that a lost node
+held (pyenv's does, for a minute). Names resolve as Debian sets them up: a node's own name is 127.0.1.1, which no other
+node reaches. The nodes see only each other; there is no way to or from the machine's own network.
 
 Everything hangs on namespaces that nothing else refers to, whose processes die with this one: several clusters live
 side by side with the same names and addresses, and even kill -9 of pytest leaves nothing behind.
@@ -42,6 +43,7 @@ mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd
 hostname {name}
 mount --bind {folder}/hosts.{name} /etc/hosts
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
+if [ -e ~/.bashrc ]; then mount --bind /dev/null ~/.bashrc; fi
 ip link set lo up
 read -r connected
 exec {sshd} -D -e -f {folder}/sshd_config.{name}

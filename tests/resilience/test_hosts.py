@@ -75,5 +75,7 @@ def test_hosts_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     started = time.monotonic()
     hosts = [Host(name, 1) for name in ("good", "slow", "bad")]
-    assert unreachable(hosts, ["-F", "config"], 3) == {"slow": "no answer within 3 s", "bad": "no route to it"}
+    silent = unreachable(hosts, ["-F", "config"], 3)
+    assert silent.pop("slow").startswith("no answer within 3 s")
+    assert silent == {"bad": "no route to it"}
     assert time.monotonic() - started < 30

@@ -134,7 +134,7 @@ def _why_unreachable(host: Host, ssh_arguments: Sequence[str], timeout_seconds: 
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {timeout_seconds:g} s"
+        return f"no answer within {timeout_seconds:g} s (it is down, or its login hangs, in ~/.bashrc for example)"
     if done.returncode == 0:
         return ""
     return done.stderr.strip().rpartition("\n")[2] or f"ssh ended with code {done.returncode}"
