@@ -1,7 +1,8 @@
 """``python -m trainer.benchmark report RESULTS... --html FILE``: measurements as one page, without a network.
 
-Results of one benchmark share a plot only if they come from the same hardware, versions and configuration; results of
-``step`` may differ in the number of processes, which is what their plot shows.
+Results of one benchmark share a plot only if they come from the same hardware, versions and configuration. Those of
+``step`` may differ in the number of processes and in the model: throughput is plotted against the one, memory against
+the other's size.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from trainer.benchmarks.plots import bars, lines, stacked_bars
 from trainer.files import write_atomically
 
 _SAME = ("hardware", "device", "versions", "data", "config")
 _ROW = {"case", "measure", "unit", "value", "rival", "rival_value", "ratio", "target", "met"}
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
+_PLOTTED = ("samples per second, all", "peak memory of a device", "peak memory of a process", "parameters")
+_PART = "part: "
 _STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
@@ -71,7 +76,9 @@ def _read(path: Path) -> tuple[Any, list[Any]]:
 def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> None:
     first_path, first, _ = results[0]
     for path, head, _ in results[1:]:
-        different = [name for key in _SAME for name in _differing(key, head.get(key), first.get(key))]
+        different = [found for key in _SAME for found in _differing(key, head.get(key), first.get(key))]
+        if name == "step":
+            different = [one for one in different if not f"{one}.".startswith(("config.model.", "config.run_dir."))]
         if different:
             raise ValueError(
                 f"{first_path} and {path} are results of {name} with different {', '.join(different)}: "
@@ -89,63 +96,82 @@ def _differing(path: str, left: Any, right: Any) -> list[str]:
 
 def _rival_plot(rows: list[Any]) -> str:
     """How many times better than its rival each measurement is, with 1 as a line."""
-    compared = [row for row in rows if row["ratio"] is not None]
-    most = max((row["ratio"] for row in compared), default=1.0)
-    scale = 300 / max(1.0, most)
-    parts = []
-    for number, row in enumerate(compared):
-        label = f"{row['case']}, {row['measure']} / {row['rival']}"
-        colour = _COLOURS[2] if row["met"] is False else _COLOURS[0]
-        parts.append(_bar(number, 560, row["ratio"] * scale, colour, label, f"{row['ratio']:.2f} x"))
-    line = 560 + scale
-    parts.append(f'<line x1="{line}" x2="{line}" y1="0" y2="{22 * len(compared)}" stroke="#000"/>')
-    return _svg(parts, len(compared))
+    compared = [
+        (f"{row['case']}, {row['measure']} / {row['rival']}", row["ratio"], f"{row['ratio']:.2f} x{_missed(row)}")
+        for row in rows
+        if row["ratio"] is not None
+    ]
+    return bars(compared, left=560, line=1.0) if compared else ""
+
+
+def _missed(row: Any) -> str:
+    return f", target {row['target']:.3g} missed" if row["met"] is False else ""
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    """What the plots show of one result of ``step``. parts: seconds."""
+
+    processes: int
+    parameters: float
+    speed: float
+    device_memory: float
+    process_memory: float
+    parts: dict[str, float]
+
+    @property
+    def model(self) -> str:
+        """Its size in words."""
+        return f"{self.parameters / 1e6:.4g} M parameters"
+
+    @property
+    def devices(self) -> str:
+        """How many took part, in words."""
+        return f"{self.processes} process" + ("es" if self.processes > 1 else "")
+
+
+def _step_result(path: Path, head: Any, rows: list[Any]) -> _StepResult:
+    values = {row["measure"]: row["value"] for row in rows}
+    parts = {name.removeprefix(_PART): value for name, value in values.items() if name.startswith(_PART)}
+    missing = [name for name in _PLOTTED if name not in values]
+    if "processes" not in head or missing or not parts:
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'the processes or the parts'}: measure it anew")
+    speed, device_memory, process_memory, parameters = (values[name] for name in _PLOTTED)
+    return _StepResult(head["processes"], parameters, speed, device_memory, process_memory, parts)
 
 
 def _step_plots(results: list[tuple[Path, Any, list[Any]]]) -> str:
-    """Samples a second and the parts of an update, by number of processes."""
-    ordered = sorted(results, key=lambda result: result[1]["processes"])
-    values = [{row["measure"]: row["value"] for row in rows} for _, _, rows in ordered]
-    plots = "<h3>Scaling</h3>" + _bars(ordered, [found["samples per second, all"] for found in values], "samples/s")
-    plots += "<h3>Memory</h3>" + _bars(
-        ordered, [found["peak memory of a process"] for found in values], "MiB a process"
-    )
-    names = [name for name in values[0] if name.startswith("part: ")]
-    scale = 500 / max(sum(found[name] for name in names) for found in values)
-    parts = []
-    for number, ((_, head, _), found) in enumerate(zip(ordered, values, strict=True)):
-        x = 160.0
-        for name, colour in zip(names, _COLOURS, strict=True):
-            parts.append(_bar(number, x, found[name] * scale, colour, f"{head['processes']} processes", ""))
-            x += found[name] * scale
-    legend = " ".join(
-        f'<span style="color:{colour}">&#9632;</span> {name.removeprefix("part: ")}'
-        for name, colour in zip(names, _COLOURS, strict=True)
-    )
-    return plots + f"<h3>Parts of an update</h3><p>{legend}</p>" + _svg(parts, len(ordered))
+    """Samples a second by number of processes, the parts of an update, and memory by the model's size."""
+    measured: dict[tuple[float, int], _StepResult] = {}
+    for path, head, rows in results:
+        one = _step_result(path, head, rows)
+        if (one.parameters, one.processes) in measured:
+            raise ValueError(f"{path}: another result is of {one.model} on {one.devices} too; give one of them")
+        measured[one.parameters, one.processes] = one
+    ordered = [measured[key] for key in sorted(measured)]
+    plots = ["<h3>Scaling</h3>"]
+    for model, same_model in groupby(ordered, lambda one: one.model):
+        of_model = list(same_model)
+        plots.append(f"<p>{model}</p>" + bars([(one.devices, one.speed, _speed(one, of_model[0])) for one in of_model]))
+    parts = {f"{one.model}, {one.devices}": one.parts for one in ordered}
+    plots.append("<h3>Parts of an update</h3>" + stacked_bars(parts, left=240))
+    plots.append("<h3>Memory against model size</h3>" + _memory_plot(ordered))
+    return "".join(plots)
 
 
-def _bars(results: list[tuple[Path, Any, list[Any]]], values: list[float], unit: str) -> str:
-    scale = 400 / max(values)
-    labels = [f"{head['processes']} processes" for _, head, _ in results]
-    bars = [
-        _bar(number, 160, value * scale, _COLOURS[0], label, f"{value:.4g} {unit}")
-        for number, (label, value) in enumerate(zip(labels, values, strict=True))
-    ]
-    return _svg(bars, len(bars))
+def _speed(one: _StepResult, fewest: _StepResult) -> str:
+    """Against as many times the speed on the fewest processes as there are more of them."""
+    ideal = fewest.speed / fewest.processes * one.processes
+    return f"{one.speed:.4g} samples/s" + ("" if one is fewest else f", {100 * one.speed / ideal:.0f} % of ideal")
 
 
-def _bar(number: int, x: float, width: float, colour: str, label: str, value: str) -> str:
-    y = 22 * number
-    return (
-        f'<text x="0" y="{y + 14}">{escape(label)}</text>'
-        f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="16" fill="{colour}"/>'
-        f'<text x="{x + width + 6:.1f}" y="{y + 14}">{escape(value)}</text>'
-    )
-
-
-def _svg(parts: list[str], lines: int) -> str:
-    return f'<svg width="960" height="{22 * lines + 4}" font-size="12" font-family="sans-serif">{"".join(parts)}</svg>'
+def _memory_plot(results: list[_StepResult]) -> str:
+    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for one in results:
+        series[f"of a process, {one.devices}"].append((one.parameters, one.process_memory))
+        if one.device_memory:
+            series[f"of a device, {one.devices}"].append((one.parameters, one.device_memory))
+    return lines(series, "parameters", "MiB")
 
 
 def _table(path: Path, head: Any, rows: list[Any]) -> str:
