@@ -124,11 +124,13 @@ def leave(code: int) -> NoReturn:
 
 
 def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:
+    from trainer.device_memory import exhaustion_explained
     from trainer.distributed import raise_together
     from trainer.files import write_atomically
     from trainer.loop import train
 
-    train(tools.build_task(config, world), config, world)
+    with exhaustion_explained():
+        train(tools.build_task(config, world), config, world)
     error: Exception | None = None
     if world.is_main:
         try:

@@ -83,6 +83,21 @@ def test_what_cannot_be_measured(yaml: Path, arguments: list[str], message: str,
     assert message in capsys.readouterr().err
 
 
+def test_the_memory_of_a_gpu_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_memory.limit_memory(None, World(0, 1, 0, torch.device("cpu")))
+    with pytest.raises(ValueError, match="there is none here"):
+        step_memory.limit_memory(24, World(0, 1, 0, torch.device("cpu")))
+    gpu, limits = World(0, 1, 0, torch.device("cuda", 0)), []
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    step_memory.limit_memory(24, gpu)
+    assert limits == [(0.3, gpu.device)]
+    for gib in (0, 81):
+        with pytest.raises(ValueError, match=r"the GPU has 80\.0 GiB"):
+            step_memory.limit_memory(gib, gpu)
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(ROOT / "configs" / "flamingo-9b.yaml", [], FlamingoRunConfig, check_files=False)
     world = World(0, 1, 0, torch.device("cpu"))

@@ -45,7 +45,7 @@ from model.parameters import full_shape
 from model.tokens import SpecialTokenIds
 from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
 from trainer.benchmarks.rows import Row, header
-from trainer.benchmarks.step_memory import check_memory
+from trainer.benchmarks.step_memory import check_memory, limit_memory
 from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
@@ -58,6 +58,7 @@ from trainer.cost_model import (
 )
 from trainer.data.batch import IGNORED_LABEL, Batch, media_inputs
 from trainer.data.plan import SourcePlan, plan_update
+from trainer.device_memory import OutOfDeviceMemoryError, exhaustion_explained
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
 from trainer.errors import ConfigError
@@ -91,7 +92,8 @@ class Timings:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point behind ``trainer.benchmark step``; returns the exit code: 2 for wrong arguments or settings."""
+    """Entry point behind ``trainer.benchmark step``; returns the exit code: 2 for wrong arguments or settings, 1
+    where a device's memory does not suffice."""
     options, overrides = _parse(argv)
     try:
         _check_options(options)
@@ -99,13 +101,18 @@ def main(argv: Sequence[str]) -> int:
         world = initialize(config.deepspeed.timeout_seconds, config.training.threads)
         try:
             check_world_size(config, world.size)
-            rows = _run(config, world, options)
+            limit_memory(options.device_memory_gib, world)
+            with exhaustion_explained():
+                rows = _run(config, world, options)
         finally:
             shut_down()
     except (ConfigError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
+    except OutOfDeviceMemoryError as error:  # of any one process
+        print(error, file=sys.stderr)
+        return error.exit_code
     if world.is_main:
         for row in rows:
             print(f"{row.case:28s} {row.measure:36s} {row.value:12.5g} {row.unit}")
@@ -142,6 +149,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--warmup", type=int, default=2, help="updates before them, at least 1")
     parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="default: synthetic")
     parser.add_argument("--peak-tflops", type=float, help="of a device; default: its data sheet, or a measured matmul")
+    parser.add_argument("--device-memory-gib", type=float, help="allocate no more of a GPU, as on a smaller one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="torch profiler's trace of one more update")
     return parser.parse_known_args(argv)

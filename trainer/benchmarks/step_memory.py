@@ -1,4 +1,4 @@
-"""Whether a model can be measured on a machine at all."""
+"""Whether a model can be measured on a machine at all, and within less memory than it has."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from model.factory import torch_dtype
 from trainer.config.schema import FlamingoRunConfig
 from trainer.cost_model import build_without_weights
 from trainer.distributed import World
+
+
+def limit_memory(gib: float | None, world: World) -> None:
+    """Let torch allocate so much of this process's GPU and no more; None: all of it.
+
+    Raises: ValueError where there is no GPU, or not so much.
+    """
+    if gib is None:
+        return
+    if world.device.type != "cuda":
+        raise ValueError("--device-memory-gib limits a GPU's memory; there is none here")
+    there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+    if not 0 < gib <= there:
+        raise ValueError(
+            f"--device-memory-gib {gib:g}: the GPU has {there:.1f} GiB; give more than 0 and no more than it"
+        )
+    torch.cuda.set_per_process_memory_fraction(gib / there, world.device)
 
 
 def check_memory(config: FlamingoRunConfig, world: World) -> None:
