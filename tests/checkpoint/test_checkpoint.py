@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoint.damage import delete, flip_a_bit, truncate
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint import shard_files
 from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
@@ -120,20 +121,6 @@ def test_the_newest_is_found_and_reads_back(checkpoints: Path) -> None:
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nothing") is None
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize("damage", [delete, truncate, flip_a_bit])

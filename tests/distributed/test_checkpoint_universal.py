@@ -16,6 +16,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from tests.checkpoint.damage import delete, flip_a_bit, truncate
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import find_checkpoint, problems_of
@@ -242,20 +243,6 @@ def test_everything_is_restored(saved: Saved, world_size: int) -> None:
     assert_restored(saved, results)
     new_seeds = [rank[0][2] for rank in results[2:]]
     assert len(set(new_seeds)) == len(new_seeds), "ranks that did not exist draw other numbers than one another"
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
 
 
 def test_any_damage_to_shards_or_their_universal_form_is_found(saved: Saved, tmp_path: Path) -> None:

@@ -15,19 +15,13 @@ import psutil
 import pytest
 
 from tests.data.helpers import image_bytes
+from tests.distributed.launched import finish, wait_for_step
 from tests.distributed.processes import free_port
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, write_settings
+from tests.distributed.small_run import losses, read_ledger, run_settings, write_settings
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 def launch(config: Path, processes: int = 2) -> subprocess.Popen[str]:
@@ -59,21 +53,6 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=180,
         check=False,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=240)
-    return process.returncode, output
-
-
-def wait_for_step(launched: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the run has logged that many steps."""
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 180
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert launched.poll() is None, f"it ended before it could be killed:\n{finish(launched)[1]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def kill_a_rank_at_step(launched: subprocess.Popen[str], run_dir: Path, step: int) -> None:

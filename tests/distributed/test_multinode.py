@@ -14,18 +14,11 @@ import pytest
 
 from tests.distributed import nodes
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, train_here, write_settings
+from tests.distributed.small_run import losses, read_ledger, run_settings, train_here, write_settings
 
 pytestmark = pytest.mark.distributed
 SCRIPT = nodes.ROOT / "launch_scripts" / "multinode.sh"
 ENVIRONMENT = {"VENV": sys.prefix}
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

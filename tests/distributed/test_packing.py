@@ -10,17 +10,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_metrics, run_settings
+from tests.distributed.small_run import losses, read_metrics, run_settings
 from tests.distributed.test_training import resume_error, train_run
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 def packed_run(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]:

@@ -11,20 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import WORDS, losses, make_assets, write_settings
+from tests.distributed.small_run import WORDS, losses, write_settings
 from tests.model.builders import FAMILIES
 from trainer.config.loader import load_config
 from trainer.config.schema import ContrastiveRunConfig, LanguageModelRunConfig
 from trainer.distributed import World
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 def common(assets: Path, run_dir: Path, source: dict[str, Any]) -> dict[str, Any]:

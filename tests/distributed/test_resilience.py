@@ -17,7 +17,6 @@ import torch
 
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import (
-    make_assets,
     read_ledger,
     read_metrics,
     run_settings,
@@ -31,13 +30,6 @@ from trainer.distributed import World
 pytestmark = pytest.mark.distributed
 STEPS = 14
 DAMAGED = 8  # the update that damages the weights; the loss shows it from the next one on
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 def settings_of(assets: Path, run_dir: Path, **resilience: Any) -> dict[str, Any]:

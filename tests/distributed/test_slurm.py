@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import nodes, slurm_nodes
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, train_here, write_settings
+from tests.distributed.small_run import losses, read_ledger, run_settings, train_here, write_settings
 
 pytestmark = pytest.mark.distributed
 SCRIPT = nodes.ROOT / "launch_scripts" / "slurm.sbatch"
@@ -26,13 +26,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_nodes.Slur
     nodes.require(*slurm_nodes.PROGRAMS)
     with nodes.cluster(tmp_path_factory.mktemp("nodes"), count=2) as cluster:
         yield slurm_nodes.Slurm(cluster, tmp_path_factory.mktemp("slurm") / "slurm")
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

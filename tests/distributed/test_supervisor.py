@@ -7,15 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.distributed.launched import finish, wait_for_step
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, write_settings
+from tests.distributed.small_run import losses, read_ledger, run_settings, write_settings
 from tests.distributed.test_resilience import train_plainly
 
 pytestmark = pytest.mark.distributed
@@ -24,32 +24,11 @@ ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "T
 STEPS = 40
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
-
-
 def supervise(config: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trainer.supervise", "--processes", "2", *options, "--", str(config)]
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=400)
-    return process.returncode, output
-
-
-def wait_for_step(supervisor: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert supervisor.poll() is None, f"it ended:\n{finish(supervisor)[1]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:

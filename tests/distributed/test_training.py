@@ -25,13 +25,6 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    make_assets(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes, from start to end."""
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
