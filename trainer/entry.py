@@ -159,6 +159,11 @@ def _identity(config: RunConfig) -> str:
 def _configure_logging(world: World) -> None:
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(level=level, format=f"[rank {world.rank}] %(levelname)s %(name)s: %(message)s", force=True)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Let libraries log only what a user has to act on."""
     for noisy in ("DeepSpeed", "transformers", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # open_clip speaks through the root logger, and warns of random weights where they are wanted.

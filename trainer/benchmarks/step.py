@@ -61,6 +61,7 @@ from trainer.data.plan import SourcePlan, plan_update
 from trainer.device_memory import OutOfDeviceMemoryError, exhaustion_explained
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
 from trainer.engine import Engine, partitioned_loading
+from trainer.entry import quiet_libraries
 from trainer.errors import ConfigError
 from trainer.loop import update_loader
 from trainer.metrics.speed import device_memory, host_memory
@@ -98,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _check_options(options)
         config = load_config(options.config, overrides, FlamingoRunConfig, check_files=options.data == "real")
+        quiet_libraries()
         world = initialize(config.deepspeed.timeout_seconds, config.training.threads)
         try:
             check_world_size(config, world.size)
