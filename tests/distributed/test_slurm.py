@@ -61,14 +61,14 @@ class Job:
         return metrics.exists() and metrics.read_text().count("\n") >= 2
 
     def finish_after_requeue(self, *changes: str) -> str:
-        """Wait until it is back in the queue, start it there at once, and return its log when it is complete.
+        """Wait until it is back in the queue, start it soon, and return its log when it is complete.
 
         changes: what else to set of the job (``scontrol update``) before it starts.
         """
         self.slurm.wait_for(lambda: self.slurm.state(self.number) == "PENDING 1")
         assert len(losses(self.run_dir)) < STEPS
-        # Slurm lets a requeued job wait two minutes.
-        self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", *changes)
+        # Slurm lets a requeued job wait two minutes; within the second it was ended in, a node would take it for dead.
+        self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+3", *changes)
         self.slurm.wait_for(lambda: self.slurm.state(self.number) not in ("PENDING 1", "RUNNING 1"))
         assert self.slurm.state(self.number) == "COMPLETED 1", self.log.read_text()
         return self.log.read_text()
