@@ -163,7 +163,7 @@ class ActivationMemory:
         none, every = self.count(batch, 0), self.count(batch, blocks)
         kept = (*every.blocks[:checkpointed], *none.blocks[checkpointed:])
         saved = none.saved - sum(none.blocks) + sum(kept)
-        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept)
+        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept, none.vision)
 
 
 def _on_the_line(one: Activations, two: Activations, rows: int) -> Activations:
@@ -173,7 +173,8 @@ def _on_the_line(one: Activations, two: Activations, rows: int) -> Activations:
         return first + (rows - 1) * (second - first)
 
     blocks = tuple(at(first, second) for first, second in zip(one.blocks, two.blocks, strict=True))
-    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks)
+    vision = at(one.vision, two.vision)
+    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks, vision)
 
 
 def checkpointed_blocks(config: FlamingoRunConfig, memory: ActivationMemory, plans: Iterable[SourcePlan]) -> int:
