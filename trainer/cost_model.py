@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from model.activations import Activations, MicroBatch, count_activations
 from model.config import DType, FlamingoConfig
@@ -20,6 +19,7 @@ from model.presets import PRESETS, preset
 from model.tokens import SpecialTokenIds
 from trainer.config.schema import FlamingoRunConfig, InterleavedSource, Source, TextSource, VideoTextSource
 from trainer.data.plan import SourcePlan
+from trainer.partitioned_linear import partitioned_linear
 
 _TORCH_LINEAR = torch._C._nn.linear  # DeepSpeed replaces torch.nn.functional's for good once it has partitioned a model
 
@@ -137,7 +137,7 @@ class ActivationMemory:
         self.model = model
         self._interpolate = interpolate
         self._dtype = torch_dtype(config.training.dtype)
-        self._linear = zero3_linear_wrap if config.deepspeed.zero_stage == 3 else _TORCH_LINEAR
+        self._linear = partitioned_linear if config.deepspeed.zero_stage == 3 else _TORCH_LINEAR
         self._counted: dict[tuple[MicroBatch, int], Activations] = {}
 
     def count(self, batch: MicroBatch, checkpointed: int) -> Activations:

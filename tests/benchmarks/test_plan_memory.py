@@ -75,8 +75,7 @@ def test_the_peak_is_what_the_plan_says(processes: int) -> None:
         for case, (_, predicted, measured) in found.items():
             assert predicted == pytest.approx(measured, rel=0.03), case
         moments = {moment for moment, _, _ in found.values()}
-        gathering = {"the vision tower of documents"} if processes > 1 else set()
-        assert moments == {"the loss of documents", "the reduction of pairs"} | gathering
+        assert moments == {"the loss of documents", "the reduction of pairs", "the vision tower of documents"}
 
 
 def step_result(path: Path, **changes: Any) -> str:
