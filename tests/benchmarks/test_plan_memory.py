@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ def predicted_and_measured(world: Any, overrides: list[str]) -> tuple[str, float
 
     config = load_config(DEBUG, overrides, FlamingoRunConfig, check_files=False)
     predicted = predict(config, build_without_weights(config.model), Cluster(DEVICES["h100"], 1, world.size))
-    gc.collect()
     before = tensor_memory().current  # of the cases that ran in this process already
     plans = plan_update(config.data, world.size)
     model, json_settings = random_model(config, world, sum(each.micro_batches for each in plans))

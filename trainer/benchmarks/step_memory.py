@@ -66,6 +66,7 @@ def check_memory(config: FlamingoRunConfig, world: World) -> None:
 def tensor_memory() -> AllocatedMemory:
     """Counts the process's tensors, those that exist already too, while it is open: of a CPU, what ``torch.cuda``'s
     allocator says of a GPU. The resident set would count libraries, and leave out pages that nothing has touched."""
+    gc.collect()  # what only waits for that is not in use
     return AllocatedMemory(_living_tensors())
 
 
