@@ -113,8 +113,8 @@ def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, Fla
         words = [f"data.sources.{i}.micro_batch_size {source.micro_batch_size}" for i, source in enumerate(sources)]
         words.append(f"training.activation_checkpointing {str(checkpointing).lower()}")
         words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimiser}"]
-        if secondary > 1:
-            words.append(f"deepspeed.raw zero_optimization.zero_hpz_partition_size {secondary}")
+        if secondary > 1 or config.deepspeed.hpz_partition_size > 1:
+            words.append(f"deepspeed.hpz_partition_size {secondary}")
         yield (
             ", ".join(words),
             replace(
@@ -134,10 +134,9 @@ def _with(
     zero = dict(values.get("zero_optimization", {}))
     for name in ("offload_param", "offload_optimizer", "zero_hpz_partition_size"):
         zero.pop(name, None)  # these are what the search tries
-    if hpz > 1:
-        zero["zero_hpz_partition_size"] = hpz
     return replace(
         settings,
+        hpz_partition_size=hpz,
         raw=values | {"zero_optimization": zero},
         offload_param=replace(settings.offload_param, device=parameters),
         offload_optimizer=replace(settings.offload_optimizer, device=optimiser),
