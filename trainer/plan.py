@@ -8,12 +8,14 @@ checkpointing, and shows the fastest that fit. Exits with 0 when the configurati
 from __future__ import annotations
 
 import argparse
+import bisect
 import difflib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,8 +68,9 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     ranked = []
     if options.search or not found.fits:
         lines = ActivationMemory(config, model, interpolate=True)
-        tried = [(what, predict(other, model, cluster, lines)) for what, other in variants(config, cluster)]
-        ranked = sorted((one for one in tried if one[1].fits), key=lambda one: one[1].update_seconds)
+        predicted = partial(predict, model=model, cluster=cluster, activations=lines)
+        those = fitting(config, model.language_model.blocks, cluster, predicted)
+        ranked = sorted(those, key=lambda one: one[1].update_seconds)
     if options.search:
         print("the fastest that fit:" if ranked else "no setting of the search fits")
         for what, one in ranked[:_SHOWN]:
@@ -95,13 +98,32 @@ def _print_prediction(found: Any) -> None:
     print(f"  2 billion samples {found.days(SAMPLES):28.1f} days", flush=True)
 
 
+def fitting(
+    config: FlamingoRunConfig, blocks: int, cluster: Any, predicted: Callable[[FlamingoRunConfig], Any]
+) -> Iterator[tuple[str, Any]]:
+    """(settings in words, prediction) of those that fit, each with as few of the language model's blocks recomputed as
+    that takes."""
+    for words, variant in variants(config, cluster):
+
+        def recomputing(number: int, variant: FlamingoRunConfig = variant) -> Any:
+            training = replace(variant.training, activation_checkpointing=number, activation_memory_gib=None)
+            return predicted(replace(variant, training=training))
+
+        def fits(number: int, recomputing: Callable[[int], Any] = recomputing) -> bool:
+            return bool(recomputing(number).fits)
+
+        if fits(blocks):
+            number = 0 if fits(0) else bisect.bisect_left(range(blocks), True, lo=1, key=fits)
+            value = {0: "false", blocks: "true"}.get(number, str(number))
+            yield f"{words}, training.activation_checkpointing {value}", recomputing(number)
+
+
 def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, FlamingoRunConfig]]:
-    """(settings in words, configuration) for what changes memory and speed, and never what is trained."""
+    """(settings in words, configuration) for what changes memory and speed, and never what is trained; checkpointing,
+    which depends on what they leave, is as it was."""
     hpz = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
     devices: list[Literal["none", "cpu"]] = ["none", "cpu"]
-    for smaller, checkpointing, parameters, optimiser, secondary in itertools.product(
-        (1, 2, 4, 8, 16), (False, True), devices, devices, hpz
-    ):
+    for smaller, parameters, optimiser, secondary in itertools.product((1, 2, 4, 8, 16), devices, devices, hpz):
         sources = []
         for source in config.data.sources:
             per_rank = source.batch_size // cluster.size
@@ -111,19 +133,12 @@ def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, Fla
         if len(sources) < len(config.data.sources):
             continue
         words = [f"data.sources.{i}.micro_batch_size {source.micro_batch_size}" for i, source in enumerate(sources)]
-        words.append(f"training.activation_checkpointing {str(checkpointing).lower()}")
         words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimiser}"]
         if secondary > 1 or config.deepspeed.hpz_partition_size > 1:
             words.append(f"deepspeed.hpz_partition_size {secondary}")
-        yield (
-            ", ".join(words),
-            replace(
-                config,
-                data=replace(config.data, sources=tuple(sources)),
-                training=replace(config.training, activation_checkpointing=checkpointing, activation_memory_gib=None),
-                deepspeed=_with(config.deepspeed, parameters, optimiser, secondary),
-            ),
-        )
+        data = replace(config.data, sources=tuple(sources))
+        settings = _with(config.deepspeed, parameters, optimiser, secondary)
+        yield ", ".join(words), replace(config, data=data, deepspeed=settings)
 
 
 def _with(
