@@ -45,24 +45,21 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--device", default="h100", help="an accelerator by name; an unknown one prints the known")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="of trainer.benchmark rates --json: for the seconds")
     parser.add_argument("--search", action="store_true", help="also try settings that change speed and memory only")
     return parser.parse_known_args(argv)
 
 
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     # Imported only now: a wrong configuration is reported before torch is loaded.
-    from trainer.cost_model import DEVICES, ActivationMemory, build_without_weights
+    from trainer.cost_model import ActivationMemory, build_without_weights
     from trainer.prediction import Cluster, predict
 
-    if options.device not in DEVICES:
-        close = difflib.get_close_matches(options.device, DEVICES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
-    cluster = Cluster(DEVICES[options.device], options.nodes, options.devices_per_node)
     model = build_without_weights(config.model, config.training.dtype)
+    cluster = Cluster(_device(config, model, options), options.nodes, options.devices_per_node)
     activations = ActivationMemory(config, model)
     found = predict(config, model, cluster, activations)
-    print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.device}")
+    print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print(f"  parameters {found.parameters / 1e9:.3f} G, of them trained {found.trainable / 1e9:.3f} G")
     _print_prediction(found)
     ranked = []
@@ -83,6 +80,22 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _device(config: FlamingoRunConfig, model: Any, options: argparse.Namespace) -> Any:
+    """By measured rates, or by name and data sheet."""
+    from trainer.benchmarks.rates import measured_device
+    from trainer.cost_model import DEVICES
+
+    if options.rates is not None:
+        width = model.language_model.lm.get_input_embeddings().weight.shape[1]
+        size = options.nodes * options.devices_per_node
+        return measured_device(options.rates, config.training.dtype, size, width)
+    if options.device not in DEVICES:
+        close = difflib.get_close_matches(options.device, DEVICES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
+    return DEVICES[options.device]
 
 
 def _print_prediction(found: Any) -> None:

@@ -207,10 +207,11 @@ def _seconds(
     on_host = config.deepspeed.offload_optimizer.device != "none"
     state = (_MASTER_AND_MOMENTS + 4 + width) * trainable / cluster.size
     return {
-        "compute": flops / (EFFICIENCY * device.tflops * 1e12),
+        "compute": flops / (device.flops or EFFICIENCY * device.tflops * 1e12),
         "network": sent / link,
         "host link": from_host / device.host_link,
-        "optimiser": state / (20e9 if on_host else 1e12),  # bytes a second that a host, or a device, reads and writes
+        # Bytes a second that a host, or a device, reads and writes.
+        "optimiser": state / (20e9 if on_host else device.optimiser or 1e12),
     }
 
 
