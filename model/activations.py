@@ -8,7 +8,7 @@ size; no memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +42,13 @@ class MicroBatch:
 class Activations:
     """Bytes. saved: what the forward leaves for the backward. peak: the most that exists at any moment of forward and
     backward, with ``saved`` in it; without parameters and their gradients. blocks: of ``saved``, what each block of
-    the language model, with the cross-attention before it, keeps."""
+    the language model, with the cross-attention before it, keeps. vision: the most that exists until the tower is done.
+    """
 
     saved: int
     peak: int
     blocks: tuple[int, ...]
+    vision: int
 
 
 def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear = F.linear) -> Activations:
@@ -65,7 +67,7 @@ def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, li
         inputs = _inputs(model, batch)
         step = _Step(model)
         torch.func.functional_call(step, {f"model.{name}": tensor for name, tensor in state.items()}, (inputs,))
-    return Activations(step.saved.total, step.peak, tuple(step.saved.blocks))
+    return Activations(step.saved.total, step.peak, tuple(step.saved.blocks), step.vision)
 
 
 class _Step(nn.Module):
@@ -75,15 +77,18 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
         self.saved = SavedTensors(model)
-        self.peak = 0
+        self.peak = self.vision = 0
 
     def forward(self, inputs: dict[str, Any]) -> None:
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # an engine takes each gradient away as soon as it is there
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with AllocatedMemory() as memory:
+            tower = self.model.vision_encoder
+            hook = tower.register_forward_hook(lambda *_: setattr(self, "vision", memory.peak))
             with self.saved:
                 loss = self.model(**inputs).loss
+            hook.remove()
             loss.backward()
         self.peak = memory.peak
 
@@ -184,12 +189,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 class AllocatedMemory(TorchDispatchMode):
     """Bytes of the tensors that were made while this was open: ``current`` ones and the ``peak``. What a kernel needs
-    only inside of itself is not seen."""
+    only inside of itself is not seen.
 
-    def __init__(self) -> None:
+    existing: tensors that were there before, to be counted as long as they stay.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.current = self.peak = 0
         self._sizes: dict[int, int] = {}
+        for tensor in existing:
+            self._count(tensor)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -198,14 +208,18 @@ class AllocatedMemory(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = {_identity(tensor) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
-            identity = _identity(tensor)
-            if identity not in given and identity not in self._sizes:
-                storage = tensor.untyped_storage()
-                self._sizes[identity] = storage.nbytes()
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self._free, identity)
+            if _identity(tensor) not in given:
+                self._count(tensor)
         return result
+
+    def _count(self, tensor: Tensor) -> None:
+        identity = _identity(tensor)
+        if identity not in self._sizes:
+            storage = tensor.untyped_storage()
+            self._sizes[identity] = storage.nbytes()
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._free, identity)
 
     def _free(self, key: int) -> None:
         self.current -= self._sizes.pop(key)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from model.activations import Activations, MicroBatch, count_activations
 from model.config import DType, FlamingoConfig
@@ -20,6 +19,7 @@ from model.presets import PRESETS, preset
 from model.tokens import SpecialTokenIds
 from trainer.config.schema import FlamingoRunConfig, InterleavedSource, Source, TextSource, VideoTextSource
 from trainer.data.plan import SourcePlan
+from trainer.partitioned_linear import partitioned_linear
 
 _TORCH_LINEAR = torch._C._nn.linear  # DeepSpeed replaces torch.nn.functional's for good once it has partitioned a model
 
@@ -31,6 +31,7 @@ class Device:
     tflops: dense bfloat16. memory: bytes. host_link: bytes a second to the host, one way. node_link: between devices of
     a node, each way. network: of one device to other nodes (its share of the node's adapters). flops, optimiser: where
     measured (``trainer.benchmark rates``), operations a second of real products, bytes a second of AdamW's step.
+    overlaps: whether it computes while it sends, which a CPU does not.
     """
 
     tflops: float
@@ -40,6 +41,7 @@ class Device:
     network: float
     flops: float | None = None
     optimiser: float | None = None
+    overlaps: bool = True
 
 
 # memory: what a process can have of the nominal one. network: a 400 Gbit/s adapter a device (200 for A100).
@@ -140,7 +142,7 @@ class ActivationMemory:
         self.model = model
         self._interpolate = interpolate
         self._dtype = torch_dtype(config.training.dtype)
-        self._linear = zero3_linear_wrap if config.deepspeed.zero_stage == 3 else _TORCH_LINEAR
+        self._linear = partitioned_linear if config.deepspeed.zero_stage == 3 else _TORCH_LINEAR
         self._counted: dict[tuple[MicroBatch, int], Activations] = {}
 
     def count(self, batch: MicroBatch, checkpointed: int) -> Activations:
@@ -166,7 +168,7 @@ class ActivationMemory:
         none, every = self.count(batch, 0), self.count(batch, blocks)
         kept = (*every.blocks[:checkpointed], *none.blocks[checkpointed:])
         saved = none.saved - sum(none.blocks) + sum(kept)
-        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept)
+        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept, none.vision)
 
 
 def _on_the_line(one: Activations, two: Activations, rows: int) -> Activations:
@@ -176,7 +178,8 @@ def _on_the_line(one: Activations, two: Activations, rows: int) -> Activations:
         return first + (rows - 1) * (second - first)
 
     blocks = tuple(at(first, second) for first, second in zip(one.blocks, two.blocks, strict=True))
-    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks)
+    vision = at(one.vision, two.vision)
+    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks, vision)
 
 
 def checkpointed_blocks(config: FlamingoRunConfig, memory: ActivationMemory, plans: Iterable[SourcePlan]) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from model.ops.cpu_matmul import use_onednn
+from trainer import partitioned_linear
 from trainer.config.schema import OptimizerConfig
 from trainer.distributed import World
 from trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
@@ -50,6 +51,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[Placement]:
     if settings["zero_optimization"]["stage"] < 3:
         yield Placement(gather=lambda parameters: nullcontext(), partition=nullcontext)
         return
+    partitioned_linear.install()
     # transformers looks for a living HfDeepSpeedConfig, so this reference is what switches partitioning on.
     alive = HfDeepSpeedConfig(settings)
     try:
@@ -103,6 +105,7 @@ class Engine:
         self.world = world
         if world.device.type == "cpu":
             use_onednn()
+        partitioned_linear.install()
         self._learning_rate = optimizer.lr
         groups = parameter_groups(module.named_parameters(), optimizer)
         if not groups:

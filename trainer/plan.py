@@ -46,12 +46,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--device", default="h100", help="an accelerator by name; an unknown one prints the known")
     parser.add_argument("--rates", type=Path, metavar="FILE", help="of trainer.benchmark rates --json: for the seconds")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="of trainer.benchmark step --json: compare")
     parser.add_argument("--search", action="store_true", help="also try settings that change speed and memory only")
     return parser.parse_known_args(argv)
 
 
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     # Imported only now: a wrong configuration is reported before torch is loaded.
+    from trainer.benchmarks.against_plan import against
     from trainer.cost_model import ActivationMemory, build_without_weights
     from trainer.prediction import Cluster, predict
 
@@ -62,6 +64,8 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print(f"  parameters {found.parameters / 1e9:.3f} G, of them trained {found.trainable / 1e9:.3f} G")
     _print_prediction(found)
+    if options.measured is not None:
+        print(against(found, config, cluster.size, options.measured))
     ranked = []
     if options.search or not found.fits:
         lines = ActivationMemory(config, model, interpolate=True)
@@ -99,9 +103,10 @@ def _device(config: FlamingoRunConfig, model: Any, options: argparse.Namespace) 
 
 
 def _print_prediction(found: Any) -> None:
-    for name, size in found.memory.items():
-        print(f"  memory   {name:28s} {size / GIB:10.2f} GiB")
-    print(f"  memory   {'of a device, in all':28s} {found.total_memory / GIB:10.2f} GiB")
+    for name, size in found.memory.parts.items():
+        if size:
+            print(f"  memory   {name:28s} {size / GIB:10.2f} GiB")
+    print(f"  memory   {'of a device, in all':28s} {found.total_memory / GIB:10.2f} GiB, at {found.memory.moment}")
     for name, seconds in found.seconds.items():
         print(f"  update   {name:28s} {seconds:10.3f} s")
     speed = found.samples / found.update_seconds

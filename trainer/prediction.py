@@ -1,9 +1,8 @@
 """Memory, time and communication of an update, predicted from a configuration.
 
 What ZeRO sends is what DeepSpeed 0.19 was measured to send (``tests/benchmarks/test_plan.py``; for checkpointed blocks,
-whose recomputation gathers once more, it is an estimate). Partitioned states are exact but for padding. Activations
-are counted (``model.activations``). Seconds assume ``EFFICIENCY`` of the data sheet's FLOP/s: they rank settings, and
-have to be replaced by ``trainer.benchmark step`` where there is a device.
+whose recomputation gathers once more, it is an estimate). Memory: ``trainer.peak_memory``. Seconds follow from measured
+rates, or from ``EFFICIENCY`` of the data sheet's FLOP/s: then they rank settings, and no more.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from trainer.cost_model import (
     micro_batch,
 )
 from trainer.data.plan import SourcePlan, plan_update
+from trainer.peak_memory import PeakMemory, Sizes, peak_memory
 
 EFFICIENCY = 0.5  # of the dense peak: what well-fed matrix products of these sizes reach
 _REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default for stage3_max_reuse_distance and stage3_max_live_parameters
@@ -50,13 +50,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prediction:
-    """memory: bytes of a device, by what they are for. seconds: of an update, by what they are spent on, which overlaps
-    but for the optimiser. sent: bytes a device sends in an update. samples: of an update. recomputed: how many of the
-    language model's first blocks the backward computes again."""
+    """seconds: of an update, by what they are spent on, which overlaps but for the optimiser. sent: bytes a device
+    sends in an update. samples: of an update. recomputed: how many of the language model's first blocks the backward
+    computes again."""
 
     parameters: int
     trainable: int
-    memory: Mapping[str, float]
+    memory: PeakMemory
     seconds: Mapping[str, float]
     sent: float
     samples: int
@@ -65,8 +65,8 @@ class Prediction:
 
     @property
     def total_memory(self) -> float:
-        """Of a device, bytes."""
-        return sum(self.memory.values())
+        """Of a device at the moment that needs most, bytes."""
+        return sum(self.memory.parts.values())
 
     @property
     def fits(self) -> bool:
@@ -75,8 +75,11 @@ class Prediction:
 
     @property
     def update_seconds(self) -> float:
-        """The slowest of what overlaps, and the optimiser after it."""
-        return max(self.seconds[name] for name in ("compute", "network", "host link")) + self.seconds["optimiser"]
+        """The slowest of what overlaps, or all where nothing does, and the optimiser after it."""
+        together = max if self.device.overlaps else sum
+        return (
+            together([self.seconds[name] for name in ("compute", "network", "host link")]) + self.seconds["optimiser"]
+        )
 
     def days(self, samples: float) -> float:
         """To train on that many samples."""
@@ -97,12 +100,12 @@ def predict(
     micro_batches = sum(plan.micro_batches for plan in plans)
     zero = deepspeed_json(config, world_size=cluster.size, micro_batches_per_update=micro_batches)["zero_optimization"]
     width = 2 if config.training.dtype == "bfloat16" else 4
-    trainable = _count(p for p in model.parameters() if p.requires_grad)
+    trainable = _trainable(model)
     sent = width * sent_elements(model, zero, cluster.size, micro_batches, recomputed)
     return Prediction(
         _count(model.parameters()),
         trainable,
-        _memory(config, model, zero, cluster, width) | _activations(activations, plans, recomputed),
+        _peak_memory(model, zero, cluster.size, width, plans, activations, recomputed),
         _seconds(config, model, plans, zero, cluster, width, sent, recomputed),
         sent,
         sum(source.batch_size for source in config.data.sources),
@@ -121,7 +124,7 @@ def sent_elements(
     frozen or not, once an update. zero: the json's ``zero_optimization``. recomputed: blocks.
     """
     share = (ranks - 1) / ranks
-    trainable = _count(p for p in model.parameters() if p.requires_grad)
+    trainable = _trainable(model)
     if zero["stage"] < 3:
         reductions = 1 if zero["stage"] == 1 else micro_batches
         return share * trainable * (2 * reductions + 1)
@@ -144,37 +147,22 @@ def sent_elements(
     return share * (micro_batches * (gathered + again + trainable) + persistent)
 
 
-def _memory(
-    config: FlamingoRunConfig,
+def _peak_memory(
     model: Flamingo,
     zero: Mapping[str, Any],
-    cluster: Cluster,
+    ranks: int,
     width: int,
-) -> dict[str, float]:
-    ranks, stage = cluster.size, zero["stage"]
-    total = _count(model.parameters())
-    trainable = _count(p for p in model.parameters() if p.requires_grad)
-    parameters_away = config.deepspeed.offload_param.device != "none"
-    optimiser_away = config.deepspeed.offload_optimizer.device != "none"
-    per_rank = 1 / ranks if stage == 3 else 1.0
-    held = 0.0 if parameters_away else width * per_rank
-    live = min(total, zero.get("stage3_max_live_parameters", _REUSE_DISTANCE)) if stage == 3 else 0
-    secondary = zero.get("zero_hpz_partition_size", 1)
-    return {
-        "frozen parameters": (total - trainable) * held,
-        "trainable parameters": trainable * held,
-        "gathered parameters": float(width * live),
-        "node's second partition": width * total / secondary if secondary > 1 else 0.0,
-        "gradients": 0.0 if optimiser_away else 4 * trainable / (ranks if stage > 1 else 1),
-        "optimiser": 0.0 if optimiser_away else _MASTER_AND_MOMENTS * trainable / ranks,
-        "reduce bucket": float(width * zero["reduce_bucket_size"]),
-    }
-
-
-def _activations(memory: ActivationMemory, plans: tuple[SourcePlan, ...], recomputed: int) -> dict[str, float]:
-    """Of the micro-batch that needs most."""
-    largest = max((memory.estimate(micro_batch(plan), recomputed) for plan in plans), key=lambda one: one.peak)
-    return {"saved activations": largest.saved, "temporaries": largest.peak - largest.saved}
+    plans: Iterable[SourcePlan],
+    activations: ActivationMemory,
+    recomputed: int,
+) -> PeakMemory:
+    sizes = Sizes(
+        _count(model.parameters()), _trainable(model), _count(model.vision_encoder.parameters()), width, ranks
+    )
+    micro_batches = [
+        (plan.source.name, activations.estimate(micro_batch(plan), recomputed), plan.micro_batches) for plan in plans
+    ]
+    return peak_memory(sizes, zero, micro_batches)
 
 
 def _seconds(
@@ -194,7 +182,7 @@ def _seconds(
         * executed_flops(sizes, Workload(1, plan.source.max_tokens, *expected_media(plan.source)), recomputed)
         for plan in plans
     )
-    trainable = _count(p for p in model.parameters() if p.requires_grad)
+    trainable = _trainable(model)
     passes = (2 + recomputed / sizes.blocks) * sum(plan.micro_batches for plan in plans)
     from_host = 0.0
     if config.deepspeed.offload_param.device != "none":
@@ -213,6 +201,10 @@ def _seconds(
         # Bytes a second that a host, or a device, reads and writes.
         "optimiser": state / (20e9 if on_host else device.optimiser or 1e12),
     }
+
+
+def _trainable(model: Flamingo) -> int:
+    return _count(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -36,6 +36,7 @@ def all_cases(world: Any) -> dict[str, tuple[float, float]]:
 
 def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float]:
     from trainer.benchmarks import step
+    from trainer.benchmarks.made_up import made_up_batches, random_model
     from trainer.cost_model import DEVICES, build_without_weights
     from trainer.data.plan import plan_update
     from trainer.engine import Engine
@@ -44,10 +45,10 @@ def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float
     config = debug_config(overrides)
     planned = predict(config, build_without_weights(config.model), Cluster(DEVICES["h100"], 1, world.size)).sent
     plans = plan_update(config.data, world.size)
-    model, settings = step._random_model(config, world, sum(each.micro_batches for each in plans))
+    model, settings = random_model(config, world, sum(each.micro_batches for each in plans))
     engine = Engine(model, config.optimizer, settings, world)
     size = model.vision_encoder.image_size
-    made = [batch for each in plans for batch in step._made_up(each, model.tokens, size, world.rank)]
+    made = [batch for each in plans for batch in made_up_batches(each, model.tokens, size, world.rank)]
     timings = step.measure(engine, iter(lambda: made, None), steps=3, warmup=1, trace=None)
     return sum(timings.sent.values()), planned
 

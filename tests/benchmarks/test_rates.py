@@ -27,7 +27,7 @@ def rates_of(world: Any) -> list[dict[str, Any]]:
 
 
 def result(rows: list[dict[str, Any]], **head: Any) -> str:
-    known = {"benchmark": "rates", "hardware": "", "versions": {}, "processes": 2, "dtype": "float32"}
+    known = {"benchmark": "rates", "device": "cpu", "hardware": "", "versions": {}, "processes": 2, "dtype": "float32"}
     return json.dumps([known | head, *rows])
 
 

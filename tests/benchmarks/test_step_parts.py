@@ -107,6 +107,7 @@ def measured(world: Any) -> tuple[list[dict[str, float]], dict[str, float], bool
     import deepspeed.comm.comm as deepspeed_comm
 
     from trainer.benchmarks import step
+    from trainer.benchmarks.made_up import made_up_batches, random_model
     from trainer.config.schema import FlamingoRunConfig
     from trainer.data.plan import plan_update
     from trainer.engine import Engine
@@ -118,12 +119,12 @@ def measured(world: Any) -> tuple[list[dict[str, float]], dict[str, float], bool
         check_files=False,
     )
     plans = plan_update(config.data, world.size)
-    model, settings = step._random_model(config, world, sum(plan.micro_batches for plan in plans))
+    model, settings = random_model(config, world, sum(plan.micro_batches for plan in plans))
     engine = Engine(model, config.optimizer, settings, world)
     made = [
         batch
         for plan in plans
-        for batch in step._made_up(plan, model.tokens, model.vision_encoder.image_size, world.rank)
+        for batch in made_up_batches(plan, model.tokens, model.vision_encoder.image_size, world.rank)
     ]
     before = deepspeed_comm.cdb
     timings = step.measure(engine, iter(lambda: made, None), steps=4, warmup=1, trace=None)

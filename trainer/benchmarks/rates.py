@@ -209,4 +209,5 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
         network=link,
         flops=flops,
         optimiser=found[_OPTIMISER, "AdamW under ZeRO-3"],
+        overlaps=head["device"] != "cpu",
     )

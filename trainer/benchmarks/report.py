@@ -8,7 +8,6 @@ the other's size.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.benchmarks.plots import bars, lines, stacked_bars
+from trainer.benchmarks.results import differing, read_result
 from trainer.files import write_atomically
 
 _SAME = ("hardware", "device", "versions", "data", "config")
-_ROW = {"case", "measure", "unit", "value", "rival", "rival_value", "ratio", "target", "met"}
 _PLOTTED = ("samples per second, all", "peak memory of a device", "peak memory of a process", "parameters")
 _PART = "part: "
 _STYLE = (
@@ -49,7 +48,7 @@ def page(paths: Sequence[Path]) -> str:
     """The HTML. Raises ValueError for a file that is no result, or results that must not share a plot."""
     groups: dict[str, list[tuple[Path, Any, list[Any]]]] = defaultdict(list)
     for path in paths:
-        head, rows = _read(path)
+        head, rows = read_result(path)
         groups[head["benchmark"]].append((path, head, rows))
     sections = []
     for name, results in groups.items():
@@ -63,20 +62,10 @@ def page(paths: Sequence[Path]) -> str:
     return f"<!doctype html><meta charset=utf-8><title>Measurements</title><style>{_STYLE}</style>{body}\n"
 
 
-def _read(path: Path) -> tuple[Any, list[Any]]:
-    try:
-        head, *rows = json.loads(path.read_text(encoding="utf-8"))
-        if not {"benchmark", "hardware", "versions"} <= head.keys() or not all(row.keys() >= _ROW for row in rows):
-            raise ValueError("keys are missing")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file that trainer.benchmark --json wrote") from error
-    return head, rows
-
-
 def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> None:
     first_path, first, _ = results[0]
     for path, head, _ in results[1:]:
-        different = [found for key in _SAME for found in _differing(key, head.get(key), first.get(key))]
+        different = [found for key in _SAME for found in differing(key, head.get(key), first.get(key))]
         if name == "step":
             different = [one for one in different if not f"{one}.".startswith(("config.model.", "config.run_dir."))]
         if different:
@@ -84,14 +73,6 @@ def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> 
                 f"{first_path} and {path} are results of {name} with different {', '.join(different)}: "
                 "they do not belong into one plot; write a page for each"
             )
-
-
-def _differing(path: str, left: Any, right: Any) -> list[str]:
-    """Dotted paths of the settings in which two headers differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        keys = sorted(left.keys() | right.keys())
-        return [name for key in keys for name in _differing(f"{path}.{key}", left.get(key), right.get(key))]
-    return [] if left == right else [path]
 
 
 def _rival_plot(rows: list[Any]) -> str:

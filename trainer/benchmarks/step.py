@@ -38,29 +38,21 @@ import torch
 from torch import nn
 
 from model.config import DType
-from model.factory import build_flamingo, torch_dtype
-from model.flamingo import Flamingo
+from model.factory import torch_dtype
 from model.flops import UsefulFlops, utilisation
 from model.parameters import full_shape
-from model.tokens import SpecialTokenIds
 from trainer.benchmarks.device_trace import DeviceTrace, read_device_trace
+from trainer.benchmarks.made_up import made_up_batches, random_model
 from trainer.benchmarks.rows import Row, header
-from trainer.benchmarks.step_memory import check_memory, limit_memory
+from trainer.benchmarks.step_memory import check_memory, limit_memory, tensor_memory
 from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, device_clock, parts_timed
 from trainer.config.loader import check_world_size, load_config, to_plain
 from trainer.config.schema import FlamingoRunConfig
-from trainer.cost_model import (
-    ActivationMemory,
-    checkpointed_blocks,
-    expected_media,
-    made_up_tokens,
-    without_weights,
-)
-from trainer.data.batch import IGNORED_LABEL, Batch, media_inputs
-from trainer.data.plan import SourcePlan, plan_update
+from trainer.data.batch import Batch
+from trainer.data.plan import plan_update
 from trainer.device_memory import OutOfDeviceMemoryError, exhaustion_explained
 from trainer.distributed import World, gather_objects, initialize, shut_down, sum_over_ranks
-from trainer.engine import Engine, partitioned_loading
+from trainer.engine import Engine
 from trainer.entry import quiet_libraries
 from trainer.errors import ConfigError
 from trainer.loop import update_loader
@@ -76,13 +68,14 @@ MIB = 2.0**20
 @dataclass
 class Timings:
     """Seconds of each timed update, and what this rank had in all of them; seconds of each part in each profiled one;
-    bytes that this rank sends in one, by part; what a GPU did in one more."""
+    bytes that this rank sends in one, by part; bytes of tensors at their peak; what a GPU did in one update more."""
 
     updates: list[float] = field(default_factory=list)
     profiled: list[dict[str, float]] = field(default_factory=list)
     contents: Counter[str] = field(default_factory=Counter)
     device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
+    device_memory: float = 0.0
 
     def parts(self) -> dict[str, float]:
         """Means over the middle half of the profiled updates, by their duration: they add up, and outliers are out."""
@@ -162,70 +155,24 @@ def _run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -
     if options.data == "real":
         task = build_flamingo_task(config, world)
         engine = Engine(task.module, config.optimizer, task.deepspeed, world)
-        drawn = options.warmup + 2 * options.steps + 1  # the last one to be traced
+        drawn = options.warmup + 2 * options.steps + 2  # one to count memory, one to be traced
         updates = (update.micro_batches for update in update_loader(task, config, world, 0, drawn))
     else:
         plans = plan_update(config.data, world.size)
         check_memory(config, world)
-        model, settings = _random_model(config, world, sum(plan.micro_batches for plan in plans))
+        model, settings = random_model(config, world, sum(plan.micro_batches for plan in plans))
         engine = Engine(model, config.optimizer, settings, world)
         tower = model.vision_encoder
         made = [
             batch
             for plan in plans
-            for batch in _made_up(plan, model.tokens, tower.image_size, world.rank, tower.patch_size)
+            for batch in made_up_batches(plan, model.tokens, tower.image_size, world.rank, tower.patch_size)
         ]
         updates = iter(lambda: made, None)
     model_module: Any = engine.module
-    count = partial(_contents, UsefulFlops.of(model_module), config)
+    count = partial(_contents, UsefulFlops.of(model_module), model_module.language_model.checkpointed)
     timings = measure(engine, updates, options.steps, options.warmup, options.trace, count)
     return _rows(model_module, world, config, timings, options)
-
-
-def _random_model(config: FlamingoRunConfig, world: World, micro_batches: int) -> tuple[Flamingo, dict[str, Any]]:
-    from model import ops
-    from trainer.config.deepspeed import deepspeed_json
-
-    ops.set_backend(config.training.ops)
-    settings = deepspeed_json(config, world_size=world.size, micro_batches_per_update=micro_batches)
-    model_config = without_weights(config.model)
-    with partitioned_loading(settings) as placement:
-        model = build_flamingo(
-            model_config,
-            made_up_tokens(model_config),
-            dtype=config.training.dtype,
-            gather=placement.gather,
-            partition=placement.partition,
-        )
-    plans = plan_update(config.data, world.size)
-    model.activation_checkpointing(checkpointed_blocks(config, ActivationMemory(config, model), plans))
-    return model, settings
-
-
-def _made_up(
-    plan: SourcePlan, tokens: SpecialTokenIds, image_size: int, rank: int, patch_size: int | None = None
-) -> Iterator[Batch]:
-    """Full rows of one source. patch_size: the tower's, for sources whose media keep their aspect."""
-    generator = torch.Generator().manual_seed(rank)
-    rows, length = plan.micro_batch_size, plan.source.max_tokens
-    media, frames = expected_media(plan.source)
-    height = width = image_size
-    image_tokens: int | None = getattr(plan.source, "image_tokens", None)
-    if image_tokens is not None and patch_size is not None:
-        rows_of_patches = math.isqrt(image_tokens)
-        height, width = patch_size * rows_of_patches, patch_size * (image_tokens // rows_of_patches)
-    for _ in range(plan.micro_batches):
-        ids = torch.randint(3, tokens.image_id, (rows, length), generator=generator)
-        index = torch.full_like(ids, -1)
-        if media:
-            within = torch.arange(length) * media // length
-            index = within + media * torch.arange(rows)[:, None]
-            ids[:, [-(-medium * length // media) for medium in range(media)]] = tokens.image_id
-        labels = ids.masked_fill(ids == tokens.image_id, IGNORED_LABEL)
-        shape = (max(1, rows * media), frames, 3, height, width)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        inputs, grids = media_inputs(pixels.unbind(), patch_size if plan.keeps_aspect else None)
-        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, inputs, media_grids=grids)
 
 
 def measure(
@@ -245,6 +192,12 @@ def measure(
         if number >= warmup:
             timings.updates.append((now() - start) / 1e9)
             timings.contents += count(batches) if count else Counter()
+    if engine.world.device.type == "cuda":
+        timings.device_memory = device_memory(engine.world.device)
+    else:
+        with tensor_memory() as memory:
+            _update(engine, updates)
+        timings.device_memory = memory.peak
     clock = PartClock(now, OUTERMOST)
     with parts_timed(engine, clock) as sent:
         for _ in range(steps):
@@ -284,22 +237,26 @@ def _update(engine: Engine, updates: Iterator[list[Batch]], clock: PartClock | N
     return batches
 
 
-def _contents(sizes: UsefulFlops, config: FlamingoRunConfig, batches: list[Batch]) -> Counter[str]:
-    """What an update holds on this rank, and the floating-point operations it takes."""
+def _contents(sizes: UsefulFlops, recomputed: int, batches: list[Batch]) -> Counter[str]:
+    """What an update holds on this rank, and the floating-point operations it takes. recomputed: blocks."""
     found: Counter[str] = Counter()
     for batch in batches:
         found["tokens"] += int(batch.attention_mask.sum())
         found["images"] += int(batch.media_index.max() >= 0) * batch.medium_count
         found["samples"] += batch.sequences
         found["positions"] += batch.attention_mask.numel()
-        operations = count_operations(sizes, config.training.activation_checkpointing, batch)
+        operations = count_operations(sizes, recomputed, batch)
         found["useful"] += round(operations.useful)
         found["executed"] += round(operations.executed)
     return found
 
 
 def _rows(
-    model: nn.Module, world: World, config: FlamingoRunConfig, timings: Timings, options: argparse.Namespace
+    model: nn.Module,
+    world: World,
+    config: FlamingoRunConfig,
+    timings: Timings,
+    options: argparse.Namespace,
 ) -> list[Row]:
     case = f"{world.size} x {world.device.type}, {config.training.dtype}"
     seconds = statistics.median(timings.updates)
@@ -333,7 +290,7 @@ def _rows(
     ]
     if options.data == "real":
         found.append(("padding", "%", 100 * (1 - held["tokens"] / held["positions"])))
-    memory = gather_objects((device_memory(world.device), host_memory()), world)
+    memory = gather_objects((timings.device_memory, host_memory()), world)
     found += [
         ("peak memory of a device", "MiB", max(device for device, _ in memory) / MIB),
         ("peak memory of a process", "MiB", max(host for _, host in memory) / MIB),
