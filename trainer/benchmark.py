@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.benchmarks import step
 
         return step.main(arguments[1:])
+    if arguments[:1] == ["rates"]:
+        from trainer.benchmarks import rates
+
+        return rates.main(arguments[1:])
     if arguments[:1] == ["report"]:
         from trainer.benchmarks import report
 
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     described = BENCHMARKS | {
         "step": "an update of a run: step CONFIG [--steps N ...]; see step --help",
+        "rates": "the speeds from which trainer.plan --rates predicts; see rates --help",
         "report": "measurements as a page with plots: report RESULTS... --html FILE",
     }
     names = "\n".join(f"  {name:12s} {meaning}" for name, meaning in described.items())

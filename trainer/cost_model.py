@@ -29,7 +29,9 @@ class Device:
     """An accelerator, by its data sheet.
 
     tflops: dense bfloat16. memory: bytes. host_link: bytes a second to the host, one way. node_link: between devices of
-    a node, each way. network: of one device to other nodes (its share of the node's adapters).
+    a node, each way. network: of one device to other nodes (its share of the node's adapters). flops, optimiser: where
+    measured (``trainer.benchmark rates``), operations a second of real products, bytes a second of AdamW's step.
+    overlaps: whether it computes while it sends, which a CPU does not.
     """
 
     tflops: float
@@ -37,6 +39,9 @@ class Device:
     host_link: float
     node_link: float
     network: float
+    flops: float | None = None
+    optimiser: float | None = None
+    overlaps: bool = True
 
 
 # memory: what a process can have of the nominal one. network: a 400 Gbit/s adapter a device (200 for A100).

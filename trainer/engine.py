@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import groups as process_groups
 from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -54,7 +55,8 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[Placement]:
     # transformers looks for a living HfDeepSpeedConfig, so this reference is what switches partitioning on.
     alive = HfDeepSpeedConfig(settings)
     try:
-        yield Placement(gather=gathered_parameters, partition=lambda: deepspeed.zero.Init(config_dict_or_path=settings))
+        with _one_hpz_group():
+            yield Placement(gathered_parameters, lambda: deepspeed.zero.Init(config_dict_or_path=settings))
     finally:
         del alive
         _forget_hugging_face_config()
@@ -64,6 +66,22 @@ def _forget_hugging_face_config() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _one_hpz_group() -> Iterator[None]:
+    """Every ``zero.Init`` makes hpZ's group of processes, and fails if there is one; a model takes several of them."""
+    create = process_groups._create_zero_param_parallel_group
+
+    def create_once(size: int) -> None:
+        if process_groups._get_zero_param_intra_parallel_group() is None:
+            create(size)
+
+    process_groups._create_zero_param_parallel_group = create_once
+    try:
+        yield
+    finally:
+        process_groups._create_zero_param_parallel_group = create
 
 
 def gathered_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -8,12 +8,14 @@ checkpointing, and shows the fastest that fit. Exits with 0 when the configurati
 from __future__ import annotations
 
 import argparse
+import bisect
 import difflib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +45,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--device", default="h100", help="an accelerator by name; an unknown one prints the known")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="of trainer.benchmark rates --json: for the seconds")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="of trainer.benchmark step --json: compare")
     parser.add_argument("--search", action="store_true", help="also try settings that change speed and memory only")
     return parser.parse_known_args(argv)
@@ -51,18 +54,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     # Imported only now: a wrong configuration is reported before torch is loaded.
     from trainer.benchmarks.against_plan import against
-    from trainer.cost_model import DEVICES, ActivationMemory, build_without_weights
+    from trainer.cost_model import ActivationMemory, build_without_weights
     from trainer.prediction import Cluster, predict
 
-    if options.device not in DEVICES:
-        close = difflib.get_close_matches(options.device, DEVICES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
-    cluster = Cluster(DEVICES[options.device], options.nodes, options.devices_per_node)
     model = build_without_weights(config.model, config.training.dtype)
+    cluster = Cluster(_device(config, model, options), options.nodes, options.devices_per_node)
     activations = ActivationMemory(config, model)
     found = predict(config, model, cluster, activations)
-    print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.device}")
+    print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print(f"  parameters {found.parameters / 1e9:.3f} G, of them trained {found.trainable / 1e9:.3f} G")
     _print_prediction(found)
     if options.measured is not None:
@@ -70,8 +69,9 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     ranked = []
     if options.search or not found.fits:
         lines = ActivationMemory(config, model, interpolate=True)
-        tried = [(what, predict(other, model, cluster, lines)) for what, other in variants(config, cluster)]
-        ranked = sorted((one for one in tried if one[1].fits), key=lambda one: one[1].update_seconds)
+        predicted = partial(predict, model=model, cluster=cluster, activations=lines)
+        those = fitting(config, model.language_model.blocks, cluster, predicted)
+        ranked = sorted(those, key=lambda one: one[1].update_seconds)
     if options.search:
         print("the fastest that fit:" if ranked else "no setting of the search fits")
         for what, one in ranked[:_SHOWN]:
@@ -84,6 +84,22 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _device(config: FlamingoRunConfig, model: Any, options: argparse.Namespace) -> Any:
+    """By measured rates, or by name and data sheet."""
+    from trainer.benchmarks.rates import measured_device
+    from trainer.cost_model import DEVICES
+
+    if options.rates is not None:
+        width = model.language_model.lm.get_input_embeddings().weight.shape[1]
+        size = options.nodes * options.devices_per_node
+        return measured_device(options.rates, config.training.dtype, size, width)
+    if options.device not in DEVICES:
+        close = difflib.get_close_matches(options.device, DEVICES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
+    return DEVICES[options.device]
 
 
 def _print_prediction(found: Any) -> None:
@@ -100,13 +116,32 @@ def _print_prediction(found: Any) -> None:
     print(f"  2 billion samples {found.days(SAMPLES):28.1f} days", flush=True)
 
 
+def fitting(
+    config: FlamingoRunConfig, blocks: int, cluster: Any, predicted: Callable[[FlamingoRunConfig], Any]
+) -> Iterator[tuple[str, Any]]:
+    """(settings in words, prediction) of those that fit, each with as few of the language model's blocks recomputed as
+    that takes."""
+    for words, variant in variants(config, cluster):
+
+        def recomputing(number: int, variant: FlamingoRunConfig = variant) -> Any:
+            training = replace(variant.training, activation_checkpointing=number, activation_memory_gib=None)
+            return predicted(replace(variant, training=training))
+
+        def fits(number: int, recomputing: Callable[[int], Any] = recomputing) -> bool:
+            return bool(recomputing(number).fits)
+
+        if fits(blocks):
+            number = 0 if fits(0) else bisect.bisect_left(range(blocks), True, lo=1, key=fits)
+            value = {0: "false", blocks: "true"}.get(number, str(number))
+            yield f"{words}, training.activation_checkpointing {value}", recomputing(number)
+
+
 def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, FlamingoRunConfig]]:
-    """(settings in words, configuration) for what changes memory and speed, and never what is trained."""
+    """(settings in words, configuration) for what changes memory and speed, and never what is trained; checkpointing,
+    which depends on what they leave, is as it was."""
     hpz = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
     devices: list[Literal["none", "cpu"]] = ["none", "cpu"]
-    for smaller, checkpointing, parameters, optimiser, secondary in itertools.product(
-        (1, 2, 4, 8, 16), (False, True), devices, devices, hpz
-    ):
+    for smaller, parameters, optimiser, secondary in itertools.product((1, 2, 4, 8, 16), devices, devices, hpz):
         sources = []
         for source in config.data.sources:
             per_rank = source.batch_size // cluster.size
@@ -116,19 +151,12 @@ def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, Fla
         if len(sources) < len(config.data.sources):
             continue
         words = [f"data.sources.{i}.micro_batch_size {source.micro_batch_size}" for i, source in enumerate(sources)]
-        words.append(f"training.activation_checkpointing {str(checkpointing).lower()}")
         words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimiser}"]
-        if secondary > 1:
-            words.append(f"deepspeed.raw zero_optimization.zero_hpz_partition_size {secondary}")
-        yield (
-            ", ".join(words),
-            replace(
-                config,
-                data=replace(config.data, sources=tuple(sources)),
-                training=replace(config.training, activation_checkpointing=checkpointing, activation_memory_gib=None),
-                deepspeed=_with(config.deepspeed, parameters, optimiser, secondary),
-            ),
-        )
+        if secondary > 1 or config.deepspeed.hpz_partition_size > 1:
+            words.append(f"deepspeed.hpz_partition_size {secondary}")
+        data = replace(config.data, sources=tuple(sources))
+        settings = _with(config.deepspeed, parameters, optimiser, secondary)
+        yield ", ".join(words), replace(config, data=data, deepspeed=settings)
 
 
 def _with(
@@ -139,10 +167,9 @@ def _with(
     zero = dict(values.get("zero_optimization", {}))
     for name in ("offload_param", "offload_optimizer", "zero_hpz_partition_size"):
         zero.pop(name, None)  # these are what the search tries
-    if hpz > 1:
-        zero["zero_hpz_partition_size"] = hpz
     return replace(
         settings,
+        hpz_partition_size=hpz,
         raw=values | {"zero_optimization": zero},
         offload_param=replace(settings.offload_param, device=parameters),
         offload_optimizer=replace(settings.offload_optimizer, device=optimiser),

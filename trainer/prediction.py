@@ -75,8 +75,11 @@ class Prediction:
 
     @property
     def update_seconds(self) -> float:
-        """The slowest of what overlaps, and the optimiser after it."""
-        return max(self.seconds[name] for name in ("compute", "network", "host link")) + self.seconds["optimiser"]
+        """The slowest of what overlaps, or all where nothing does, and the optimiser after it."""
+        together = max if self.device.overlaps else sum
+        return (
+            together([self.seconds[name] for name in ("compute", "network", "host link")]) + self.seconds["optimiser"]
+        )
 
     def days(self, samples: float) -> float:
         """To train on that many samples."""
@@ -192,10 +195,11 @@ def _seconds(
     on_host = config.deepspeed.offload_optimizer.device != "none"
     state = (_MASTER_AND_MOMENTS + 4 + width) * trainable / cluster.size
     return {
-        "compute": flops / (EFFICIENCY * device.tflops * 1e12),
+        "compute": flops / (device.flops or EFFICIENCY * device.tflops * 1e12),
         "network": sent / link,
         "host link": from_host / device.host_link,
-        "optimiser": state / (20e9 if on_host else 1e12),  # bytes a second that a host, or a device, reads and writes
+        # Bytes a second that a host, or a device, reads and writes.
+        "optimiser": state / (20e9 if on_host else device.optimiser or 1e12),
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ CASES = {
     "stage 3, all persistent": [],
     "stage 3, gathered once a micro-batch": raw(stage3_param_persistence_threshold=0),
     "stage 3, gathered for the backward again": [*raw(**NO_REUSE), "--training.dtype", "bfloat16"],
+    "stage 3, hpZ": [*raw(**NO_REUSE), "--deepspeed.hpz_partition_size", "2"],
     "stage 2": ["--deepspeed.zero_stage", "2", "--training.dtype", "bfloat16"],
     "stage 1": ["--deepspeed.zero_stage", "1"],
 }
@@ -117,10 +120,36 @@ def test_as_few_blocks_are_recomputed_as_the_budget_allows() -> None:
 
 
 def test_one_that_does_not_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main([NINE, "--nodes", "1", "--devices-per-node", "1", "--device", "rtx-4090"]) == 1
+    many = ["--data.sources.1.batch_size", "16384", "--data.sources.1.micro_batch_size", "16384"]
+    alone = ["--devices-per-node", "1", "--device", "rtx-4090"]
+    assert plan.main([str(DEBUG), *alone, *many]) == 1
     message = capsys.readouterr().err
     assert "does NOT fit" in message
-    assert "deepspeed.offload_param.device cpu" in message
+    change = message.partition("; set ")[2].strip().replace(",", "").split()
+    overrides = [f"--{word}" if index % 2 == 0 else word for index, word in enumerate(change)]
+    assert plan.main([str(DEBUG), *alone, *many, *overrides]) == 0
+
+
+def test_the_search_recomputes_no_more_blocks_than_it_must() -> None:
+    from trainer.cost_model import DEVICES, ActivationMemory, build_without_weights
+    from trainer.prediction import Cluster, Prediction, predict
+
+    config = debug_config(["--data.sources.0.batch_size", "512"])
+    model = build_without_weights(config.model)
+    memory = ActivationMemory(config, model, interpolate=True)
+    roomy = Cluster(DEVICES["h100"], 1, 1)
+
+    def predicted(config: FlamingoRunConfig, cluster: Cluster = roomy) -> Prediction:
+        return predict(config, model, cluster, memory)
+
+    _, whole = next(plan.fitting(config, 4, roomy, predicted))
+    assert whole.recomputed == 0
+    tight = replace(roomy, device=replace(roomy.device, memory=whole.total_memory - 1))
+    words, found = next(plan.fitting(config, 4, tight, partial(predicted, cluster=tight)))
+    assert found.fits and 0 < found.recomputed < 4
+    assert words.endswith(f"training.activation_checkpointing {found.recomputed}")
+    fewer = replace(config.training, activation_checkpointing=found.recomputed - 1)
+    assert not predicted(replace(config, training=fewer), tight).fits
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "drive"}
         ("deepspeed", {"zero_stage": 2, "offload_param": CPU}, "deepspeed.offload_param.device", "zero_stage 3"),
         (
             "deepspeed",
+            {"zero_stage": 2, "hpz_partition_size": 8},
+            "deepspeed.hpz_partition_size",
+            "with zero_stage 3 only",
+        ),
+        (
+            "deepspeed",
             {"zero_stage": 1, "offload_optimizer": NVME},
             "deepspeed.offload_optimizer.device",
             "zero_stage 3",
@@ -207,6 +213,15 @@ def test_world_sizes(write_yaml: WriteYaml) -> None:
     with pytest.raises(ConfigError) as caught:
         check_world_size(config, 3)
     assert len(caught.value.problems) == 2
+
+
+def test_copies_of_the_parameters_need_whole_groups(write_yaml: WriteYaml) -> None:
+    path = write_yaml({**run_values(), "deepspeed": {"hpz_partition_size": 4}})
+    config = load_config(path, [], FlamingoRunConfig, check_files=False)
+    assert allowed_world_sizes(config) == [4, 8]
+    check_world_size(config, 4)
+    with pytest.raises(ConfigError, match="2 processes are not whole groups of 4"):
+        check_world_size(config, 2)
 
 
 def test_lanes_limit_the_world(write_yaml: WriteYaml) -> None:

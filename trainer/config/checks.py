@@ -134,6 +134,9 @@ def _check_resilience(config: RunConfig) -> Iterator[Problem]:
 def _check_deepspeed(config: RunConfig) -> Iterator[Problem]:
     settings: DeepSpeedConfig = config.deepspeed
     stage = settings.zero_stage
+    if settings.hpz_partition_size > 1 and stage < 3:
+        message = f"copies of partitioned parameters come with zero_stage 3 only, not at stage {stage}; set it to 1"
+        yield Problem("deepspeed.hpz_partition_size", message, related=("deepspeed.zero_stage",))
     for name, offload in (("offload_param", settings.offload_param), ("offload_optimizer", settings.offload_optimizer)):
         path = f"deepspeed.{name}"
         only_stage_3 = name == "offload_param" or offload.device == "nvme"
@@ -333,7 +336,8 @@ def allowed_world_sizes(config: RunConfig) -> list[int]:
 
 
 def world_size_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """One problem for each source whose batch this number of processes cannot share, with the sizes that can."""
+    """One problem for each source whose batch this number of processes cannot share, and for hpZ's groups that are not
+    whole, with the sizes that can."""
     misfits = _misfits(config, world_size)
     if not misfits:
         return []
@@ -360,4 +364,8 @@ def _misfits(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
                 f"micro-batches of {micro}"
             )
             misfits.append((path, message))
+    hpz = config.deepspeed.hpz_partition_size
+    if world_size % hpz:
+        message = f"{world_size} processes are not whole groups of {hpz}, each with a copy of the parameters"
+        misfits.append(("deepspeed.hpz_partition_size", message))
     return misfits

@@ -44,6 +44,7 @@ _OWNERS = {
     "torch_autocast.enabled": "training.dtype",
     "zero_force_ds_cpu_optimizer": "optimizer.name",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz_partition_size",
     "zero_optimization.offload_param.device": "deepspeed.offload_param.device",
     "zero_optimization.offload_param.nvme_path": "deepspeed.offload_param.path",
     "zero_optimization.offload_param.pin_memory": "deepspeed.offload_param.pin_memory",
@@ -58,6 +59,7 @@ _IMPLIED = {
     "torch_autocast.enabled": False,
     "managed_gradient_accumulation": True,
     "zero_force_ds_cpu_optimizer": True,
+    "zero_optimization.zero_hpz_partition_size": 1,
     "zero_optimization.offload_param.device": "none",
     "zero_optimization.offload_optimizer.device": "none",
     "zero_optimization.offload_param.nvme_path": None,
@@ -99,13 +101,14 @@ def _generate(config: RunConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "reduce_bucket_size": 50_000_000,
+        "reduce_bucket_size": settings.reduce_bucket_size,
         "allgather_bucket_size": 200_000_000,
     }
     if stage == 3:
         zero |= {
             "overlap_comm": True,
-            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": settings.prefetch_bucket_size,
+            "zero_hpz_partition_size": settings.hpz_partition_size,
             # Gates, norms and biases stay whole on every rank: gathering them costs a message each and saves nothing.
             "stage3_param_persistence_threshold": 100_000,
             "stage3_gather_16bit_weights_on_model_save": False,

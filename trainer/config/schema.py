@@ -290,6 +290,10 @@ class DeepSpeedConfig:
     """ZeRO settings; all other keys of DeepSpeed's json follow from the other sections.
 
     zero_stage: 1 partitions the optimiser state, 2 also the gradients, 3 also the parameters, frozen ones included.
+    hpz_partition_size: ZeRO-3 keeps a second copy of the parameters in each group of that many neighbouring processes
+        (a node's devices), from which the backward gathers without the network; 1 keeps none.
+    reduce_bucket_size, prefetch_bucket_size: numbers whose gradients are reduced at once, and that are gathered ahead
+        of their use (ZeRO-3). Smaller ones take less memory, larger ones fewer messages; a raw json's are taken first.
     raw: a json (file or mapping) merged over the generated one; keys that contradict another section are refused.
     timeout_seconds: how long a collective waits for a process that does not come.
     """
@@ -297,6 +301,9 @@ class DeepSpeedConfig:
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
 
     zero_stage: Literal[1, 2, 3] = 3
+    hpz_partition_size: Positive = 1
+    reduce_bucket_size: Positive = 50_000_000
+    prefetch_bucket_size: NonNegative = 50_000_000
     offload_param: OffloadConfig = field(default_factory=OffloadConfig)
     offload_optimizer: OffloadConfig = field(default_factory=OffloadConfig)
     raw: dict[str, Any] | Path | None = None
