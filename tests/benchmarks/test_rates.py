@@ -38,7 +38,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
     assert rows == others
     assert all(row["value"] > 0 for row in rows)
     assert {row["case"] for row in rows} == {
-        "matrix product",
+        "blocks",
         "optimiser",
         "all_gather_into_tensor",
         "reduce_scatter_tensor",
@@ -56,7 +56,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
         return [row | {"value": row["value"] / (1e4 if row["case"] == case else 1)} for row in rows]
 
     found = planned(rows)
-    for case, part in (("matrix product", "compute"), ("optimiser", "optimiser")):
+    for case, part in (("blocks", "compute"), ("optimiser", "optimiser")):
         # Printed in milliseconds.
         assert planned(slower(case))[part] == pytest.approx(1e4 * found[part], rel=0.5, abs=6)
         assert planned(slower(case))["network"] == found["network"]

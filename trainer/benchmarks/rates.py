@@ -1,8 +1,9 @@
 """``[deepspeed ... --module] trainer.benchmark rates``: the speeds from which ``trainer.plan --rates`` predicts.
 
-Matrix products of a block's sizes, DeepSpeed's optimiser step, the collectives of ZeRO-3 over the processes, and on a
-GPU the host link. Start it as the run will be started: as many processes on each node, and as many threads. Each is
-the median of its repetitions; every process measures, and the slowest counts.
+Forward and backward of two frozen blocks with a cross-attention, of a few widths; DeepSpeed's optimiser step; the
+collectives of ZeRO-3 over the processes; on a GPU the host link. Start it as the run will be started: as many processes
+on each node, and as many threads. Each is the median of its repetitions; every process measures, and the slowest
+counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,27 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from model.config import DType
-from model.factory import torch_dtype
+from model.factory import build_flamingo, torch_dtype
+from model.flops import UsefulFlops, Workload
 from model.ops.cpu_matmul import use_onednn
+from model.presets import preset
 from trainer.benchmarks.results import read_result
 from trainer.benchmarks.rows import Row, header
 from trainer.benchmarks.step_parts import device_clock, sent_bytes
 from trainer.config.schema import OptimizerConfig
-from trainer.cost_model import Device
+from trainer.cost_model import Device, made_up_tokens
 from trainer.distributed import World, gather_objects, initialize, shut_down
 from trainer.engine import Engine
 
 BENCHMARK = "rates"
 LEAST_REPEATS = 3
-_WIDTHS = (512, 1024, 2048, 4096)  # of a language model
-_ROWS = 1024  # tokens in a product: a few sequences
+# Of a language model. On a CPU wider ones take minutes, and are no faster.
+_WIDTHS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
+_ROWS, _LENGTH = 2, 256  # sequences and their tokens, each with one image
 _MESSAGES = (2**16, 2**20, 2**24)  # bytes that all processes have together
 _TRAINED = 2**24  # numbers that the optimiser steps
 _STATE = 12 + 4  # bytes of each: float32 weight and two moments, and its gradient
-_COMPUTE, _GATHER, _REDUCE = "matrix product", "all_gather_into_tensor", "reduce_scatter_tensor"
+_COMPUTE, _GATHER, _REDUCE = "blocks", "all_gather_into_tensor", "reduce_scatter_tensor"
 _OPTIMISER, _HOST_LINK, _MEMORY = "optimiser", "host link", "memory"
 
 
@@ -96,9 +101,9 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Row]:
     kind = torch_dtype(dtype)
     if world.device.type == "cpu":
         use_onednn()  # as the engine does
-    for width in _WIDTHS:
-        seconds = _slowest(world, _product(width, kind, world), repeats)
-        yield row(_COMPUTE, f"{width} x {4 * width}", "FLOP/s", 2 * _ROWS * 4 * width**2 / seconds)
+    for width in _WIDTHS[world.device.type]:
+        run, operations = _blocks(width, dtype, world)
+        yield row(_COMPUTE, f"of width {width}", "FLOP/s", operations / _slowest(world, run, repeats))
     yield row(_OPTIMISER, "AdamW under ZeRO-3", "B/s", _optimiser_rate(world, kind, repeats))
     if world.size > 1:
         for operation in (_GATHER, _REDUCE):
@@ -117,10 +122,27 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Row]:
     yield row(_MEMORY, "of a device", "B", memory)
 
 
-def _product(width: int, dtype: torch.dtype, world: World) -> Callable[[], Any]:
-    tokens = torch.randn(_ROWS, width, device=world.device).to(dtype)
-    weight = torch.randn(4 * width, width, device=world.device).to(dtype)
-    return lambda: nn.functional.linear(tokens, weight)
+def _blocks(width: int, dtype: DType, world: World) -> tuple[Callable[[], None], float]:
+    """An update's forward and backward of a model that is hardly more than them, and its floating-point operations."""
+    small = preset("debug")
+    architecture = dict(small.language_model.architecture or {})
+    architecture |= {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+    architecture |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), width // 64)
+    config = replace(
+        small,
+        language_model=replace(small.language_model, architecture=architecture),
+        cross_attention=replace(small.cross_attention, every=2, head_width=64),
+    )
+    model = build_flamingo(config, made_up_tokens(config), dtype=dtype).to(world.device)
+    size = model.vision_encoder.image_size
+    inputs = {
+        "input_ids": torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device=world.device),
+        "labels": torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device=world.device),
+        "media_index": torch.arange(_ROWS, device=world.device)[:, None].repeat(1, _LENGTH),
+        "media": torch.zeros(_ROWS, 1, 3, size, size, dtype=torch.uint8, device=world.device),
+    }
+    operations = _ROWS * UsefulFlops.of(model).sequence(Workload(1, _LENGTH))
+    return lambda: model(**inputs).loss.backward(), operations
 
 
 def _slowest(world: World, run: Callable[[], Any], repeats: int) -> float:
@@ -181,7 +203,7 @@ def _optimiser_rate(world: World, dtype: torch.dtype, repeats: int) -> float:
 
 
 def measured_device(path: Path, dtype: str, processes: int, width: int) -> Device:
-    """The device that ``rates --json`` measured. width: of the language model; products of the next size count.
+    """The device that ``rates --json`` measured. width: of the language model; blocks of the nearest one count.
 
     Raises: ValueError for a file that is no such result, or one of another type or number of processes.
     """
@@ -195,8 +217,8 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
     if processes > 1 and head["processes"] != processes:
         raise ValueError(f"{path} was measured with {head['processes']} processes, and this is for {processes}")
     found = {(row["case"], row["measure"]): float(row["value"]) for row in rows}
-    nearest = min(_WIDTHS, key=lambda known: max(known / width, width / known))
-    flops = found[_COMPUTE, f"{nearest} x {4 * nearest}"]
+    nearest = min(_WIDTHS[head["device"]], key=lambda known: max(known / width, width / known))
+    flops = found[_COMPUTE, f"of width {nearest}"]
     largest = f"{_MESSAGES[-1]} bytes"
     # ZeRO sends about as much to gather as to reduce.
     links = [found[operation, largest] for operation in (_GATHER, _REDUCE) if (operation, largest) in found]
