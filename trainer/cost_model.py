@@ -17,7 +17,8 @@ from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload
 from model.presets import PRESETS, preset
 from model.tokens import SpecialTokenIds
-from trainer.config.schema import FlamingoRunConfig, InterleavedSource, Source, TextSource, VideoTextSource
+from trainer.config.data import InterleavedSource, Source, TextSource, VideoTextSource
+from trainer.config.schema import FlamingoRunConfig
 from trainer.data.plan import SourcePlan
 from trainer.partitioned_linear import partitioned_linear
 

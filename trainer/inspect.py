@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from trainer.config.data import DataConfig
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import DataConfig, FlamingoRunConfig, RunConfig
+from trainer.config.schema import FlamingoRunConfig, RunConfig
 from trainer.data.contact_sheet import contact_sheet
 from trainer.data.errors import DataError
 from trainer.data.manifest import Manifest, load_manifest

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tests.config.conftest import WriteYaml, problems_of, run_values
+from trainer.config.data import InterleavedSource
 from trainer.config.loader import config_to_yaml, load_config, parse_arguments, schema_of, without_local_rank
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, InterleavedSource, LanguageModelRunConfig
+from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 from trainer.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from trainer import index
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.batch import SampleId
 from trainer.data.loader import UpdateLoader
 from trainer.data.sequences import Builder

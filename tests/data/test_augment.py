@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.data.helpers import encoding, mmc4, noise, saved
-from trainer.config.schema import AugmentConfig
+from trainer.config.data import AugmentConfig
 from trainer.data.augment import Augmentation, draw_augmentation
 from trainer.data.batch import SampleId
 from trainer.data.decode import ImageDecoder

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.data.helpers import build_manifest, image_bytes, mmc4, noise, saved, update_loader, write_shard
 from tests.data.test_reader import Bomb
-from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource
+from trainer.config.data import DataConfig, ImageTextSource, InterleavedSource
 from trainer.data.batch import SampleId
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError

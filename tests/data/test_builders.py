@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from model.config import VisionEncoderConfig
 from model.vision_encoder import VisionEncoder
 from tests.data.helpers import BOS, EOC, IMAGE, SAMPLE, encoding, image_bytes, text_of
-from trainer.config.schema import DataConfig, ImageTextSource
+from trainer.config.data import DataConfig, ImageTextSource
 from trainer.data.batch import SampleId, collate
 from trainer.data.contrastive import ContrastiveBuilder
 from trainer.data.decode import ImageDecoder

@@ -14,7 +14,7 @@ import pytest
 from tests.data.helpers import build_manifest, encoding, image_bytes, mmc4, text_shards, update_loader, write_shard
 from tests.data.http_server import cut, serve, status
 from trainer import index
-from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, TextSource
+from trainer.config.data import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import SampleId
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import TooManyBadSamplesError

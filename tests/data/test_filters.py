@@ -24,7 +24,7 @@ from tests.data.helpers import (
     write_shard,
 )
 from tests.data.videos import video_bytes
-from trainer.config.schema import DataConfig, FilterConfig, ImageTextSource
+from trainer.config.data import DataConfig, FilterConfig, ImageTextSource
 from trainer.data.contrastive import ContrastiveBuilder
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.schema import DataConfig, TextSource
+from trainer.config.data import DataConfig, TextSource
 from trainer.data.errors import TooManyBadSamplesError
 from trainer.data.limits import BadSampleLimit
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.data.helpers import build_manifest, encoding, image_bytes, mmc4, text_shards, update_loader, write_shard
-from trainer.config.schema import DataConfig, ImageTextSource, InterleavedSource, TextSource
+from trainer.config.data import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch, SampleId, Sequence
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import DataError, SampleError, ShardError, TooManyBadSamplesError

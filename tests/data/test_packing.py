@@ -27,7 +27,7 @@ from tests.data.helpers import (
     update_loader,
     write_shard,
 )
-from trainer.config.schema import DataConfig, FilterConfig, ImageTextSource, InterleavedSource, TextSource
+from trainer.config.data import DataConfig, FilterConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import TooManyBadSamplesError

@@ -18,7 +18,7 @@ import pytest
 from tests.data.helpers import encoding, image_bytes, text_shards, update_loader, write_shard
 from tests.data.http_server import Server, cut, hang, serve, status, wrong_size
 from trainer import index, inspect
-from trainer.config.schema import DataConfig, ImageTextSource, TextSource
+from trainer.config.data import DataConfig, ImageTextSource, TextSource
 from trainer.data import shard_scan
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import ShardError

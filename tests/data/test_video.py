@@ -12,7 +12,7 @@ import torch
 
 from tests.data.helpers import SAMPLE, encoding, image_bytes, text_of
 from tests.data.videos import video_bytes
-from trainer.config.schema import AugmentConfig
+from trainer.config.data import AugmentConfig
 from trainer.data.batch import SampleId, collate
 from trainer.data.decode import ImageDecoder
 from trainer.data.errors import SampleError

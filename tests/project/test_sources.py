@@ -85,7 +85,10 @@ def test_every_setting_is_documented() -> None:
     """``name: what it does`` stands in the class's docstring (``--help`` shows it); sections explain themselves."""
     undocumented = []
     config = ROOT / "trainer/config"
-    for path in (*(config / f"{name}.py" for name in ("schema", "resilience", "evaluation")), ROOT / "model/config.py"):
+    for path in (
+        *(config / f"{name}.py" for name in ("schema", "data", "resilience", "evaluation")),
+        ROOT / "model/config.py",
+    ):
         for node in tree_of(path).body:
             if not isinstance(node, ast.ClassDef):
                 continue

@@ -17,7 +17,7 @@ from model.vision_encoder import VisionEncoder
 from tests.data.helpers import build_manifest, noise, saved, write_shard
 from tests.model.builders import FAMILIES, tiny_config, tiny_tokenizer
 from trainer import evaluate, evaluation, generate
-from trainer.config.schema import DataConfig, ImageTextSource
+from trainer.config.data import DataConfig, ImageTextSource
 from trainer.data.batch import Batch, SampleId, collate
 from trainer.data.decode import ImageDecoder
 from trainer.data.prompt_images import decoder_of, model_media

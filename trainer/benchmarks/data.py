@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
 from trainer.benchmarks.rows import Row
-from trainer.config.schema import DataConfig, ImageTextSource
+from trainer.config.data import DataConfig, ImageTextSource
 from trainer.data.batch import SampleId
 from trainer.data.batch import Sequence as Built
 from trainer.data.decode import ImageDecoder

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.config.data import Source
 from trainer.config.deepspeed import raw_problems
 from trainer.config.evaluation import EvaluationConfig
 from trainer.config.schema import (
@@ -21,7 +22,6 @@ from trainer.config.schema import (
     LanguageModelRunConfig,
     OffloadConfig,
     RunConfig,
-    Source,
 )
 from trainer.errors import Problem
 

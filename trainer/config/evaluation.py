@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config.schema import Positive, Probability
+from trainer.config.types import Positive, Probability
 
 
 @dataclass(frozen=True)

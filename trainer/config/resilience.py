@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Gt
 
-_FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
+from trainer.config.types import FORBID_UNKNOWN_KEYS, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class SpikeConfig:
     max_rewinds: a run that would go back more often ends with an error.
     """
 
-    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
     action: Literal["rewind", "warn", "off"] = "rewind"
-    threshold: Annotated[float, Gt(0)] = 10.0
-    window: Annotated[int, Gt(0)] = 128
+    threshold: PositiveFloat = 10.0
+    window: Positive = 128
     min_updates: Annotated[int, Gt(1)] = 64
-    patience: Annotated[int, Gt(0)] = 3
+    patience: Positive = 3
     grad_norm: bool = False
-    skip_before: Annotated[int, Ge(0)] = 1
-    max_rewinds: Annotated[int, Ge(0)] = 5
+    skip_before: NonNegative = 1
+    max_rewinds: NonNegative = 5
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class WatchdogConfig:
     grace_seconds: how long the processes wait for one another to write their stacks.
     """
 
-    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
-    seconds: Annotated[float, Gt(0)] | None = 600.0
-    startup_seconds: Annotated[float, Gt(0)] = 1800.0
-    grace_seconds: Annotated[float, Gt(0)] = 10.0
+    seconds: PositiveFloat | None = 600.0
+    startup_seconds: PositiveFloat = 1800.0
+    grace_seconds: PositiveFloat = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class StragglerConfig:
         waiting for data (also at least ``least_seconds`` an update above the median) and a fixed piece of arithmetic.
     """
 
-    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
-    every: Annotated[int, Gt(0)] = 100
+    every: Positive = 100
     factor: Annotated[float, Gt(1)] = 2.0
-    least_seconds: Annotated[float, Ge(0)] = 0.1
+    least_seconds: NonNegativeFloat = 0.1
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class ResilienceConfig:
         not trained on, and they change nothing.
     """
 
-    __pydantic_config__ = _FORBID_UNKNOWN_KEYS
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
-    skip_updates: tuple[tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]], ...] = ()
+    skip_updates: tuple[tuple[Positive, Positive], ...] = ()
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     stragglers: StragglerConfig = field(default_factory=StragglerConfig)

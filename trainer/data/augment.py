@@ -9,7 +9,7 @@ import numpy as np
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from trainer.config.schema import AugmentConfig
+from trainer.config.data import AugmentConfig
 
 _DRAWS = 9
 

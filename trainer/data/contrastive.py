@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config.schema import FilterConfig
+from trainer.config.data import FilterConfig
 from trainer.data.batch import IGNORED_LABEL, SampleId, Sequence
 from trainer.data.decode import ImageDecoder, image_member, text_member
 from trainer.data.filters import NO_FILTERS, check_metadata, check_size, check_text, looks_at_sizes

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from trainer.config.schema import AugmentConfig
+from trainer.config.data import AugmentConfig
 from trainer.data.augment import Augmentation, draw_augmentation
 from trainer.data.errors import SampleError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.schema import FilterConfig
+from trainer.config.data import FilterConfig
 from trainer.data.decode import decode_json
 from trainer.data.errors import SampleError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from trainer.config.schema import FilterConfig
+from trainer.config.data import FilterConfig
 from trainer.data.batch import SampleId, Sequence
 from trainer.data.decode import ImageDecoder, image_member, text_member
 from trainer.data.filters import NO_FILTERS, check_metadata, check_size, check_text, looks_at_sizes

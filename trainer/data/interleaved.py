@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from model.media_index import following, preceding
-from trainer.config.schema import FilterConfig
+from trainer.config.data import FilterConfig
 from trainer.data.batch import SampleId, Sequence
 from trainer.data.decode import ImageDecoder, decode_json
 from trainer.data.errors import SampleError

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.errors import TooManyBadSamplesError
 
 FILTERED = "filtered_"  # reasons that begin so are the source's own filters: wanted, and not bad

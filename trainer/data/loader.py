@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.batch import Batch, Skipped
 from trainer.data.errors import DataError
 from trainer.data.manifest import load_manifest

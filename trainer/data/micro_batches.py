@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.batch import Batch, SampleId, Sequence, Skipped, collate
 from trainer.data.errors import DataError, SampleError
 from trainer.data.manifest import Manifest

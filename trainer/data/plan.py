@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config.schema import DataConfig, Source
+from trainer.config.data import DataConfig, Source
 from trainer.data.manifest import Manifest
 from trainer.data.order import SourceOrder, allowed_world_sizes
 from trainer.data.shared_arrays import SharedArrays

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.manifest import Manifest
 from trainer.data.order import ORDER_VERSION
 from trainer.data.packing import LanePosition, LanePositions

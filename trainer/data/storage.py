@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.schema import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.cache import BlockCache
 from trainer.data.errors import ShardError
 from trainer.data.manifest import Manifest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.schema import FilterConfig
+from trainer.config.data import FilterConfig
 from trainer.data.batch import SampleId, Sequence
 from trainer.data.decode import text_member
 from trainer.data.filters import NO_FILTERS, check_metadata, check_text

@@ -12,14 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from model.language_model import separates_packed_documents
 from model.tokens import FlamingoTokenizer
 from model.vision_encoder import VisionEncoder
-from trainer.config.schema import (
-    DataConfig,
-    ImageTextSource,
-    InterleavedSource,
-    Source,
-    TextSource,
-    VideoTextSource,
-)
+from trainer.config.data import DataConfig, ImageTextSource, InterleavedSource, Source, TextSource, VideoTextSource
 from trainer.data.contrastive import ContrastiveBuilder
 from trainer.data.decode import ImageDecoder, PatchBudget
 from trainer.data.image_text import ImageTextBuilder, VideoTextBuilder
