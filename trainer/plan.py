@@ -17,11 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.loader import check_world_size, load_config
 from trainer.config.schema import DeepSpeedConfig, FlamingoRunConfig
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:  # they load torch, and a wrong configuration is reported before that
+    from model.flamingo import Flamingo
+    from trainer.cost_model import Device
+    from trainer.prediction import Cluster, Prediction
 
 GIB, SAMPLES = 2.0**30, 2e9
 _SHOWN = 5
@@ -52,7 +57,6 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
-    # Imported only now: a wrong configuration is reported before torch is loaded.
     from trainer.benchmarks.against_plan import against
     from trainer.cost_model import ActivationMemory, build_without_weights
     from trainer.prediction import Cluster, predict
@@ -86,7 +90,7 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
     return 1
 
 
-def _device(config: FlamingoRunConfig, model: Any, options: argparse.Namespace) -> Any:
+def _device(config: FlamingoRunConfig, model: Flamingo, options: argparse.Namespace) -> Device:
     """By measured rates, or by name and data sheet."""
     from trainer.benchmarks.rates import measured_device
     from trainer.cost_model import DEVICES
@@ -102,7 +106,7 @@ def _device(config: FlamingoRunConfig, model: Any, options: argparse.Namespace) 
     return DEVICES[options.device]
 
 
-def _print_prediction(found: Any) -> None:
+def _print_prediction(found: Prediction) -> None:
     for name, size in found.memory.parts.items():
         if size:
             print(f"  memory   {name:28s} {size / GIB:10.2f} GiB")
@@ -117,18 +121,18 @@ def _print_prediction(found: Any) -> None:
 
 
 def fitting(
-    config: FlamingoRunConfig, blocks: int, cluster: Any, predicted: Callable[[FlamingoRunConfig], Any]
-) -> Iterator[tuple[str, Any]]:
+    config: FlamingoRunConfig, blocks: int, cluster: Cluster, predicted: Callable[[FlamingoRunConfig], Prediction]
+) -> Iterator[tuple[str, Prediction]]:
     """(settings in words, prediction) of those that fit, each with as few of the language model's blocks recomputed as
     that takes."""
     for words, variant in variants(config, cluster):
 
-        def recomputing(number: int, variant: FlamingoRunConfig = variant) -> Any:
+        def recomputing(number: int, variant: FlamingoRunConfig = variant) -> Prediction:
             training = replace(variant.training, activation_checkpointing=number, activation_memory_gib=None)
             return predicted(replace(variant, training=training))
 
-        def fits(number: int, recomputing: Callable[[int], Any] = recomputing) -> bool:
-            return bool(recomputing(number).fits)
+        def fits(number: int, recomputing: Callable[[int], Prediction] = recomputing) -> bool:
+            return recomputing(number).fits
 
         if fits(blocks):
             number = 0 if fits(0) else bisect.bisect_left(range(blocks), True, lo=1, key=fits)
@@ -136,7 +140,7 @@ def fitting(
             yield f"{words}, training.activation_checkpointing {value}", recomputing(number)
 
 
-def variants(config: FlamingoRunConfig, cluster: Any) -> Iterator[tuple[str, FlamingoRunConfig]]:
+def variants(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[tuple[str, FlamingoRunConfig]]:
     """(settings in words, configuration) for what changes memory and speed, and never what is trained; checkpointing,
     which depends on what they leave, is as it was."""
     hpz = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
