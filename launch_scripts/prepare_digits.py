@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from launch_scripts.digit_sentences import caption, sentence
 from trainer import index
-from trainer.files import write_atomically
+from trainer.runtime.files import write_atomically
 
 SIZE = 32  # side of a picture, in pixels
 STAMP = "finished.json"
@@ -175,9 +175,9 @@ def _distortions(rng: np.random.Generator, count: int) -> Tensor:
     return torch.stack([x_row, y_row], 1)
 
 
-def _png(grey: NDArray[np.uint8]) -> bytes:
+def _png(gray: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(grey).convert("RGB").save(buffer, "PNG", compress_level=1)
+    Image.fromarray(gray).convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What a Flamingo is made of, as values.
+"""Describe a Flamingo as values.
 
 The paper's model and OpenFlamingo's differ only in the values of these dataclasses, never in classes. They hold no
 logic beyond arithmetic on their own fields, import nothing but the standard library, and are part of the run's YAML
@@ -14,22 +14,22 @@ from typing import Any, Literal
 Activation = Literal["squared_relu", "gelu"]
 DType = Literal["float32", "bfloat16", "float16"]
 
-# pydantic (in trainer.config) reads this attribute: a misspelt key is an error, not a silent default.
+# pydantic (in trainer.config) reads this attribute: a misspelled key is an error, not a silent default.
 _FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """A frozen open_clip image tower.
+    """Name the frozen image tower, which open_clip builds.
 
-    name: an open_clip model ("ViT-L-14"), a folder written by ``trainer.pretrain_vision`` or a Hugging Face repository
-        in open_clip's own notation ("local-dir:PATH", "hf-hub:OWNER/NAME"), or a timm model through open_clip
-        ("timm:dm_nfnet_f6").
-    pretrained: open_clip's tag or a safetensors file; None takes what ``local-dir:`` / ``hf-hub:`` bring, and random
-        weights for every other name.
-    image_size: side in pixels of the square input; None takes the tower's own.
-    feature_block: which block's output is used, counted as in Python (-1 the last, -2 the one before).
-    feature_norm: whether the tower's final norm is applied to the features (OpenFlamingo up to open_clip 2.20: no).
+    Attributes:
+        name: Name in open_clip ("ViT-L-14"), folder written by ``trainer.pretrain_vision`` ("local-dir:PATH"),
+            repository ("hf-hub:OWNER/NAME") or timm model ("timm:dm_nfnet_f6").
+        pretrained: Tag of open_clip or safetensors file. None takes the weights that come with ``local-dir:`` and
+            ``hf-hub:``, and random weights for every other name.
+        image_size: Side of the square input in pixels; None takes the tower's own.
+        feature_block: Block whose output becomes the features, counted as in Python: -1 is the last one.
+        feature_norm: Whether the tower's final norm is applied to the features (OpenFlamingo up to open_clip 2.20: no).
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -43,48 +43,56 @@ class VisionEncoderConfig:
 
 @dataclass(frozen=True)
 class PerceiverResamplerConfig:
-    """Any number of visual features to ``latents`` tokens (paper, section 3.1 and figure 5).
+    """Describe the resampler: any number of visual features to ``num_latents`` (paper, section 3.1 and figure 5).
 
-    layers: attention and feed-forward pairs. heads, head_width: of the attention; their product need not be ``width``.
-    width: width of the latents; None takes the vision features' own (then there is no input projection).
-    latents: tokens that come out for each medium.
-    frames: number of trained temporal embeddings; more frames at inference interpolate them linearly.
-    feed_forward_multiplier: hidden width of the feed-forward, in widths. activation: its non-linearity.
-    final_norm: a LayerNorm on the output latents.
+    Attributes:
+        num_layers: Pairs of attention and feed-forward.
+        dim: Width of the latents; None takes the width of the vision features and leaves out the input projection.
+        num_heads: Heads of the attention; ``num_heads * head_dim`` need not be ``dim``.
+        head_dim: Width of one head.
+        num_latents: Latents that come out for each medium.
+        num_frames: Trained time embeddings; more frames at inference interpolate them linearly.
+        ff_mult: Hidden width of the feed-forward, as a multiple of ``dim``.
+        activation: Activation of the feed-forward.
+        final_norm: Whether a LayerNorm follows the last layer.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
 
-    layers: int = 6
-    width: int | None = 1536
-    heads: int = 16
-    head_width: int = 96
-    latents: int = 64
-    frames: int = 8
-    feed_forward_multiplier: int = 4
+    num_layers: int = 6
+    dim: int | None = 1536
+    num_heads: int = 16
+    head_dim: int = 96
+    num_latents: int = 64
+    num_frames: int = 8
+    ff_mult: int = 4
     activation: Activation = "squared_relu"
     final_norm: bool = True
 
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Gated cross-attention before some of the language model's blocks (paper, section 3.2 and figure 4).
+    """Describe the gated cross-attention before some of the language model's blocks (paper, section 3.2, figure 4).
 
-    every, offset: before blocks ``offset, offset + every, ...``. The paper's is offset 0; OpenFlamingo's
-        ``(i + 1) % n == 0`` is offset n - 1.
-    heads, head_width: None heads are as many as fill the language model's width (the paper); OpenFlamingo fixes 8 x 64.
-    feed_forward_multiplier: hidden width of the feed-forward, in widths. activation: its non-linearity.
-    media_norm: a LayerNorm on the latents before keys and values (the paper: yes, OpenFlamingo: no).
-    attend: "one" medium (phi of the paper) or "all" media of the document so far (its ablation).
+    Attributes:
+        every_n_layers: Distance between two blocks with cross-attention: ``offset``, ``offset + every_n_layers``, ...
+        offset: First block with cross-attention: 0 in the paper, ``every_n_layers - 1`` in OpenFlamingo.
+        num_heads: Heads of the attention; None takes as many as fill the language model's width (the paper).
+            OpenFlamingo has 8.
+        head_dim: Width of one head (OpenFlamingo: 64).
+        ff_mult: Hidden width of the feed-forward, as a multiple of the language model's width.
+        activation: Activation of the feed-forward.
+        media_norm: Whether a LayerNorm on the latents precedes keys and values (the paper: yes, OpenFlamingo: no).
+        attend: Media that a token sees: "one" (the paper) or "all" of its document so far (the paper's ablation).
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
 
-    every: int = 1
+    every_n_layers: int = 1
     offset: int = 0
-    heads: int | None = None
-    head_width: int = 128
-    feed_forward_multiplier: int = 4
+    num_heads: int | None = None
+    head_dim: int = 128
+    ff_mult: int = 4
     activation: Activation = "squared_relu"
     media_norm: bool = True
     attend: Literal["one", "all"] = "one"
@@ -92,14 +100,16 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """A frozen Hugging Face causal language model.
+    """Name the frozen Hugging Face causal language model.
 
-    name: a repository on the hub or a local folder (weights and tokenizer); None builds random weights from
-        ``architecture``, a Hugging Face config as a mapping with its ``model_type`` (benchmarks, tests, presets).
-        ZeRO-3 draws them in another order: such a run's export only fits a run like it.
-    revision: the hub's revision (branch, tag or commit).
-    tokenizer: where the tokenizer is, if not at ``name``.
-    attention: Hugging Face's ``attn_implementation``; None takes its choice (sdpa where the family has it).
+    Attributes:
+        name: Repository on the hub, or local folder, with weights and tokenizer. None builds random weights from
+            ``architecture`` (benchmarks, tests, presets).
+        revision: Revision on the hub: a branch, tag or commit.
+        architecture: Hugging Face config as a mapping with its ``model_type``, for random weights. ZeRO-3 draws them
+            in another order than stages 1 and 2, so an export of such a run fits only a run with the same stage.
+        tokenizer: Repository or folder of the tokenizer; None takes ``name``.
+        attention: Hugging Face's ``attn_implementation``; None leaves the choice to transformers.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -113,11 +123,15 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class SpecialTokensConfig:
-    """The two tokens that Flamingo adds; each has an input and an output row of its own beside the frozen tables.
+    """Name the two tokens that Flamingo adds.
 
-    image, end_of_chunk: how they are written; in texts from data these characters stay plain text.
-    train_image: whether the rows of ``image`` are trained (OpenFlamingo) or stay at their start (the paper trains
-        only ``<EOC>``).
+    Each has an input and an output embedding beside the frozen tables. In texts from data, the same characters stay
+    plain text.
+
+    Attributes:
+        image: Token that stands for a medium.
+        end_of_chunk: Token that ends the text of a medium (the paper's ``<EOC>``).
+        train_image: Whether the embeddings of ``image`` train (OpenFlamingo) or keep their initial values (the paper).
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -129,7 +143,16 @@ class SpecialTokensConfig:
 
 @dataclass(frozen=True)
 class FlamingoConfig:
-    """The whole model. ``preset`` names what it was derived from, for people; it changes nothing."""
+    """Describe the whole model.
+
+    Attributes:
+        preset: Name of the preset that the values were derived from. It changes nothing.
+        vision: Frozen image tower.
+        resampler: Perceiver resampler.
+        cross_attention: Gated cross-attention.
+        language_model: Frozen language model.
+        tokens: Special tokens.
+    """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
 

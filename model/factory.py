@@ -74,7 +74,7 @@ def build_flamingo(
     with _draws(seed, 2), _default_dtype(dtype), partition():
         resampler = PerceiverResampler(config.resampler, vision_encoder.width)
         cross_attention = nn.ModuleList(
-            GatedCrossAttentionBlock(config.cross_attention, text_config.hidden_size, resampler.width)
+            GatedCrossAttentionBlock(config.cross_attention, text_config.hidden_size, resampler.dim)
             for _ in cross_attention_blocks(config, text_config.num_hidden_layers)
         )
         new = [(tokens.image_id, config.tokens.train_image), (tokens.end_of_chunk_id, True)]

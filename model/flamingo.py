@@ -17,7 +17,7 @@ from model import media_index as media_indices
 from model.config import FlamingoConfig
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
 from model.language_model import BeforeBlock, Call, LanguageModel
-from model.loss import label_positions, labels_after, summed_cross_entropy
+from model.loss import labels_after, summed_cross_entropy, target_positions
 from model.perceiver_resampler import PerceiverResampler
 from model.tokens import SpecialTokenIds
 from model.tower_patches import Grid, feature_offsets
@@ -103,7 +103,7 @@ class Flamingo(nn.Module):
             position_ids: int64 [B, L], for packed documents: restarts at 0 with each of them. Give no attention mask
                 then.
             media_grids: ``media`` are then patches of media of any shape, as ``VisionEncoder`` takes them.
-            positions: int64 [N], ``label_positions`` of the labels; None: found here, and the host waits for a GPU.
+            positions: int64 [N], ``target_positions`` of the labels; None: found here, and the host waits for a GPU.
 
         Returns:
             ``loss`` where labels are given, else ``logits``.
@@ -111,7 +111,7 @@ class Flamingo(nn.Module):
         documents = None if position_ids is None else media_indices.documents_from_positions(position_ids)
         targets = None
         if labels is not None:
-            positions = label_positions(labels) if positions is None else positions
+            positions = target_positions(labels) if positions is None else positions
             targets = labels_after(labels, positions)
         latents = None if media is None else self.encode_media(media, media_grids)
         if latents is not None and media_index is None:
@@ -145,10 +145,10 @@ def cross_attention_blocks(config: FlamingoConfig, blocks: int) -> list[int]:
     Raises:
         ValueError: before none.
     """
-    every, offset = config.cross_attention.every, config.cross_attention.offset
+    every, offset = config.cross_attention.every_n_layers, config.cross_attention.offset
     if every < 1 or not 0 <= offset < blocks:
         raise ValueError(
-            f"cross_attention.every {every} and cross_attention.offset {offset} give no block of the language model's "
+            f"cross_attention.every_n_layers {every} and cross_attention.offset {offset} give no block of the language model's "
             f"{blocks}: set every >= 1 and 0 <= offset < {blocks}"
         )
     return list(range(offset, blocks, every))

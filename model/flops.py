@@ -1,4 +1,4 @@
-"""Useful floating-point operations of an update, for model FLOPs utilisation. A multiply-add is two.
+"""Useful floating-point operations of an update, for model FLOPs utilization. A multiply-add is two.
 
 What is useful (paper's sizes, [CALC] of the project's reference, section 6): a trainable matrix costs 6 per weight and
 token (forward, gradient of the input, gradient of the weight); a frozen one that gradients pass through 4; a frozen
@@ -61,12 +61,12 @@ class UsefulFlops:
         """The sizes of a model, which may be on the meta device or partitioned. Experts of a mixture all count."""
         language_model, resampler = model.language_model, model.resampler
         text_config = language_model.lm.config.get_text_config()
-        head_width = getattr(text_config, "head_dim", None) or language_model.width // text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or language_model.width // text_config.num_attention_heads
         cross = list(model.blocks_with_cross_attention().values())
         layers: list[Any] = list(resampler.layers)
         return cls(
             lm_weights=_matrices(language_model.decoder_blocks().parameters()),
-            lm_attention=language_model.blocks * text_config.num_attention_heads * head_width,
+            lm_attention=language_model.blocks * text_config.num_attention_heads * head_dim,
             head_weights=_matrices(language_model.lm.get_output_embeddings().parameters()),
             cross_text=sum(
                 _matrices([*block.attention.query.parameters(), *block.attention.output.parameters()])
@@ -74,13 +74,13 @@ class UsefulFlops:
                 for block in cross
             ),
             cross_media=sum(_matrices(block.attention.key_value.parameters()) for block in cross),
-            cross_attention=sum(block.attention.heads * block.attention.head_width for block in cross),
+            cross_attention=sum(block.attention.heads * block.attention.head_dim for block in cross),
             latents=full_shape(resampler.latents)[0],
             features=model.vision_encoder.features,
             resampler_features=_matrices(resampler.project.parameters())
             + sum(_matrices(layer.attention.key_value.parameters()) for layer in layers),
             resampler_latents=sum(_matrices(layer.parameters()) for layer in layers),
-            resampler_attention=sum(layer.attention.heads * layer.attention.head_width for layer in layers),
+            resampler_attention=sum(layer.attention.heads * layer.attention.head_dim for layer in layers),
             vision=model.vision_encoder.flops,
             blocks=language_model.blocks,
         )
@@ -115,8 +115,8 @@ class UsefulFlops:
         return sum(workload.sequences * self.sequence(workload) for workload in workloads)
 
 
-def utilisation(flops: float, seconds: float, devices: int, peak: float) -> float:
-    """Model FLOPs utilisation, 0..1; ``peak``: dense FLOP/s of one device in the type that is computed in."""
+def utilization(flops: float, seconds: float, devices: int, peak: float) -> float:
+    """Model FLOPs utilization, 0..1; ``peak``: dense FLOP/s of one device in the type that is computed in."""
     return flops / (seconds * devices * peak)
 
 

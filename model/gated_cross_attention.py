@@ -23,10 +23,10 @@ class MaskedCrossAttention(nn.Module):
     fused op, without a change of value or gradient.
     """
 
-    def __init__(self, width: int, media_width: int, heads: int, head_width: int, media_norm: bool) -> None:
+    def __init__(self, width: int, media_width: int, heads: int, head_dim: int, media_norm: bool) -> None:
         super().__init__()
-        self.heads, self.head_width = heads, head_width
-        inner = heads * head_width
+        self.heads, self.head_dim = heads, head_dim
+        inner = heads * head_dim
         self.norm = nn.LayerNorm(width)
         self.media_norm: nn.Module = nn.LayerNorm(media_width) if media_norm else nn.Identity()
         self.query = Linear(width, inner)
@@ -36,7 +36,7 @@ class MaskedCrossAttention(nn.Module):
     def project_media(self, latents_MNW: Tensor) -> KeysValues:
         """Keys and values [M, N, H, K] of the latents [M, N, W]; generation computes them once."""
         projected = self.key_value(self.media_norm(latents_MNW))
-        keys, values = projected.unflatten(-1, (2, self.heads, self.head_width)).unbind(-3)
+        keys, values = projected.unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
         return keys, values
 
     def forward(
@@ -48,7 +48,7 @@ class MaskedCrossAttention(nn.Module):
         first_media_BL: Tensor | None = None,
     ) -> Tensor:
         """tanh(gate) * attention, [B, L, D]. ``media_index`` and ``first_media``: as ``model.ops`` defines them."""
-        q_BLHK = self.query(self.norm(hidden_BLD)).unflatten(-1, (self.heads, self.head_width))
+        q_BLHK = self.query(self.norm(hidden_BLD)).unflatten(-1, (self.heads, self.head_dim))
         first_media = None if first_media_BL is None else first_media_BL.flatten()
         out_THK = masked_cross_attention(
             q_BLHK.flatten(0, 1), *keys_values, media_index_BL.flatten(), gate, first_media=first_media
@@ -66,16 +66,16 @@ class GatedCrossAttentionBlock(nn.Module):
     def __init__(self, config: CrossAttentionConfig, width: int, media_width: int) -> None:
         """width: of the language model; media_width: of the latents."""
         super().__init__()
-        heads = config.heads
+        heads = config.num_heads
         if heads is None:
-            heads, rest = divmod(width, config.head_width)
+            heads, rest = divmod(width, config.head_dim)
             if rest:
                 raise ValueError(
-                    f"cross_attention.head_width {config.head_width} does not divide the language model's width "
-                    f"{width}: set cross_attention.heads, or a head_width that divides it"
+                    f"cross_attention.head_dim {config.head_dim} does not divide the language model's width "
+                    f"{width}: set cross_attention.num_heads, or a head_dim that divides it"
                 )
-        self.attention = MaskedCrossAttention(width, media_width, heads, config.head_width, config.media_norm)
-        self.feed_forward = FeedForward(width, config.feed_forward_multiplier, config.activation)
+        self.attention = MaskedCrossAttention(width, media_width, heads, config.head_dim, config.media_norm)
+        self.feed_forward = FeedForward(width, config.ff_mult, config.activation)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 

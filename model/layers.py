@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 def blank(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor on the CPU, to draw in. Inside of DeepSpeed's ``zero.Init`` every constructor of
+    """An uninitialized float32 tensor on the CPU, to draw in. Inside of DeepSpeed's ``zero.Init`` every constructor of
     torch returns the type that the engine computes in, whatever it was asked for: hence the second conversion."""
     return torch.empty(shape, dtype=torch.float32, device="cpu").float()
 

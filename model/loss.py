@@ -123,7 +123,7 @@ def head_cross_entropy(
     return total
 
 
-def label_positions(labels_BL: Tensor) -> Tensor:
+def target_positions(labels_BL: Tensor) -> Tensor:
     """Where the next token has a label: int64 [N], positions in the flattened [B * L].
 
     labels stand at their token's own position and are predicted from the position before; the first of a row never is.

@@ -18,10 +18,10 @@ from model.ops import resampler_attention
 class PerceiverAttention(nn.Module):
     """Latents attend to the features of their medium and to themselves; nothing is concatenated."""
 
-    def __init__(self, width: int, heads: int, head_width: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.heads, self.head_width = heads, head_width
-        inner = heads * head_width
+        self.heads, self.head_dim = heads, head_dim
+        inner = heads * head_dim
         self.norm_features = nn.LayerNorm(width)
         self.norm_latents = nn.LayerNorm(width)
         self.query = Linear(width, inner)
@@ -31,14 +31,14 @@ class PerceiverAttention(nn.Module):
     def forward(self, features_SW: Tensor, latents_MRW: Tensor, cu_media: Tensor) -> Tensor:
         """features_SW: of all media, one medium after the other; cu_media: [M + 1] offsets. Returns [M, R, W]."""
         latents_MRW = self.norm_latents(latents_MRW)
-        q_MRHD = self.query(latents_MRW).unflatten(-1, (self.heads, self.head_width))
+        q_MRHD = self.query(latents_MRW).unflatten(-1, (self.heads, self.head_dim))
         k_features, v_features = self._keys_values(self.norm_features(features_SW))
         k_latents, v_latents = self._keys_values(latents_MRW)
         out_MRHD = resampler_attention(q_MRHD, k_features, v_features, k_latents, v_latents, cu_media)
         return self.output(out_MRHD.flatten(-2))
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.key_value(x).unflatten(-1, (2, self.heads, self.head_width)).unbind(-3)
+        keys, values = self.key_value(x).unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
         return keys, values
 
 
@@ -47,8 +47,8 @@ class PerceiverLayer(nn.Module):
 
     def __init__(self, width: int, config: PerceiverResamplerConfig) -> None:
         super().__init__()
-        self.attention = PerceiverAttention(width, config.heads, config.head_width)
-        self.feed_forward = FeedForward(width, config.feed_forward_multiplier, config.activation)
+        self.attention = PerceiverAttention(width, config.num_heads, config.head_dim)
+        self.feed_forward = FeedForward(width, config.ff_mult, config.activation)
 
     def forward(self, features_SW: Tensor, latents_MRW: Tensor, cu_media: Tensor) -> Tensor:
         """Returns the new latents, [M, R, W]."""
@@ -59,19 +59,19 @@ class PerceiverLayer(nn.Module):
 class PerceiverResampler(nn.Module):
     """[media, frames, features, vision width] -> [media, latents, width].
 
-    A learnt embedding is added to all features of a frame; there are no spatial ones, so any image size is allowed
+    A learned embedding is added to all features of a frame; there are no spatial ones, so any image size is allowed
     (paper, appendix A.1.1). An image is a video of one frame.
     """
 
-    def __init__(self, config: PerceiverResamplerConfig, vision_width: int) -> None:
+    def __init__(self, config: PerceiverResamplerConfig, vision_dim: int) -> None:
         super().__init__()
-        self.width = config.width or vision_width
-        self.frames = config.frames
-        self.project: nn.Module = nn.Identity() if self.width == vision_width else Linear(vision_width, self.width)
-        self.latents = nn.Parameter(_normal(config.latents, self.width))
-        self.time_embeddings = nn.Parameter(_normal(config.frames, self.width))
-        self.layers = nn.ModuleList(PerceiverLayer(self.width, config) for _ in range(config.layers))
-        self.norm: nn.Module = nn.LayerNorm(self.width) if config.final_norm else nn.Identity()
+        self.dim = config.dim or vision_dim
+        self.num_frames = config.num_frames
+        self.project: nn.Module = nn.Identity() if self.dim == vision_dim else Linear(vision_dim, self.dim)
+        self.latents = nn.Parameter(_normal(config.num_latents, self.dim))
+        self.time_embeddings = nn.Parameter(_normal(config.num_frames, self.dim))
+        self.layers = nn.ModuleList(PerceiverLayer(self.dim, config) for _ in range(config.num_layers))
+        self.norm: nn.Module = nn.LayerNorm(self.dim) if config.final_norm else nn.Identity()
 
     def forward(
         self, features: Tensor, cu_media: Tensor | None = None, frame_of_feature: Tensor | None = None

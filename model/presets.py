@@ -21,7 +21,7 @@ from model.config import (
 _VOCABULARY = 32_000
 _CONTEXT = 2048
 # Head width 128 (the paper's first version) gives 193.6 M weights, its table's 194 M; 96 would give 174.7 M.
-_RESAMPLER = PerceiverResamplerConfig(layers=6, width=1536, heads=16, head_width=128, latents=64, frames=8)
+_RESAMPLER = PerceiverResamplerConfig(num_layers=6, dim=1536, num_heads=16, head_dim=128, num_latents=64, num_frames=8)
 _VISION = VisionEncoderConfig(name="timm:dm_nfnet_f6", image_size=320, feature_block=-1, feature_norm=False)
 
 
@@ -44,7 +44,7 @@ def _paper(name: str, blocks: int, width: int, heads: int, every: int) -> Flamin
         preset=name,
         vision=_VISION,
         resampler=_RESAMPLER,
-        cross_attention=CrossAttentionConfig(every=every, offset=0, head_width=128),
+        cross_attention=CrossAttentionConfig(every_n_layers=every, offset=0, head_dim=128),
         language_model=LanguageModelConfig(architecture=_chinchilla(blocks, width, heads)),
     )
 
@@ -53,8 +53,8 @@ def _debug() -> FlamingoConfig:
     return FlamingoConfig(
         preset="debug",
         vision=VisionEncoderConfig(name="timm:test_nfnet", image_size=64, feature_norm=False),
-        resampler=PerceiverResamplerConfig(layers=2, width=64, heads=2, head_width=32, latents=8, frames=4),
-        cross_attention=CrossAttentionConfig(every=2, head_width=32),
+        resampler=PerceiverResamplerConfig(num_layers=2, dim=64, num_heads=2, head_dim=32, num_latents=8, num_frames=4),
+        cross_attention=CrossAttentionConfig(every_n_layers=2, head_dim=32),
         language_model=LanguageModelConfig(architecture=_chinchilla(4, 64, 2) | {"vocab_size": 512}),
     )
 
@@ -89,10 +89,10 @@ def openflamingo(language_model: LanguageModelConfig, every: int) -> FlamingoCon
         preset="openflamingo",
         vision=VisionEncoderConfig(name="ViT-L-14-quickgelu", pretrained="openai", feature_norm=False),
         resampler=PerceiverResamplerConfig(
-            layers=6, width=None, heads=8, head_width=64, latents=64, frames=1, activation="gelu"
+            num_layers=6, dim=None, num_heads=8, head_dim=64, num_latents=64, num_frames=1, activation="gelu"
         ),
         cross_attention=CrossAttentionConfig(
-            every=every, offset=every - 1, heads=8, head_width=64, activation="gelu", media_norm=False
+            every_n_layers=every, offset=every - 1, num_heads=8, head_dim=64, activation="gelu", media_norm=False
         ),
         language_model=language_model,
     )

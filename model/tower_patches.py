@@ -39,7 +39,7 @@ def features_of_patches(
 
     Args:
         tower: open_clip's ``VisionTransformer``, on whose call this is entered.
-        patches_P3yx: normalised pixels; frame after frame, and row after row in a frame.
+        patches_P3yx: normalized pixels; frame after frame, and row after row in a frame.
         grids: of each medium. Its features do not depend on which others there are.
         block: whose output is taken. feature_norm: whether the final norm is applied to it.
 

@@ -28,7 +28,7 @@ class VisionEncoder(nn.Module):
 
     Only what leads to the chosen features is kept of the tower: no text tower, pooling, projection or later block. It
     is always in evaluation mode and builds no graph. Attributes: ``features`` of a frame and their ``width``, ``flops``
-    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalisation (for pixels in 0..1),
+    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalization (for pixels in 0..1),
     ``patch_size`` in pixels where the tower also takes media of any shape as patches, else None.
     """
 

@@ -18,10 +18,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.data.conversion import Refused, Result, folder_pairs, mmc4_documents, obelics_documents, table_pairs
+from trainer.data.conversion.layouts import (
+    Refused,
+    Result,
+    folder_pairs,
+    mmc4_documents,
+    obelics_documents,
+    table_pairs,
+)
 from trainer.data.errors import ShardError
-from trainer.data.writer import IndexedShardWriter
-from trainer.files import write_atomically
+from trainer.data.shards.writer import IndexedShardWriter
+from trainer.runtime.files import write_atomically
 
 _LISTED = 10_000  # refused inputs that are listed one by one
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.checks import allowed_world_sizes, check_optimizer_available
+from trainer.config.cross_checks import allowed_world_sizes, check_optimizer_available
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
 from trainer.errors import ConfigError
 
@@ -125,7 +125,7 @@ def _check_devices() -> Iterator[Finding]:
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         low = free < GIB
-        detail = f"{free / GIB:.1f} GiB" + ("; loader workers (data.workers > 0) may run out of it" if low else "")
+        detail = f"{free / GIB:.1f} GiB" + ("; loader workers (data.num_workers > 0) may run out of it" if low else "")
         yield Finding("absent" if low else "ok", "shared memory", detail)
 
 
@@ -174,7 +174,7 @@ def _check_ops() -> Iterator[Finding]:
 
 def _check_optimizers() -> Iterator[Finding]:
     yield Finding("ok", "adamw", "torch's fused AdamW (default)")
-    for name, purpose in (("cpu_adam", "faster with offloaded optimiser state"), ("apex_fused_adam", "GPU only")):
+    for name, purpose in (("cpu_adam", "faster with offloaded optimizer state"), ("apex_fused_adam", "GPU only")):
         reason = check_optimizer_available(name)
         yield Finding("absent" if reason else "ok", name, reason or purpose)
 

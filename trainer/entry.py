@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from trainer.config.loader import check_world_size, config_to_yaml, parse_arguments
-from trainer.config.schema import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.errors import ConfigError, TrainerError
 
 if TYPE_CHECKING:
-    from trainer.distributed import World
     from trainer.loop import Task
+    from trainer.runtime.distributed import World
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -54,8 +54,8 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
             print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
         return EXIT_OK
 
-    from trainer import distributed
     from trainer.resilience.watchdog import enable_flight_recorder
+    from trainer.runtime import distributed
 
     enable_flight_recorder(config.run_dir)
     world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
@@ -80,8 +80,8 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
 @contextmanager
 def _locked(run_dir: Path, world: World) -> Iterator[None]:
     """The run folder is this job's; all ranks fail together when it is another's."""
-    from trainer.distributed import raise_together
     from trainer.resilience.run_lock import RunLockedError, run_lock
+    from trainer.runtime.distributed import raise_together
 
     with ExitStack() as stack:
         error: Exception | None = None
@@ -124,10 +124,10 @@ def leave(code: int) -> NoReturn:
 
 
 def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:
-    from trainer.device_memory import exhaustion_explained
-    from trainer.distributed import raise_together
-    from trainer.files import write_atomically
     from trainer.loop import train
+    from trainer.runtime.device_memory import exhaustion_explained
+    from trainer.runtime.distributed import raise_together
+    from trainer.runtime.files import write_atomically
 
     with exhaustion_explained():
         train(tools.build_task(config, world), config, world)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from trainer.config.evaluation import EvaluationConfig
+from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.loader import parse_arguments
 
 
@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from model.pretrained import from_pretrained, tokenizer_of
-    from trainer.data.prompt_images import decoder_of
-    from trainer.evaluation import evaluate_task
-    from trainer.files import write_json
+    from trainer.data.samples.prompt_images import decoder_of
+    from trainer.evaluation.exact_captions import evaluate_task
+    from trainer.runtime.files import write_json
 
     disable_progress_bar()
     if config.threads is not None:

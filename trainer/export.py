@@ -1,6 +1,6 @@
 """Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--output FOLDER]``.
 
-Everything written is safetensors and json. Trained weights are the optimiser's float32 ones, whatever was trained in.
+Everything written is safetensors and json. Trained weights are the optimizer's float32 ones, whatever was trained in.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.checkpoint.catalog import find_checkpoint, read_state
-from trainer.checkpoint.state import CheckpointError, TrainingState
+from trainer.checkpoint.training_state import CheckpointError, TrainingState
 from trainer.config.loader import load_config
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
 from trainer.loop import checkpoint_folder
 
 

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from model.generation import generate
 from model.pretrained import from_pretrained, tokenizer_of
 from model.tokens import FlamingoTokenizer
-from trainer.data.prompt_images import decoder_of, model_media, read_images
+from trainer.data.samples.prompt_images import decoder_of, model_media, read_images
 
 
 def encode_prompt(tokenizer: FlamingoTokenizer, prompt: str) -> list[int]:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-fit", choices=("pad", "crop", "stretch"), default="pad", help="as data.image_fit")
     parser.add_argument("--image-tokens", type=_positive, help="as the source's image_tokens (default: squares)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--beams", type=int, default=1, help="beam search with that many beams (the paper: 3)")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search with that many num_beams (the paper: 3)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [len(arguments.image)],
             max_new_tokens=arguments.max_new_tokens,
             media_grids=media_grids,
-            num_beams=arguments.beams,
+            num_beams=arguments.num_beams,
             do_sample=arguments.sample,
             temperature=arguments.temperature,
             top_p=arguments.top_p,

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.errors import ShardError
-from trainer.data.remote import RemoteStore
-from trainer.data.shard_scan import IndexEntry, build_manifest, expand, index_shard
-from trainer.files import write_atomically
+from trainer.data.shards.remote import RemoteStore
+from trainer.data.shards.shard_scan import IndexEntry, build_manifest, expand, index_shard
+from trainer.runtime.files import write_atomically
 
 # How many processes Open MPI, MPICH, MVAPICH and Slurm's srun say they started.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

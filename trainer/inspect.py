@@ -17,18 +17,18 @@ from pathlib import Path
 
 import yaml
 
-from trainer.config.data import DataConfig
+from trainer.config.data_config import DataConfig
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import FlamingoRunConfig, RunConfig
-from trainer.data.contact_sheet import contact_sheet
+from trainer.config.run_config import FlamingoRunConfig, RunConfig
 from trainer.data.errors import DataError
-from trainer.data.manifest import Manifest, load_manifest
-from trainer.data.micro_batches import MicroBatches
-from trainer.data.plan import build_orders, plan_update
-from trainer.data.reader import ShardReader
-from trainer.data.storage import StorageSettings
+from trainer.data.shards.manifest import Manifest, load_manifest
+from trainer.data.shards.reader import ShardReader
+from trainer.data.shards.storage import StorageSettings
+from trainer.data.stream.contact_sheet import contact_sheet
+from trainer.data.stream.micro_batches import MicroBatches
+from trainer.data.stream.step_plan import build_orders, plan_step
 from trainer.errors import ConfigError, TrainerError
-from trainer.files import write_atomically
+from trainer.runtime.files import write_atomically
 
 _TEXT_EXTENSIONS = ("txt", "json")
 _SHOWN_CHARACTERS = 100
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = _config_of(path, overrides)
             if arguments.html is not None:
                 write_contact_sheet(config, arguments.step, arguments.html, arguments.rows)
-            lines = describe_update(config.data, arguments.step)
+            lines = describe_step(config.data, arguments.step)
         elif overrides:
             raise ValueError(f"unknown arguments: {' '.join(overrides)}")
         else:
@@ -86,24 +86,24 @@ def describe_manifest(manifest: Manifest, samples: int) -> Iterator[str]:
         yield f"{manifest.url(shard)}[{index}] {describe_sample(*reader.read(shard, index))}"
 
 
-def describe_update(data: DataConfig, step: int) -> Iterator[str]:
+def describe_step(data: DataConfig, step: int) -> Iterator[str]:
     """The samples of global batch ``step`` in the order of the lanes, source after source.
 
     Raises ValueError (settings) and ShardError.
     """
-    plans = plan_update(data, 1)
+    plans = plan_step(data, 1)
     manifests = [load_manifest(source.manifest) for source in data.sources]
     for plan, manifest, order in zip(plans, manifests, build_orders(data, plans, manifests), strict=True):
-        if plan.source.pack:
+        if plan.source.packing:
             yield (
                 f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} packed rows from "
-                f"{order.lanes} lanes; which samples share a row depends on their tokens: --html shows them"
+                f"{order.num_lanes} lanes; which samples share a row depends on their tokens: --html shows them"
             )
             continue
         reader = ShardReader(manifest, storage=StorageSettings.of(data))
         yield (
-            f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} sequences from {order.lanes} "
-            f"lanes, samples {step * plan.samples_per_update:,} and on of {order.samples:,} an epoch"
+            f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} sequences from {order.num_lanes} "
+            f"lanes, samples {step * plan.samples_per_step:,} and on of {order.samples:,} an epoch"
         )
         for lane, locations in enumerate(order.samples_of(step)):
             for place in locations:
@@ -115,7 +115,7 @@ def describe_update(data: DataConfig, step: int) -> Iterator[str]:
 def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> None:
     """Global batch ``step`` as one HTML page; rows: at most so many of each source.
 
-    Loads the tower, for its input size and mean colour, and the tokenizer. The texts of packed sources are gone through
+    Loads the tower, for its input size and mean color, and the tokenizer. The texts of packed sources are gone through
     from the start of the run. Raises ValueError (settings), ShardError and TooManyBadSamplesError.
     """
     if not isinstance(config, FlamingoRunConfig):
@@ -123,7 +123,7 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
     # Heavy imports, which text output does without.
     from model.factory import build_tokenizer
     from model.vision_encoder import VisionEncoder, build_tower
-    from trainer.tasks.builders import flamingo_builders
+    from trainer.tasks.row_builders import flamingo_builders
 
     tokenizer = build_tokenizer(config.model)
     encoder = VisionEncoder(build_tower(config.model.vision), config.model.vision)
@@ -137,7 +137,7 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
         rank=0,
         world_size=1,
     )
-    each = micro_batches.micro_batches_per_update
+    each = micro_batches.micro_batches_per_step
     made = [micro_batches[index] for index in range(step * each, (step + 1) * each)]
     batches = []
     for one in made:

@@ -1,7 +1,7 @@
 """The training loop, to be read from top to bottom.
 
 One update visits every source, accumulates its lambda-weighted gradient, clips once and steps once (paper, section
-3.3). The loss is normalised over the global batch, so neither the number of processes nor of micro-steps changes it.
+3.3). The loss is normalized over the global batch, so neither the number of processes nor of micro-steps changes it.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch import Tensor, nn
 from trainer.checkpoint.load import check_fits, restore, resume_point
 from trainer.checkpoint.rewind import drop_checkpoints, has_checkpoint
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import TrainingState
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import config_to_yaml
-from trainer.config.schema import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.data.batch import Batch
-from trainer.data.limits import BadSampleLimit
-from trainer.data.loader import Update, UpdateLoader
-from trainer.data.packing import LanePositions
-from trainer.data.sequences import Builder
-from trainer.data.state import check_data_state, merge_lane_positions, saved_lane_positions
-from trainer.data.totals import UpdateTotals, update_totals
-from trainer.distributed import World, gather_objects, sum_over_ranks
-from trainer.engine import Engine, StepResult
-from trainer.files import write_atomically
+from trainer.data.samples.row_builder import Builder
+from trainer.data.stream.bad_sample_limit import BadSampleLimit
+from trainer.data.stream.loader import StepLoader, Update
+from trainer.data.stream.packing import LanePositions
+from trainer.data.stream.step_totals import StepTotals, step_totals
+from trainer.data.stream.stream_state import check_data_state, merge_lane_positions, saved_lane_positions
+from trainer.deepspeed_engine.engine import Engine, StepResult
+from trainer.deepspeed_engine.optimizer import learning_rate_factor
 from trainer.metrics.ledger import LedgerWriter
+from trainer.metrics.profiler_trace import ProfilerTrace
 from trainer.metrics.sinks import MetricsWriter
-from trainer.metrics.speed import Operations, Speed, SpeedMeter
-from trainer.metrics.step import StepMetrics
-from trainer.metrics.trace import UpdateTrace
-from trainer.optimizer import learning_rate_factor
+from trainer.metrics.step_metrics import StepMetrics
+from trainer.metrics.utilization import Operations, Utilization, UtilizationMeter
 from trainer.resilience.events import EventLog
 from trainer.resilience.preemption import PreemptedError, Preemption
 from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
 from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.watchdog import Watchdog
+from trainer.runtime.distributed import World, gather_objects, sum_over_ranks
+from trainer.runtime.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Task:
     deepspeed: dict[str, Any]
     model: Mapping[str, Any]
     frozen: Mapping[str, str] = field(default_factory=dict)
-    unit: Literal["token", "sequence"] = "token"
+    unit: Literal["token", "document"] = "token"
     patch_size: int | None = None
     operations: Callable[[Batch], Operations] | None = None
     peak_tflops: float | None = None
@@ -117,7 +117,7 @@ def _train_from_checkpoint(run: _Run) -> None:
     drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(run)
     lane_positions = saved_lane_positions(state.data)
-    loader = update_loader(task, config, world, state.step, config.training.steps, lane_positions)
+    loader = step_loader(task, config, world, state.step, config.training.steps, lane_positions)
     if state.step:
         check_data_state(state.data, loader.state(state.step))
     if world.is_main:
@@ -131,28 +131,28 @@ def _train_from_checkpoint(run: _Run) -> None:
 
     stability = Stability(config, windows, state.stability, can_go_back, run.events)
     limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, run.events)
-    meter = SpeedMeter(world, task.peak_tflops)
+    meter = UtilizationMeter(world, task.peak_tflops)
     with (
         MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
         closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
-        closing(UpdateTrace(config.run_dir, config.logging.trace_steps, world.is_main)) as trace,
+        closing(ProfilerTrace(config.run_dir, config.logging.profile_steps, world.is_main)) as trace,
     ):
         for update, data_seconds in _timed(loader):
             done = update.step + 1
             watchdog.alive(f"update {done}")
             trace.begin(done)
-            if (why := stability.why_skipped(done)) is not None:
+            if (why := stability.skip_reason(done)) is not None:
                 writer.write(_passed_over(done, why, config, data_seconds))
                 stop = run.preemption.agreed()
             else:
                 start = time.perf_counter()
-                totals = update_totals(update.micro_batches, _sources(config), data_seconds, world)
-                result, losses = _run_update(engine, update, totals, task, config)
+                totals = step_totals(update.micro_batches, _sources(config), data_seconds, world)
+                result, losses = _run_step(engine, update, totals, task, config)
                 step_seconds = time.perf_counter() - start + data_seconds
                 # Everything that the ranks tell one another after an update, at once.
                 own = meter.own(step_seconds, map(task.operations, update.micro_batches) if task.operations else ())
                 asked, *summed = sum_over_ranks([run.preemption.asked, *losses, *own], world)
-                stop, speed = asked > 0, meter.over_ranks(summed[len(losses) :])
+                stop, speed = asked > 0, meter.unpack(summed[len(losses) :])
                 if config.data.ledger and result.applied:
                     ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
                 metrics = _metrics(update, result, summed[: len(losses)], totals, task, config, speed)
@@ -195,19 +195,19 @@ def _resume(run: _Run) -> TrainingState:
     return state
 
 
-def update_loader(
+def step_loader(
     task: Task,
     config: RunConfig,
     world: World,
     start_step: int,
     stop_step: int,
     lane_positions: Mapping[str, LanePositions] | None = None,
-) -> UpdateLoader:
+) -> StepLoader:
     """This rank's part of the updates from start_step up to stop_step (exclusive).
 
-    lane_positions: of packed sources before start_step. Raises: ValueError and ShardError as ``UpdateLoader`` does.
+    lane_positions: of packed sources before start_step. Raises: ValueError and ShardError as ``StepLoader`` does.
     """
-    return UpdateLoader(
+    return StepLoader(
         config.data,
         task.builders,
         pad_id=task.pad_id,
@@ -229,17 +229,17 @@ def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) ->
     samples = dict.fromkeys(losses, 0)
     lr = config.optimizer.lr * learning_rate_factor(step - 1, config.training.steps, config.schedule)
     return StepMetrics(
-        step, nothing, losses, nothing, lr, samples, 0, data_seconds, data_seconds, skipped=True, why_skipped=why
+        step, nothing, losses, nothing, lr, samples, 0, data_seconds, data_seconds, step_skipped=True, skip_reason=why
     )
 
 
-def _data_state(loader: UpdateLoader, step: int, world: World) -> dict[str, Any]:
+def _data_state(loader: StepLoader, step: int, world: World) -> dict[str, Any]:
     """The place in the data after ``step`` updates. A collective where sources are packed: each rank has its lanes."""
     lanes = merge_lane_positions(gather_objects(loader.lane_positions, world)) if loader.lane_positions else None
     return loader.state(step, lanes)
 
 
-def _timed(loader: UpdateLoader) -> Iterator[tuple[Update, float]]:
+def _timed(loader: StepLoader) -> Iterator[tuple[Update, float]]:
     """Each update with the seconds that training waited for it."""
     iterator = iter(loader)
     while True:
@@ -250,8 +250,8 @@ def _timed(loader: UpdateLoader) -> Iterator[tuple[Update, float]]:
         yield update, time.perf_counter() - start
 
 
-def _run_update(
-    engine: Engine, update: Update, totals: UpdateTotals, task: Task, config: RunConfig
+def _run_step(
+    engine: Engine, update: Update, totals: StepTotals, task: Task, config: RunConfig
 ) -> tuple[StepResult, list[float]]:
     """Forward and backward of all micro-batches, then one step. Returns this rank's summed loss of each source."""
     normalizers = _normalizers(totals, task, config)
@@ -269,10 +269,10 @@ def _sources(config: RunConfig) -> list[str]:
     return [source.name for source in config.data.sources]
 
 
-def _normalizers(totals: UpdateTotals, task: Task, config: RunConfig) -> dict[str, int]:
+def _normalizers(totals: StepTotals, task: Task, config: RunConfig) -> dict[str, int]:
     """What each source's summed loss is divided by: its trained tokens, or its sequences, in the global batch."""
-    per_sequence = task.unit == "sequence" or config.training.loss_normalization == "token_sum"
-    counts = totals.sequences if per_sequence else totals.trained_tokens
+    per_document = task.unit == "document" or config.training.loss_normalization == "token_sum"
+    counts = totals.documents if per_document else totals.trained_tokens
     # A global batch without one trained token has the loss 0, not 0 / 0.
     return {source: max(1, count) for source, count in counts.items()}
 
@@ -281,10 +281,10 @@ def _metrics(
     update: Update,
     result: StepResult,
     summed_losses: list[float],
-    totals: UpdateTotals,
+    totals: StepTotals,
     task: Task,
     config: RunConfig,
-    speed: Speed,
+    speed: Utilization,
 ) -> StepMetrics:
     """What metrics.jsonl says of an update. summed_losses: of each source, over all ranks."""
     normalizers = _normalizers(totals, task, config)
@@ -298,13 +298,13 @@ def _metrics(
         losses=losses,
         grad_norm=result.grad_norm,
         lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
-        samples=totals.sequences,
+        samples=totals.documents,
         tokens=totals.tokens,
         padding=totals.padding,
         images=totals.images,
         replaced=reasons,
         step_seconds=speed.step_seconds,
         data_seconds=totals.data_seconds,
-        skipped=not result.applied,
+        step_skipped=not result.applied,
         speed=speed,
     )

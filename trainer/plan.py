@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.loader import check_world_size, load_config
-from trainer.config.schema import DeepSpeedConfig, FlamingoRunConfig
+from trainer.config.run_config import DeepSpeedConfig, FlamingoRunConfig
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:  # they load torch, and a wrong configuration is reported before that
     from model.flamingo import Flamingo
-    from trainer.cost_model import Device
-    from trainer.prediction import Cluster, Prediction
+    from trainer.planning.cost_model import Device
+    from trainer.planning.prediction import Cluster, Prediction
 
 GIB, SAMPLES = 2.0**30, 2e9
 _SHOWN = 5
@@ -57,9 +57,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
-    from trainer.benchmarks.against_plan import against
-    from trainer.cost_model import ActivationMemory, build_without_weights
-    from trainer.prediction import Cluster, predict
+    from trainer.benchmark.plan_comparison import against
+    from trainer.planning.cost_model import ActivationMemory, build_without_weights
+    from trainer.planning.prediction import Cluster, predict
 
     model = build_without_weights(config.model, config.training.dtype)
     cluster = Cluster(_device(config, model, options), options.nodes, options.devices_per_node)
@@ -75,11 +75,11 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
         lines = ActivationMemory(config, model, interpolate=True)
         predicted = partial(predict, model=model, cluster=cluster, activations=lines)
         those = fitting(config, model.language_model.blocks, cluster, predicted)
-        ranked = sorted(those, key=lambda one: one[1].update_seconds)
+        ranked = sorted(those, key=lambda one: one[1].step_seconds)
     if options.search:
         print("the fastest that fit:" if ranked else "no setting of the search fits")
         for what, one in ranked[:_SHOWN]:
-            print(f"  {one.update_seconds:8.2f} s  {one.total_memory / GIB:6.1f} GiB  {what}")
+            print(f"  {one.step_seconds:8.2f} s  {one.total_memory / GIB:6.1f} GiB  {what}")
     if found.fits:
         return 0
     change = f"set {ranked[0][0]}" if ranked else "take more devices, devices with more memory, or a smaller model"
@@ -92,8 +92,8 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
 
 def _device(config: FlamingoRunConfig, model: Flamingo, options: argparse.Namespace) -> Device:
     """By measured rates, or by name and data sheet."""
-    from trainer.benchmarks.rates import measured_device
-    from trainer.cost_model import DEVICES
+    from trainer.benchmark.rates import measured_device
+    from trainer.planning.cost_model import DEVICES
 
     if options.rates is not None:
         width = model.language_model.lm.get_input_embeddings().weight.shape[1]
@@ -113,8 +113,8 @@ def _print_prediction(found: Prediction) -> None:
     print(f"  memory   {'of a device, in all':28s} {found.total_memory / GIB:10.2f} GiB, at {found.memory.moment}")
     for name, seconds in found.seconds.items():
         print(f"  update   {name:28s} {seconds:10.3f} s")
-    speed = found.samples / found.update_seconds
-    print(f"  update   {'in all':28s} {found.update_seconds:10.3f} s, {speed:.0f} samples/s")
+    speed = found.samples / found.step_seconds
+    print(f"  update   {'in all':28s} {found.step_seconds:10.3f} s, {speed:.0f} samples/s")
     print(f"  sent     {'by a device, an update':28s} {found.sent / GIB:10.2f} GiB")
     print(f"  {found.recomputed} of the language model's blocks are recomputed in the backward")
     print(f"  2 billion samples {found.days(SAMPLES):28.1f} days", flush=True)
@@ -145,7 +145,7 @@ def variants(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[tuple[str,
     which depends on what they leave, is as it was."""
     hpz = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
     devices: list[Literal["none", "cpu"]] = ["none", "cpu"]
-    for smaller, parameters, optimiser, secondary in itertools.product((1, 2, 4, 8, 16), devices, devices, hpz):
+    for smaller, parameters, optimizer, secondary in itertools.product((1, 2, 4, 8, 16), devices, devices, hpz):
         sources = []
         for source in config.data.sources:
             per_rank = source.batch_size // cluster.size
@@ -155,16 +155,16 @@ def variants(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[tuple[str,
         if len(sources) < len(config.data.sources):
             continue
         words = [f"data.sources.{i}.micro_batch_size {source.micro_batch_size}" for i, source in enumerate(sources)]
-        words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimiser}"]
+        words += [f"deepspeed.offload_param.device {parameters}", f"deepspeed.offload_optimizer.device {optimizer}"]
         if secondary > 1 or config.deepspeed.hpz_partition_size > 1:
             words.append(f"deepspeed.hpz_partition_size {secondary}")
         data = replace(config.data, sources=tuple(sources))
-        settings = _with(config.deepspeed, parameters, optimiser, secondary)
+        settings = _with(config.deepspeed, parameters, optimizer, secondary)
         yield ", ".join(words), replace(config, data=data, deepspeed=settings)
 
 
 def _with(
-    settings: DeepSpeedConfig, parameters: Literal["none", "cpu"], optimiser: Literal["none", "cpu"], hpz: int
+    settings: DeepSpeedConfig, parameters: Literal["none", "cpu"], optimizer: Literal["none", "cpu"], hpz: int
 ) -> DeepSpeedConfig:
     raw = settings.raw
     values: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8")) if isinstance(raw, Path) else dict(raw or {})
@@ -176,7 +176,7 @@ def _with(
         hpz_partition_size=hpz,
         raw=values | {"zero_optimization": zero},
         offload_param=replace(settings.offload_param, device=parameters),
-        offload_optimizer=replace(settings.offload_optimizer, device=optimiser),
+        offload_optimizer=replace(settings.offload_optimizer, device=optimizer),
     )
 
 

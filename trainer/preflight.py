@@ -23,12 +23,12 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
 from trainer.entry import leave
 from trainer.errors import TrainerError
 from trainer.resilience.hosts import Host, master_address, read_hostfile, ssh_command, unreachable
-from trainer.resilience.preflight import (
+from trainer.resilience.node_checks import (
     MIN_FREE_GIB,
     ROOT,
     NetworkReport,
@@ -162,7 +162,7 @@ def _answer(arguments: argparse.Namespace, run_dir: Path | None) -> int:
     if arguments.rank is None:
         answer = node_report(run_dir)
     else:
-        from trainer.resilience.preflight_network import join, network_report
+        from trainer.resilience.network_checks import join, network_report
 
         join(arguments.rank, arguments.size, arguments.master_address, arguments.master_port)
         answer = network_report(arguments.name, run_dir, arguments.token)
@@ -175,7 +175,7 @@ def _as_job_step(arguments: argparse.Namespace, run_dir: Path | None) -> int:
     if "SLURM_PROCID" not in os.environ:
         print("preflight: name the nodes with --hostfile, or start it with srun --ntasks-per-node=1", file=sys.stderr)
         return 2
-    from trainer.resilience.preflight_network import gather_reports, join, network_report
+    from trainer.resilience.network_checks import gather_reports, join, network_report
 
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     master = os.environ.get("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.config.schema import LanguageModelRunConfig
+from trainer.config.run_config import LanguageModelRunConfig
 from trainer.entry import Tools, leave, run_training
 
 

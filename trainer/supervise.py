@@ -27,9 +27,9 @@ from types import FrameType
 
 import psutil
 
-from trainer.config.checks import allowed_world_sizes
+from trainer.config.cross_checks import allowed_world_sizes
 from trainer.config.loader import load_config, schema_of
-from trainer.config.schema import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
 from trainer.entry import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_OK, is_complete
 from trainer.errors import TrainerError

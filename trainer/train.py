@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.config.schema import FlamingoRunConfig
+from trainer.config.run_config import FlamingoRunConfig
 from trainer.entry import Tools, leave, run_training
 
 

@@ -163,7 +163,7 @@ uint32_t pack(float low, float high) {
 }
 
 // Lane l of a warp holds, with g = l / 4 and t = 2 (l % 4): of A the rows g and g + 8 at columns t and t + 8, of B
-// the column g at rows t and t + 8, of C the rows g and g + 8 at columns t, two neighbours each.
+// the column g at rows t and t + 8, of C the rows g and g + 8 at columns t, two neighbors each.
 template <Type kType>
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   simt::Exchange& mine = simt::machine.fiber().exchange;

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops import checks, reference
+from model.ops import argument_checks as checks
+from model.ops import reference
 from model.ops.dispatch import OpStatus, get_backend, set_backend, status, use_fused
 from model.ops.library import autocast_inputs, unit_last_stride
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.distributed.processes import run_distributed
-from trainer.distributed import World
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
 
 def measure(world: World, folder: Path) -> list[dict[str, Any]]:
-    from trainer.benchmarks import checkpoint
+    from trainer.benchmark import checkpoint
 
     return [row.as_json() for row in checkpoint._measure(folder, world, repeats=1, width=200)]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.benchmarks import data
-from trainer.data.manifest import Manifest
+from trainer.benchmark import data
+from trainer.data.shards.manifest import Manifest
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 def test_rivals_take_turns_and_every_row_has_its_target() -> None:
     decoding, iteration = list(data._decoding(1)), list(data._iteration(1))
     assert [row.target for row in [*decoding, *iteration]] == [4.0, 4.0, 8.0, 8.0]
-    assert all(row.ratio == row.rival_value / row.value and row.value > 0 for row in [*decoding, *iteration])
+    assert all(row.ratio == row.baseline_value / row.value and row.value > 0 for row in [*decoding, *iteration])
 
 
 def test_scale_in_small(tmp_path: Path) -> None:

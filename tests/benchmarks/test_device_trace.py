@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.benchmarks.device_trace import read_device_trace
+from trainer.benchmark.device_trace import read_device_trace
 
 
 def event(category: str, name: str, start: float, seconds: float, **arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The kernels benchmark: its rivals compute what the ops compute, and its rows keep the promised form."""
+"""The kernels benchmark: its baselines compute what the ops compute, and its rows keep the promised form."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 
 from model import ops
 from model.ops import library
-from trainer import benchmark
-from trainer.benchmarks import kernels
-from trainer.benchmarks.attention_rivals import CrossShape, ResamplerShape, cross_rivals, resampler_rivals
-from trainer.benchmarks.rows import Row
+from trainer.benchmark import __main__ as benchmark
+from trainer.benchmark import kernels
+from trainer.benchmark.attention_baselines import CrossShape, ResamplerShape, cross_baselines, resampler_baselines
+from trainer.benchmark.measurements import Measurement
 
 CROSS, RESAMPLER = CrossShape(2, 40, 3, 2, 16, latents=4, leading_text=True), ResamplerShape(2, 5, 2, 16, latents=4)
-KEYS = {"benchmark", "case", "measure", "unit", "value", "rival", "rival_value", "ratio", "target", "met"}
+KEYS = {"benchmark", "case", "measure", "unit", "value", "baseline", "baseline_value", "ratio", "target", "met"}
 
 
 def test_rivals_of_cross_attention_compute_the_same() -> None:
     q = torch.randn(80, 2, 16)
     k, v = torch.randn(2, 6, 4, 2, 16).unbind(0)
     expected = ops.masked_cross_attention(q, k, v, CROSS.media_index("cpu"), backend="reference")
-    for rival in cross_rivals(CROSS, "cpu").values():
-        torch.testing.assert_close(rival(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    for baseline in cross_baselines(CROSS, "cpu").values():
+        torch.testing.assert_close(baseline(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rivals_of_the_resampler_compute_the_same() -> None:
@@ -33,8 +33,8 @@ def test_rivals_of_the_resampler_compute_the_same() -> None:
     cu_media = torch.tensor([0, 5, 10])
     inputs = (q, k_features, v_features, k_latents, v_latents)
     expected = ops.resampler_attention(*inputs, cu_media, backend="reference")
-    for rival in resampler_rivals(RESAMPLER, "cpu").values():
-        torch.testing.assert_close(rival(*inputs), expected, rtol=1e-5, atol=1e-5)
+    for baseline in resampler_baselines(RESAMPLER, "cpu").values():
+        torch.testing.assert_close(baseline(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(library.load_errors()["cpu"] is not None, reason="the CPU kernels are not built")
@@ -47,15 +47,15 @@ def test_a_run_writes_rows_after_a_header(tmp_path: Path, monkeypatch: pytest.Mo
     header, *rows = json.loads(target.read_text())
     assert {"device", "hardware", "versions", "commit", "benchmark"} <= header.keys()
     assert all(row.keys() == KEYS for row in rows)
-    compared = [row for row in rows if row["rival"] is not None]
+    compared = [row for row in rows if row["baseline"] is not None]
     assert compared
-    assert all(row["ratio"] == pytest.approx(row["rival_value"] / row["value"]) for row in compared)
+    assert all(row["ratio"] == pytest.approx(row["baseline_value"] / row["value"]) for row in compared)
     assert torch.get_num_threads() == threads
 
 
 def test_check_fails_exactly_when_a_target_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(ratio: float) -> list[Row]:
-        return [Row("kernels", "case", "forward", "ms", 1.0, "rival", ratio, ratio, target=2.0)]
+    def rows(ratio: float) -> list[Measurement]:
+        return [Measurement("kernels", "case", "forward", "ms", 1.0, "baseline", ratio, ratio, target=2.0)]
 
     for ratio, code in ((1.9, 1), (2.0, 0)):
         monkeypatch.setattr(kernels, "run", lambda _device, ratio=ratio: rows(ratio))

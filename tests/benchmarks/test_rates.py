@@ -10,7 +10,8 @@ import pytest
 
 from tests.distributed.processes import run_distributed
 from tests.project.commands import ROOT
-from trainer import benchmark, plan
+from trainer import plan
+from trainer.benchmark import __main__ as benchmark
 
 DEBUG = ROOT / "configs" / "debug.yaml"
 
@@ -21,7 +22,7 @@ def _in_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rates_of(world: Any) -> list[dict[str, Any]]:
-    from trainer.benchmarks import rates
+    from trainer.benchmark import rates
 
     return [row.as_json() for row in rates.measure(world, "float32", repeats=3)]
 
@@ -39,7 +40,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
     assert all(row["value"] > 0 for row in rows)
     assert {row["case"] for row in rows} == {
         "blocks",
-        "optimiser",
+        "optimizer",
         "all_gather_into_tensor",
         "reduce_scatter_tensor",
         "memory",
@@ -56,7 +57,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
         return [row | {"value": row["value"] / (1e4 if row["case"] == case else 1)} for row in rows]
 
     found = planned(rows)
-    for case, part in (("blocks", "compute"), ("optimiser", "optimiser")):
+    for case, part in (("blocks", "compute"), ("optimizer", "optimizer")):
         # Printed in milliseconds.
         assert planned(slower(case))[part] == pytest.approx(1e4 * found[part], rel=0.5, abs=6)
         assert planned(slower(case))["network"] == found["network"]

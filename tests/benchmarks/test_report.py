@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trainer import benchmark
-from trainer.benchmarks.rows import Row
-from trainer.benchmarks.step_parts import PARTS
+from trainer.benchmark import __main__ as benchmark
+from trainer.benchmark.measurements import Measurement
+from trainer.benchmark.step_parts import PARTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +25,7 @@ def step_result(path: Path, processes: int, parameters: float = 4e6, without: st
         **{f"part: {part}": 1.0 / processes for part in PARTS},
     }
     measures.pop(without, None)
-    rows = [Row("step", "case", measure, "unit", value).as_json() for measure, value in measures.items()]
+    rows = [Measurement("step", "case", measure, "unit", value).as_json() for measure, value in measures.items()]
     head = {"benchmark": "step", "hardware": "CPU", "versions": {}, "processes": processes, "config": {}, **header}
     path.write_text(json.dumps([head, *rows]))
     return str(path)

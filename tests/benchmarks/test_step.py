@@ -13,12 +13,12 @@ import torch
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import make_assets, run_settings, write_settings
 from tests.project.commands import ROOT
-from trainer import benchmark
-from trainer.benchmarks import step_memory
-from trainer.benchmarks.step_parts import PARTS
+from trainer.benchmark import __main__ as benchmark
+from trainer.benchmark import step_memory
+from trainer.benchmark.step_parts import PARTS
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.runtime.distributed import World
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = run_settings(folder, folder / "run")
     pairs, documents, _ = settings["data"]["sources"]
     pairs |= {"image_tokens": 6}
-    documents |= {"pack": True, "max_tokens": 40}
+    documents |= {"packing": True, "max_tokens": 40}
     return write_settings(folder / "run.yaml", settings)
 
 
 def measured(world: Any, yaml: Path) -> dict[str, dict[str, float]]:
-    from trainer.benchmarks import step
+    from trainer.benchmark import step
 
     config = load_config(yaml, [], FlamingoRunConfig)
     found = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.processes import run_distributed
-from trainer.benchmarks.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, _TimedBackend, sent_bytes
+from trainer.benchmark.step_parts import GATHER, OUTERMOST, PARTS, REDUCE, PartClock, _TimedBackend, sent_bytes
 
 
 class Time:
@@ -106,11 +106,11 @@ def measured(world: Any) -> tuple[list[dict[str, float]], dict[str, float], bool
     """The debug model, all of its parameters partitioned."""
     import deepspeed.comm.comm as deepspeed_comm
 
-    from trainer.benchmarks import step
-    from trainer.benchmarks.made_up import made_up_batches, random_model
-    from trainer.config.schema import FlamingoRunConfig
-    from trainer.data.plan import plan_update
-    from trainer.engine import Engine
+    from trainer.benchmark import step
+    from trainer.benchmark.synthetic import random_model, synthetic_batches
+    from trainer.config.run_config import FlamingoRunConfig
+    from trainer.data.stream.step_plan import plan_step
+    from trainer.deepspeed_engine.engine import Engine
 
     config: FlamingoRunConfig = step.load_config(
         step.Path("configs/debug.yaml"),
@@ -118,13 +118,13 @@ def measured(world: Any) -> tuple[list[dict[str, float]], dict[str, float], bool
         FlamingoRunConfig,
         check_files=False,
     )
-    plans = plan_update(config.data, world.size)
+    plans = plan_step(config.data, world.size)
     model, settings = random_model(config, world, sum(plan.micro_batches for plan in plans))
     engine = Engine(model, config.optimizer, settings, world)
     made = [
         batch
         for plan in plans
-        for batch in made_up_batches(plan, model.tokens, model.vision_encoder.image_size, world.rank)
+        for batch in synthetic_batches(plan, model.tokens, model.vision_encoder.image_size, world.rank)
     ]
     before = deepspeed_comm.cdb
     timings = step.measure(engine, iter(lambda: made, None), steps=4, warmup=1, trace=None)

@@ -11,8 +11,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint.background import BackgroundWork
-from trainer.checkpoint.state import CheckpointError
-from trainer.distributed import World, barrier
+from trainer.checkpoint.training_state import CheckpointError
+from trainer.runtime.distributed import World, barrier
 
 
 def long_work_of_one_rank(world: World, in_background: bool) -> str:

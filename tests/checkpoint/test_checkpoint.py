@@ -19,12 +19,12 @@ from trainer.checkpoint import shard_files
 from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
 from trainer.checkpoint.load import check_fits
 from trainer.checkpoint.save import Checkpoints, WriteTensors
-from trainer.checkpoint.state import LATEST, MANIFEST, CheckpointError, TrainingState, tag_of
-from trainer.config.schema import CheckpointConfig
-from trainer.distributed import World
+from trainer.checkpoint.training_state import LATEST, MANIFEST, CheckpointError, TrainingState, tag_of
+from trainer.config.run_config import CheckpointConfig
+from trainer.runtime.distributed import World
 
 FROZEN = {"lm.weight": "f" * 64}
-MODEL = {"resampler": {"layers": 2}, "name": "small"}
+MODEL = {"resampler": {"num_layers": 2}, "name": "small"}
 
 
 def state(step: int) -> TrainingState:
@@ -190,7 +190,7 @@ def test_retention(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_with_everything_that_differs() -> None:
     check_fits(state(5), model=MODEL, frozen=FROZEN)
-    with pytest.raises(CheckpointError, match=r"model\.name, model\.resampler\.layers"):
-        check_fits(state(5), model={"resampler": {"layers": 6}, "name": "large"}, frozen=FROZEN)
+    with pytest.raises(CheckpointError, match=r"model\.name, model\.resampler\.num_layers"):
+        check_fits(state(5), model={"resampler": {"num_layers": 6}, "name": "large"}, frozen=FROZEN)
     with pytest.raises(CheckpointError, match=r"other frozen weights.*lm\.weight"):
         check_fits(state(5), model=MODEL, frozen={"lm.weight": "0" * 64})

@@ -13,8 +13,8 @@ import pytest
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import steps_in, write_manifest
 from trainer.checkpoint.shard_files import write_bytes
-from trainer.checkpoint.state import LATEST, MANIFEST, STATE, UNIVERSAL, TrainingState, tag_of
-from trainer.files import canonical_json
+from trainer.checkpoint.training_state import LATEST, MANIFEST, STATE, UNIVERSAL, TrainingState, tag_of
+from trainer.runtime.files import canonical_json
 
 
 def make_checkpoint(folder: Path, step: int, *, complete: bool = True, universal: bool = False) -> Path:
@@ -44,7 +44,7 @@ def run_dir(tmp_path: Path) -> Path:
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 45):
             loss = None if step == 30 else abs(step - 30) * (1 if step <= 30 else 100)
-            file.write(json.dumps({"step": step, "loss": loss, "skipped": step == 29}) + "\n")
+            file.write(json.dumps({"step": step, "loss": loss, "step_skipped": step == 29}) + "\n")
         file.write('{"step": 45, "lo')
     return tmp_path
 

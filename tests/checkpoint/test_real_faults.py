@@ -20,9 +20,9 @@ from tests.distributed.processes import run_distributed
 from trainer.checkpoint.catalog import find_checkpoint, problems_of
 from trainer.checkpoint.load import resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import LATEST, CheckpointError, tag_of
-from trainer.config.schema import CheckpointConfig
-from trainer.distributed import World, barrier
+from trainer.checkpoint.training_state import LATEST, CheckpointError, tag_of
+from trainer.config.run_config import CheckpointConfig
+from trainer.runtime.distributed import World, barrier
 
 pytestmark = pytest.mark.distributed
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000

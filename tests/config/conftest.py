@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
+from trainer.config.run_config import FlamingoRunConfig
 from trainer.errors import ConfigError, Problem
 
 WriteYaml = Callable[..., Path]

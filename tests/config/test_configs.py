@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import WriteYaml
-from trainer.config.checks import allowed_world_sizes
-from trainer.config.deepspeed import deepspeed_json
+from trainer.config.cross_checks import allowed_world_sizes
+from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.loader import config_to_yaml, load_config, schema_of
-from trainer.config.schema import FlamingoRunConfig, RunConfig
+from trainer.config.run_config import FlamingoRunConfig, RunConfig
 from trainer.config.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_it_fits_the_cluster_it_names(path: Path) -> None:
     assert nodes * gpus == processes
     assert isinstance(config, RunConfig)
     assert processes in allowed_world_sizes(config)
-    deepspeed_json(config, world_size=processes, micro_batches_per_update=4)
+    deepspeed_json(config, world_size=processes, micro_batches_per_step=4)
 
 
 @pytest.mark.parametrize("size", ["3b", "9b", "80b"])
@@ -98,7 +98,7 @@ def test_the_towers_are_open_clips() -> None:
 def test_presets_can_be_overridden_on_the_command_line() -> None:
     path = ROOT / "configs" / "flamingo-3b.yaml"
     config = load_config(path, ["--model.preset", "9b"], FlamingoRunConfig, check_files=False)
-    assert config.model.cross_attention.every == 4
+    assert config.model.cross_attention.every_n_layers == 4
     assert config.model.language_model.name == "EleutherAI/pythia-1.4b"
     wrong = ["--model.preset", "7b"]
     with pytest.raises(ValueError, match="there is no preset '7b'; there are 3b, 80b, 9b, debug"):

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.config.conftest import WriteYaml, problems_of, run_values
-from trainer.config.data import InterleavedSource
+from trainer.config.data_config import InterleavedSource
 from trainer.config.loader import config_to_yaml, load_config, parse_arguments, schema_of, without_local_rank
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 from trainer.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ def test_the_resolved_yaml_gives_the_same_settings_again(write_yaml: WriteYaml) 
         (["--run_dir", "20261123"], lambda c: c.run_dir == Path("20261123")),
         (["--model.language_model.name", "7"], lambda c: c.model.language_model.name == "7"),
         (["--deepspeed.raw.wall_clock_breakdown", "true"], lambda c: c.deepspeed.raw == {"wall_clock_breakdown": True}),
-        (["--data.sources.0.micro_batch_size", "4", "--data.lanes", "4"], lambda c: c.data.lanes == 4),
+        (["--data.sources.0.micro_batch_size", "4", "--data.num_lanes", "4"], lambda c: c.data.num_lanes == 4),
         (["--training.steps", "70", "--training.steps", "80"], lambda c: c.training.steps == 80),
         (
             [
@@ -200,7 +200,7 @@ def test_help_shows_every_section_and_the_files_values(
         parse_arguments(FlamingoRunConfig, [str(write_yaml(run_values())), "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for words in ("--training.steps INT", "(default: 100)", "--data.sources.1.p-next", "--model.resampler.latents"):
+    for words in ("--training.steps INT", "(default: 100)", "--data.sources.1.p-next", "--model.resampler.num-latents"):
         assert words in text
 
 
@@ -208,7 +208,7 @@ def test_wrong_settings_are_reported_without_loading_torch(write_yaml: WriteYaml
     program = (
         "import pathlib, sys\n"
         "from trainer.config.loader import load_config\n"
-        "from trainer.config.schema import FlamingoRunConfig\n"
+        "from trainer.config.run_config import FlamingoRunConfig\n"
         f"path = pathlib.Path({str(write_yaml(run_values()))!r})\n"
         "load_config(path, [], FlamingoRunConfig, check_files=False)\n"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'open_clip') if m in sys.modules])"

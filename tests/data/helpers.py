@@ -13,11 +13,11 @@ from PIL import Image
 from webdataset import TarWriter
 
 from trainer import index
-from trainer.config.data import DataConfig
+from trainer.config.data_config import DataConfig
 from trainer.data.batch import SampleId
-from trainer.data.loader import UpdateLoader
-from trainer.data.sequences import Builder
-from trainer.data.text_encoding import TextEncoding
+from trainer.data.samples.row_builder import Builder
+from trainer.data.samples.text_encoding import TextEncoding
+from trainer.data.stream.loader import StepLoader
 
 BOS, EOS, PAD, IMAGE, EOC = 1, 2, 3, 4, 5
 FIRST_TEXT_ID = 10
@@ -41,7 +41,7 @@ def encoding() -> TextEncoding:
 
 
 def image_bytes(color: Any = (255, 0, 0), size: tuple[int, int] = (8, 8), kind: str = "PNG", **options: Any) -> bytes:
-    """A picture of one colour; size is (width, height)."""
+    """A picture of one color; size is (width, height)."""
     buffer = io.BytesIO()
     Image.new(options.pop("mode", "RGB"), size, color).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -87,13 +87,13 @@ def build_manifest(folder: Path, *options: str) -> Path:
 
 
 def mmc4(texts: list[str], matches: list[int], **extra: Any) -> dict[str, bytes]:
-    """A document whose image i is the member ``i.png``, grey of level 10 * (i + 1)."""
+    """A document whose image i is the member ``i.png``, gray of level 10 * (i + 1)."""
     info = [{"image_name": f"{i}.png", "matched_text_index": match} for i, match in enumerate(matches)]
     members = {f"{i}.png": image_bytes((10 * (i + 1),) * 3) for i in range(len(matches))}
     return {"json": json.dumps({"text_list": texts, "image_info": info, **extra}).encode(), **members}
 
 
-def update_loader(
+def step_loader(
     data: DataConfig,
     builders: Mapping[str, Builder],
     rank: int = 0,
@@ -101,9 +101,9 @@ def update_loader(
     start: int = 0,
     stop: int = 10,
     **more: Any,
-) -> UpdateLoader:
+) -> StepLoader:
     """The updates ``start`` to ``stop`` of a rank, padded with ``PAD``, dummies of 8 x 8 pixels unless told."""
-    return UpdateLoader(
+    return StepLoader(
         data,
         builders,
         rank=rank,

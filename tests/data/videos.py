@@ -9,8 +9,8 @@ import av
 import numpy as np
 
 
-def grey_by_second(seconds: float) -> tuple[int, int, int]:
-    """A colour that tells the time: 20 levels a second."""
+def gray_by_second(seconds: float) -> tuple[int, int, int]:
+    """A color that tells the time: 20 levels a second."""
     return (round(20 * seconds) % 256,) * 3
 
 
@@ -21,11 +21,11 @@ def video_bytes(
     size: tuple[int, int] = (32, 32),
     container: str = "mp4",
     codec: str = "libx264",
-    color: Callable[[float], tuple[int, int, int]] = grey_by_second,
+    color: Callable[[float], tuple[int, int, int]] = gray_by_second,
     keyframe_every: int = 10,
     **options: str,
 ) -> bytes:
-    """A video whose frames are of one colour each; size is (width, height), rate and keyframe_every in frames."""
+    """A video whose frames are of one color each; size is (width, height), rate and keyframe_every in frames."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=rate, options={"qp": "0"} if codec == "libx264" else {})

@@ -12,14 +12,14 @@ def main() -> int:
     """As ``trainer.train.main``."""
     from trainer import loop, train
 
-    run_update = loop._run_update
+    run_step = loop._run_step
 
     def buggy(engine: Any, update: Any, *rest: Any) -> Any:
         if update.step == 3 and os.environ["RANK"] == "1":
             raise ValueError("a bug at update 4")
-        return run_update(engine, update, *rest)
+        return run_step(engine, update, *rest)
 
-    loop._run_update = buggy
+    loop._run_step = buggy
     return train.main()
 
 

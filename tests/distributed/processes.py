@@ -40,7 +40,7 @@ def _rank_main(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     try:
         world = distributed.initialize(timeout_seconds=60, threads=1)

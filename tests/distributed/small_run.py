@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from tests.data.helpers import build_manifest, image_bytes, mmc4, write_shard
 from tests.model.builders import FAMILIES, write_tower
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.runtime.distributed import World
 
 WORDS = "red green blue dark light".split()
 
@@ -73,8 +73,8 @@ def run_settings(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]
         "run_dir": str(run_dir),
         "model": {
             "vision": {"name": f"local-dir:{assets / 'tower'}"},
-            "resampler": {"layers": 1, "width": 20, "heads": 2, "head_width": 8, "latents": 4, "frames": 1},
-            "cross_attention": {"heads": 2, "head_width": 8},
+            "resampler": {"num_layers": 1, "dim": 20, "num_heads": 2, "head_dim": 8, "num_latents": 4, "num_frames": 1},
+            "cross_attention": {"num_heads": 2, "head_dim": 8},
             "language_model": {"name": str(assets / "lm")},
         },
         "data": {
@@ -83,8 +83,8 @@ def run_settings(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]
                 source("documents", "interleaved", 4, weight=0.5, p_next=0.5),
                 source("texts", "text", 4, weight=0.1),
             ],
-            "block": 5,
-            "window": 4,
+            "read_block": 5,
+            "shuffle_window": 4,
             "ledger": True,
         },
         "training": {"steps": 6, "dtype": "float32", "threads": 1, **training},

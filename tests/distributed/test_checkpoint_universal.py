@@ -22,17 +22,17 @@ from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import find_checkpoint, problems_of
 from trainer.checkpoint.load import _restore_random_states, restore, resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.state import OFFLOADED, UNIVERSAL, CheckpointError, TrainingState, tag_of
+from trainer.checkpoint.training_state import OFFLOADED, UNIVERSAL, CheckpointError, TrainingState, tag_of
 from trainer.checkpoint.universal import convert
-from trainer.config.schema import CheckpointConfig, OptimizerConfig
-from trainer.distributed import World
-from trainer.engine import Engine
+from trainer.config.run_config import CheckpointConfig, OptimizerConfig
+from trainer.deepspeed_engine.engine import Engine
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
 OPTIMIZER = OptimizerConfig(lr=0.05, weight_decay=0.1, gate_lr_multiplier=3.0)
 ROWS, BEFORE, AFTER = 12, 3, 2
-# stage, bfloat16, offloaded optimiser
+# stage, bfloat16, offloaded optimizer
 VARIANTS = [(1, False, False), (1, True, False), (2, False, True), (2, True, False), (3, False, False), (3, True, True)]
 
 
@@ -113,7 +113,7 @@ def exactly(tensor: Tensor | None) -> list[float]:
 
 
 def everything(engine: Engine) -> dict[str, Any]:
-    """What the optimiser knows, whole; its learning rate is set in every update."""
+    """What the optimizer knows, whole; its learning rate is set in every update."""
     found: dict[str, Any] = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.processes import run_distributed
-from trainer.config.schema import OptimizerConfig
-from trainer.distributed import World
-from trainer.engine import Engine, gathered_parameters
+from trainer.config.run_config import OptimizerConfig
+from trainer.deepspeed_engine.engine import Engine, gathered_parameters
+from trainer.runtime.distributed import World
 
 OPTIMIZER = OptimizerConfig(lr=0.1, betas=(0.0, 0.0), weight_decay=0.0, clip_grad_norm=1.0)
 

@@ -21,20 +21,20 @@ GATHERED_AGAIN = {
 def trained(world: Any) -> dict[int, list[float]]:
     """Loss and gradient norm of three updates, by the size of the groups that share a copy."""
     from model.factory import build_flamingo
-    from trainer.config.deepspeed import deepspeed_json
+    from trainer.config.deepspeed_json import deepspeed_json
     from trainer.config.loader import load_config
-    from trainer.config.schema import FlamingoRunConfig
-    from trainer.cost_model import made_up_tokens, without_weights
-    from trainer.engine import Engine, partitioned_loading
+    from trainer.config.run_config import FlamingoRunConfig
+    from trainer.deepspeed_engine.engine import Engine, partitioned_loading
+    from trainer.planning.cost_model import synthetic_tokens, without_weights
 
     found = {}
     for size in (1, 2):
         raw = json.dumps({"zero_optimization": GATHERED_AGAIN})
         overrides = ["--deepspeed.hpz_partition_size", str(size), "--deepspeed.raw", raw, "--optimizer.lr", "0.01"]
         config = load_config(ROOT / "configs" / "debug.yaml", overrides, FlamingoRunConfig, check_files=False)
-        settings = deepspeed_json(config, world_size=world.size, micro_batches_per_update=1)
+        settings = deepspeed_json(config, world_size=world.size, micro_batches_per_step=1)
         shape = without_weights(config.model)
-        tokens = made_up_tokens(shape)
+        tokens = synthetic_tokens(shape)
         with partitioned_loading(settings) as placement:
             model = build_flamingo(shape, tokens, gather=placement.gather, partition=placement.partition)
         engine = Engine(model, config.optimizer, settings, world)

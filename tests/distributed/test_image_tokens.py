@@ -42,9 +42,9 @@ def settings(assets: Path, run_dir: Path) -> dict[str, Any]:
     found = run_settings(assets, run_dir)
     found["training"]["steps"] = 4
     pairs, documents, _ = found["data"]["sources"]
-    pairs.update(manifest=str(assets / "data/shapes/manifest.npz"), image_tokens=6, pack=True)
+    pairs.update(manifest=str(assets / "data/shapes/manifest.npz"), image_tokens=6, packing=True)
     documents.update(manifest=str(assets / "data/mixed/manifest.npz"), image_tokens=9)
-    squares = {**pairs, "name": "squares", "batch_size": 4, "pack": False}
+    squares = {**pairs, "name": "squares", "batch_size": 4, "packing": False}
     del squares["image_tokens"]
     found["data"]["sources"].append(squares)
     return found

@@ -20,7 +20,7 @@ def packed_run(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]:
     """Pairs, documents and texts, each packed to rows of 40 tokens; 60 pairs last for about three updates."""
     settings = run_settings(assets, run_dir, **training)
     for source in settings["data"]["sources"]:
-        source |= {"pack": True, "max_tokens": 40, "batch_size": 4}
+        source |= {"packing": True, "max_tokens": 40, "batch_size": 4}
     return settings
 
 

@@ -14,8 +14,8 @@ from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import WORDS, losses, write_settings
 from tests.model.builders import FAMILIES
 from trainer.config.loader import load_config
-from trainer.config.schema import ContrastiveRunConfig, LanguageModelRunConfig
-from trainer.distributed import World
+from trainer.config.run_config import ContrastiveRunConfig, LanguageModelRunConfig
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
@@ -26,8 +26,8 @@ def common(assets: Path, run_dir: Path, source: dict[str, Any]) -> dict[str, Any
         "run_dir": str(run_dir),
         "data": {
             "sources": [{"manifest": str(assets / "data" / name / "manifest.npz"), **source}],
-            "block": 5,
-            "window": 4,
+            "read_block": 5,
+            "shuffle_window": 4,
         },
         "training": {"steps": 8, "dtype": "float32", "threads": 1},
         "optimizer": {"lr": 0.01},

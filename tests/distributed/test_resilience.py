@@ -24,8 +24,8 @@ from tests.distributed.small_run import (
     write_settings,
 )
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 STEPS = 14
@@ -35,7 +35,7 @@ DAMAGED = 8  # the update that damages the weights; the loss shows it from the n
 def settings_of(assets: Path, run_dir: Path, **resilience: Any) -> dict[str, Any]:
     settings = run_settings(assets, run_dir, steps=STEPS)
     settings["optimizer"]["lr"] = 0.002
-    spikes = {"window": 6, "min_updates": 4, "patience": 2, "threshold": 4.0}
+    spikes = {"window": 6, "min_steps": 4, "patience": 2, "threshold": 4.0}
     settings["resilience"] = {"spikes": spikes, **resilience}
     return settings
 
@@ -59,14 +59,14 @@ def train_with_damage(world: World, settings: dict[str, Any], killed_at: str = "
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    run_update, add_window, passed_over = loop._run_update, loop.add_window, loop._passed_over
+    run_step, add_window, passed_over = loop._run_step, loop.add_window, loop._passed_over
 
     def damaging(engine: Any, update: Any, *rest: Any) -> Any:
         step = engine.step
         if update.step + 1 == DAMAGED:
             engine.step = lambda factor: step(5000 * factor)
         try:
-            return run_update(engine, update, *rest)
+            return run_step(engine, update, *rest)
         finally:
             engine.step = step
 
@@ -80,7 +80,7 @@ def train_with_damage(world: World, settings: dict[str, Any], killed_at: str = "
             kill()
         return passed_over(*arguments)
 
-    loop._run_update, loop.add_window, loop._passed_over = damaging, noting, passing
+    loop._run_step, loop.add_window, loop._passed_over = damaging, noting, passing
     config = as_config(settings)
     try:
         loop.train(build_flamingo_task(config, world), config, world)
@@ -107,14 +107,14 @@ def without_times(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl less what no two runs have in common."""
     lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [{key: value for key, value in line.items() if key != "why_skipped"} for line in without_measured(lines)]
+    return [{key: value for key, value in line.items() if key != "skip_reason"} for line in without_measured(lines)]
 
 
 @pytest.fixture(scope="module")
 def skipping(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that passes the window over from its beginning."""
     run_dir = tmp_path_factory.mktemp("runs") / "skipping"
-    settings = settings_of(assets, run_dir, skip_updates=[[DAMAGED, DAMAGED + 2]])
+    settings = settings_of(assets, run_dir, skip_steps=[[DAMAGED, DAMAGED + 2]])
     assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
     return run_dir
 
@@ -131,9 +131,9 @@ def test_after_a_spike_the_run_is_the_one_that_skips_its_data_from_the_beginning
     assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
     assert without_times(run_dir) == without_times(skipping), "bit for bit"
     assert read_ledger(run_dir) == read_ledger(skipping)
-    skipped = [line for line in read_metrics(run_dir) if line["skipped"]]
+    skipped = [line for line in read_metrics(run_dir) if line["step_skipped"]]
     assert [line["step"] for line in skipped] == [DAMAGED, DAMAGED + 1, DAMAGED + 2]
-    assert all(line["why_skipped"].startswith("spike: loss") and line["loss"] is None for line in skipped)
+    assert all(line["skip_reason"].startswith("spike: loss") and line["loss"] is None for line in skipped)
     assert not {line["step"] for line in skipped} & {sample[0] for sample in read_ledger(run_dir)}
     assert [(event["first"], event["last"]) for event in events(run_dir, "spike")] == [(DAMAGED, DAMAGED + 2)]
 
@@ -149,7 +149,7 @@ def test_without_a_checkpoint_from_before_the_run_goes_on_with_a_warning(assets:
     settings = settings_of(assets, tmp_path / "run")
     settings["checkpoint"]["every"] = STEPS
     assert run_distributed(train_with_damage, 2, settings) == ["complete"] * 2
-    assert not any(line["skipped"] for line in read_metrics(tmp_path / "run"))
+    assert not any(line["step_skipped"] for line in read_metrics(tmp_path / "run"))
     assert events(tmp_path / "run", "spike") and not events(tmp_path / "run", "rewind")
 
 
@@ -160,14 +160,14 @@ def hang(world: World, settings: dict[str, Any], how: str) -> None:
 
     config = as_config(settings)
     task = build_flamingo_task(config, world)
-    run_update = loop._run_update
+    run_step = loop._run_step
 
     def hanging(engine: Any, update: Any, *rest: Any) -> Any:
         if world.rank == 1 and update.step == 3 and how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if world.rank == 1 and update.step == 3 and how == "locked":
             ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
-        return run_update(engine, update, *rest)
+        return run_step(engine, update, *rest)
 
     if world.rank == 1 and how == "worker":
         multiprocessing.set_start_method("fork", force=True)  # as in a process that no fork server made
@@ -180,7 +180,7 @@ def hang(world: World, settings: dict[str, Any], how: str) -> None:
             return builder(*arguments)
 
         task.builders["texts"] = sleep_at_the_twelfth
-    loop._run_update = hanging
+    loop._run_step = hanging
     loop.train(task, config, world)
 
 
@@ -188,12 +188,12 @@ def hang(world: World, settings: dict[str, Any], how: str) -> None:
 def test_a_hanging_process_is_found_and_the_stacks_of_all_are_written(assets: Path, tmp_path: Path, how: str) -> None:
     watchdog = {"seconds": 4, "startup_seconds": 100, "grace_seconds": 2}
     settings = settings_of(assets, tmp_path / "run", watchdog=watchdog)
-    settings["data"] |= {"read_deadline_seconds": 3, "workers": 1 if how == "worker" else 0}
+    settings["data"] |= {"read_deadline_seconds": 3, "num_workers": 1 if how == "worker" else 0}
     with pytest.raises(AssertionError, match=r"exit code 124"):
         run_distributed(hang, 2, settings, how)
     stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "stacks").rglob("rank-*.txt")}
     assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
-    waits, hangs = ("update_totals", "sleep_at_the_twelfth") if how == "worker" else ("forward_backward", "in hanging")
+    waits, hangs = ("step_totals", "sleep_at_the_twelfth") if how == "worker" else ("forward_backward", "in hanging")
     assert "made no progress" in stacks["rank-00000.txt"] and waits in stacks["rank-00000.txt"]
     assert hangs in stacks["rank-00001.txt"]
     [event] = events(tmp_path / "run", "hung")

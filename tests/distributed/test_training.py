@@ -18,8 +18,8 @@ from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, read_ledger, read_metrics, run_settings, write_settings
 from trainer.checkpoint.catalog import find_checkpoint
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.distributed import World
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
@@ -52,14 +52,14 @@ def train_run(world: World, settings: dict[str, Any], stop_after: int | None = N
     class Killed(Exception):
         pass
 
-    original = loop._run_update
+    original = loop._run_step
 
-    def run_update(engine: Any, update: Any, *rest: Any) -> Any:
+    def run_step(engine: Any, update: Any, *rest: Any) -> Any:
         if update.step == stop_after:
             raise Killed
         return original(engine, update, *rest)
 
-    loop._run_update = run_update  # type: ignore[assignment]  # this process ends right after
+    loop._run_step = run_step  # type: ignore[assignment]  # this process ends right after
     try:
         loop.train(task, config, world)
     except Killed:
@@ -111,14 +111,14 @@ def stopped_by_a_signal(world: World, settings: dict[str, Any]) -> str:
     """Rank 1 alone is sent SIGTERM in its third update."""
     from trainer import loop
 
-    original = loop._run_update
+    original = loop._run_step
 
-    def run_update(engine: Any, update: Any, *rest: Any) -> Any:
+    def run_step(engine: Any, update: Any, *rest: Any) -> Any:
         if world.rank == 1 and update.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(engine, update, *rest)
 
-    loop._run_update = run_update
+    loop._run_step = run_step
     return resume_error(world, settings)
 
 
@@ -182,7 +182,7 @@ def test_frozen_weights_are_in_no_checkpoint(uninterrupted: Path) -> None:
 def frozen_before_and_after(world: World, settings: dict[str, Any]) -> dict[str, Any]:
     from model.parameters import frozen_digests
     from trainer import loop
-    from trainer.engine import gathered_parameters
+    from trainer.deepspeed_engine.engine import gathered_parameters
     from trainer.tasks.flamingo import build_flamingo_task
 
     config = as_config(settings)
@@ -215,22 +215,22 @@ def test_the_frozen_model_is_partitioned_and_never_changes(assets: Path, tmp_pat
 def uneven_media(world: World, assets: Path) -> float:
     """One update in which rank 0 has two media and rank 1 none; the gradient's norm."""
     from tests.data.helpers import SAMPLE
-    from trainer.config.deepspeed import deepspeed_json
-    from trainer.data.batch import Sequence, collate
-    from trainer.engine import Engine
+    from trainer.config.deepspeed_json import deepspeed_json
+    from trainer.data.batch import Row, collate
+    from trainer.deepspeed_engine.engine import Engine
     from trainer.tasks.flamingo import build_flamingo_task
 
     config = as_config(run_settings(assets, assets / f"uneven-{world.size}"))
     config = replace(config, data=replace(config.data, sources=config.data.sources[:1]))
     task = build_flamingo_task(config, world)
     engine = Engine(
-        task.module, config.optimizer, deepspeed_json(config, world_size=world.size, micro_batches_per_update=1), world
+        task.module, config.optimizer, deepspeed_json(config, world_size=world.size, micro_batches_per_step=1), world
     )
     image_id, end_of_chunk_id = 11, 12  # after the 11 words of the tokenizer
     ids = torch.tensor([1, image_id, 4, 5, end_of_chunk_id])
     image = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
-    seen = Sequence(ids, ids.clone(), torch.tensor([-1, 0, 0, 0, 0]), (image,), (SAMPLE,))
-    text = Sequence(ids[2:], ids[2:].clone(), torch.full((3,), -1), (), (SAMPLE,))
+    seen = Row(ids, ids.clone(), torch.tensor([-1, 0, 0, 0, 0]), (image,), (SAMPLE,))
+    text = Row(ids[2:], ids[2:].clone(), torch.full((3,), -1), (), (SAMPLE,))
     rows = [seen, seen, text, text]
     mine = rows[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
     batch = collate(mine, source="pairs", pad_id=0, media_shape=(1, 3, 16, 16))
@@ -263,7 +263,7 @@ def interrupted(assets: Path, uninterrupted: Path, tmp_path: Path) -> dict[str, 
 def test_another_model_is_refused(interrupted: dict[str, Any]) -> None:
     interrupted["model"]["resampler"]["layers"] = 2
     for error in run_distributed(resume_error, 2, interrupted):
-        assert "different settings: model.resampler.layers" in error
+        assert "different settings: model.resampler.num_layers" in error
 
 
 def test_other_data_are_refused(interrupted: dict[str, Any]) -> None:
@@ -294,8 +294,10 @@ def test_a_non_finite_update_is_skipped_logged_and_at_last_fatal(assets: Path, t
     for error in run_distributed(resume_error, 2, settings):
         assert "max_skipped_in_a_row" in error
     lines = read_metrics(tmp_path / "run")
-    assert [line["skipped"] for line in lines][-1] is True and lines[0]["skipped"] is False
-    assert {line["step"] for line in lines if line["skipped"]}.isdisjoint({s[0] for s in read_ledger(tmp_path / "run")})
+    assert [line["step_skipped"] for line in lines][-1] is True and lines[0]["step_skipped"] is False
+    assert {line["step"] for line in lines if line["step_skipped"]}.isdisjoint(
+        {s[0] for s in read_ledger(tmp_path / "run")}
+    )
 
 
 def stop_at_bad_samples(world: World, settings: dict[str, Any]) -> None:
@@ -318,4 +320,4 @@ def test_too_many_bad_samples_stop_every_rank(assets: Path, tmp_path: Path) -> N
     run_distributed(stop_at_bad_samples, 2, settings)
     lines = read_metrics(tmp_path / "run")
     assert 0 < len(lines) < 6
-    assert lines[-1]["substituted/empty_image"] == lines[-1]["substituted"] > 0
+    assert lines[-1]["replaced_samples/empty_image"] == lines[-1]["replaced_samples"] > 0

@@ -39,7 +39,7 @@ def video_run(assets: Path, run_dir: Path) -> dict[str, Any]:
     settings = run_settings(assets, run_dir)
     manifest = str(assets / "data/videos/manifest.npz")
     videos = {"name": "videos", "type": "video_text", "manifest": manifest, "batch_size": 4, "max_tokens": 24}
-    videos |= {"frames": 4, "frames_per_second": 2.0, "augment": {"horizontal_flip": 0.5, "hue": 0.1}}
+    videos |= {"num_frames": 4, "frames_per_second": 2.0, "augment": {"horizontal_flip": 0.5, "hue": 0.1}}
     settings["data"]["sources"] = [settings["data"]["sources"][0], videos]
     settings["model"]["resampler"]["frames"] = 2  # fewer than the videos have: interpolated
     return settings
@@ -56,6 +56,6 @@ def test_one_process_and_two_give_the_same_and_so_does_a_resumed_run(assets: Pat
     assert ledgers[0] == ledgers[1] == ledgers[2]
     lines = read_metrics(tmp_path / "two")
     assert {line["samples/videos"] for line in lines} == {4}
-    assert sum(line["substituted"] for line in lines) > 0  # the cut ones
+    assert sum(line["replaced_samples"] for line in lines) > 0  # the cut ones
     assert not [sample for sample in ledgers[0] if sample[1] == "videos" and sample[3] == 5]
     assert lines[-1]["loss/videos"] < lines[0]["loss/videos"]

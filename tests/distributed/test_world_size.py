@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes as if nothing had happened: losses, samples, optimiser, data."""
+"""A run goes on with another number of processes as if nothing had happened: losses, samples, optimizer, data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.test_packing import read_ledger
 from tests.distributed.test_training import train_run
 from trainer.checkpoint import shard_files
 from trainer.checkpoint.shard_files import Entry
-from trainer.distributed import World
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
@@ -35,8 +35,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in range(2):
         samples = []
         for i in range(14):
-            colour = (20 * i, 255 - 10 * i, 100 * shard)
-            picture = b"no image" if i % 7 == 3 else image_bytes(colour, size=(16, 16))
+            color = (20 * i, 255 - 10 * i, 100 * shard)
+            picture = b"no image" if i % 7 == 3 else image_bytes(color, size=(16, 16))
             samples.append(
                 (f"b{i}", {"png": picture, "txt": f"a {'red green blue dark light'.split()[i % 5]} sky".encode()})
             )
@@ -51,7 +51,7 @@ def settings_of(assets: Path, run_dir: Path) -> dict[str, Any]:
     bad, documents, texts = settings["data"]["sources"]
     bad |= {"name": "bad", "manifest": str(assets / "data/bad/manifest.npz"), "batch_size": 12}
     documents |= {"batch_size": 12}
-    texts |= {"batch_size": 12, "pack": True, "max_tokens": 40}
+    texts |= {"batch_size": 12, "packing": True, "max_tokens": 40}
     settings["data"] |= {"max_bad_fraction": 0.5}
     return settings
 
@@ -75,7 +75,7 @@ def test_killed_and_resumed_with_other_numbers_of_processes(assets: Path, uninte
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
     consumed = sum(n for sample, n in read_ledger(uninterrupted).items() if sample[1] == "bad")
     assert consumed > 2 * 14, "more than an epoch"
-    assert any(line["substituted"] for line in read_metrics(uninterrupted)), "with bad samples"
+    assert any(line["replaced_samples"] for line in read_metrics(uninterrupted)), "with bad samples"
 
 
 def train_until_killed(world: World, settings: dict[str, Any], victim: int, moment: float | str, proof: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: against float64, against their rivals, repeated, and with input out of range."""
+"""The CUDA kernels on a GPU: against float64, against their baselines, repeated, and with input out of range."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ops.cases import (
     run_cross,
     run_resampler,
 )
-from trainer.benchmarks.attention_rivals import CrossShape, ResamplerShape, cross_rivals, resampler_rivals
+from trainer.benchmark.attention_baselines import CrossShape, ResamplerShape, cross_baselines, resampler_baselines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,11 +107,11 @@ def test_rivals_compute_the_same() -> None:
     q, grid = torch.randn(512, 2, 64), torch.randn(2, 8, 64, 2, 64)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, *grid.unbind(0)))
     ours = ops.masked_cross_attention(q, k, v, shape.media_index("cuda"), backend="fused")
-    for name, rival in cross_rivals(shape, "cuda").items():
-        torch.testing.assert_close(rival(q, k, v), ours, rtol=2e-2, atol=2e-2, msg=name)
+    for name, baseline in cross_baselines(shape, "cuda").items():
+        torch.testing.assert_close(baseline(q, k, v), ours, rtol=2e-2, atol=2e-2, msg=name)
     media = ResamplerShape(3, 100, 2, 64)
     case = resampler_case([100] * 3, dtype=torch.bfloat16, device="cuda")
     resampled = ops.resampler_attention(*case[:6], backend="fused")
-    for name, rival in resampler_rivals(media, "cuda").items():
-        if "features only" not in name:  # leaves out the latents: a rival in speed alone
-            torch.testing.assert_close(rival(*case[:5]), resampled, rtol=2e-2, atol=2e-2, msg=name)
+    for name, baseline in resampler_baselines(media, "cuda").items():
+        if "features only" not in name:  # leaves out the latents: a baseline in speed alone
+            torch.testing.assert_close(baseline(*case[:5]), resampled, rtol=2e-2, atol=2e-2, msg=name)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import LoggingConfig
+from trainer.config.run_config import LoggingConfig
 from trainer.errors import ConfigError
 from trainer.metrics import jsonl
 from trainer.metrics.jsonl import JsonLinesWriter, drop_steps_after
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.sinks import ConsoleSink, MetricsWriter, console_line
-from trainer.metrics.step import StepMetrics
+from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.throughput import Throughput, format_count, format_duration
 
 QUIET = LoggingConfig(tensorboard=False)
@@ -34,7 +34,7 @@ def step(number: int, **changes: Any) -> StepMetrics:
         tokens=1000,
         step_seconds=0.5,
         data_seconds=0.1,
-        skipped=False,
+        step_skipped=False,
         images=32,
     )
     return replace(values, **changes)
@@ -57,9 +57,9 @@ def test_the_promised_fields() -> None:
         "tokens": 1000,
         "step_seconds": 0.5,
         "data_seconds": 0.1,
-        "skipped": False,
+        "step_skipped": False,
         "images": 32,
-        "substituted": 0,
+        "replaced_samples": 0,
         "padding": 0.0,
     }
     assert step(7).to_json() == expected
@@ -67,12 +67,12 @@ def test_the_promised_fields() -> None:
 
 def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, QUIET, 10, is_main=True) as writer:
-        writer.write(step(1, loss=float("nan"), grad_norm=float("inf"), skipped=True))
+        writer.write(step(1, loss=float("nan"), grad_norm=float("inf"), step_skipped=True))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     (record,) = records(tmp_path / "metrics.jsonl")
-    assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
+    assert (record["loss"], record["grad_norm"], record["step_skipped"]) == (None, None, True)
 
 
 def test_each_step_stands_there_once_however_often_the_run_was_killed(tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_the_console_line_says_everything() -> None:
         "step   7/500  loss 2.5000 (pairs 2.0000, documents 3.0000)  lr 1.00e-04  grad norm 0.75  2k tokens/s  "
         "48 samples/s  data wait 20%  4m 06s left"
     )
-    skipped = console_line(step(7, skipped=True, replaced={"corrupt_image": 2}), rates, 500)
-    assert skipped.endswith("SKIPPED (gradient not finite)  2 bad samples replaced")
+    step_skipped = console_line(step(7, step_skipped=True, replaced={"corrupt_image": 2}), rates, 500)
+    assert step_skipped.endswith("SKIPPED (gradient not finite)  2 bad samples replaced")
 
 
 def test_console_lines_come_every_so_often_and_at_the_end() -> None:
@@ -210,7 +210,7 @@ def test_console_lines_come_every_so_often_and_at_the_end() -> None:
     sink = ConsoleSink(total_steps=8, every=3, stream=stream)
     throughput = Throughput(8)
     for number in range(1, 9):
-        sink.write(step(number, skipped=number == 4), throughput.update(step(number)))
+        sink.write(step(number, step_skipped=number == 4), throughput.update(step(number)))
     sink.close()
     assert [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()] == [3, 4, 6, 8]
     assert "\x1b" not in stream.getvalue()  # no terminal, no escape sequences
@@ -259,7 +259,7 @@ def test_a_missing_library_is_a_clear_error(
 
 
 class FakeWandb:
-    """Stands in for the module: remembers what was initialised and logged."""
+    """Stands in for the module: remembers what was initialized and logged."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}

@@ -114,8 +114,8 @@ def tiny_config(family: str = "llama", **changes: Any) -> FlamingoConfig:
     """A Flamingo of a few thousand parameters around a random LM of a family, with any field replaced."""
     config = FlamingoConfig(
         vision=VisionEncoderConfig(name=f"local-dir:{tower_folder()}"),
-        resampler=PerceiverResamplerConfig(layers=2, width=20, heads=2, head_width=8, latents=4, frames=2),
-        cross_attention=CrossAttentionConfig(every=1, head_width=8, heads=4),
+        resampler=PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=8, num_latents=4, num_frames=2),
+        cross_attention=CrossAttentionConfig(every_n_layers=1, head_dim=8, num_heads=4),
         language_model=LanguageModelConfig(architecture=FAMILIES[family]),
     )
     return replace(config, **changes)

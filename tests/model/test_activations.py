@@ -15,8 +15,8 @@ from tests.model.builders import random_media, random_text, text_with_media, tin
 ROWS, TOKENS, MEDIA = 4, 32, 8
 # Heads as wide as the fused ops want them.
 WIDE = {
-    "cross_attention": CrossAttentionConfig(every=2, head_width=16, heads=4),
-    "resampler": PerceiverResamplerConfig(layers=2, width=20, heads=2, head_width=16, latents=4, frames=2),
+    "cross_attention": CrossAttentionConfig(every_n_layers=2, head_dim=16, num_heads=4),
+    "resampler": PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=16, num_latents=4, num_frames=2),
 }
 
 

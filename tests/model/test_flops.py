@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
 from model.factory import build_flamingo
-from model.flops import UsefulFlops, Workload, utilisation
+from model.flops import UsefulFlops, Workload, utilization
 from model.presets import preset
 from model.vision_encoder import VisionEncoder, build_tower
 from tests.model.builders import BEYOND, random_media, tiny_flamingo
@@ -86,4 +86,4 @@ def test_the_9b_as_the_reference_has_it() -> None:
 
 
 def test_utilisation() -> None:
-    assert utilisation(flops=4e15, seconds=2.0, devices=8, peak=1e15) == 0.25
+    assert utilization(flops=4e15, seconds=2.0, devices=8, peak=1e15) == 0.25

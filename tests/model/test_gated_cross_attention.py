@@ -13,7 +13,7 @@ from model.config import CrossAttentionConfig
 from model.gated_cross_attention import GatedCrossAttentionBlock
 from model.media_index import first_media
 
-CONFIG = CrossAttentionConfig(heads=2, head_width=8)
+CONFIG = CrossAttentionConfig(num_heads=2, head_dim=8)
 
 
 def block(config: CrossAttentionConfig = CONFIG, gates: tuple[float, float] = (0.4, -0.8)) -> GatedCrossAttentionBlock:
@@ -98,6 +98,6 @@ def test_shapes_of_the_parameters() -> None:
 
 
 def test_heads_fill_the_width_unless_they_are_given() -> None:
-    assert GatedCrossAttentionBlock(CrossAttentionConfig(head_width=4), 12, 10).attention.heads == 3
-    with pytest.raises(ValueError, match=r"cross_attention\.head_width 8 does not divide .* 12"):
-        GatedCrossAttentionBlock(CrossAttentionConfig(head_width=8), 12, 10)
+    assert GatedCrossAttentionBlock(CrossAttentionConfig(head_dim=4), 12, 10).attention.heads == 3
+    with pytest.raises(ValueError, match=r"cross_attention\.head_dim 8 does not divide .* 12"):
+        GatedCrossAttentionBlock(CrossAttentionConfig(head_dim=8), 12, 10)

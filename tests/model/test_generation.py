@@ -95,11 +95,11 @@ def test_beams_find_more_likely_texts() -> None:
     media = random_media(1)
     prompts = [[1, IMAGE, *text] for text in random_text(6, 3).tolist()]
 
-    def log_probability(beams: int) -> float:
+    def log_probability(num_beams: int) -> float:
         total = 0.0
         for prompt in prompts:
             (text,) = generate(
-                model, [prompt], media, [1], max_new_tokens=4, num_beams=beams, stop_ids=[0], suppress_tokens=[0]
+                model, [prompt], media, [1], max_new_tokens=4, num_beams=num_beams, stop_ids=[0], suppress_tokens=[0]
             )
             ids = torch.tensor([prompt + text])
             labels = torch.full_like(ids, -100)
@@ -148,7 +148,7 @@ def test_keys_and_values_are_computed_once() -> None:
 @pytest.mark.parametrize("attend", ["one", "all"])
 def test_earlier_media_of_the_prompt(attend: str) -> None:
     """In mode "one", keys of the first image are not read by the tokens after the second."""
-    cross_attention = CrossAttentionConfig(every=9, head_width=8, heads=4, attend=attend)
+    cross_attention = CrossAttentionConfig(every_n_layers=9, head_dim=8, num_heads=4, attend=attend)
     model = tiny_flamingo(gates=1.0, cross_attention=cross_attention)
     outputs: list[Tensor] = []
     model.cross_attention[0].attention.register_forward_hook(lambda module, args, output: outputs.append(output[:, -1]))

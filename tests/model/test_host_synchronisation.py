@@ -18,7 +18,7 @@ from model.config import LanguageModelConfig
 from model.flamingo import Flamingo
 from model.ops import library
 from tests.model.builders import FAMILIES, IMAGE_SIZE, INSIDE, tiny_config, tiny_flamingo
-from trainer.benchmarks.mixture import make_mixture, packed_batches
+from trainer.benchmark.mixture import make_mixture, packed_batches
 
 
 class NoTensorOfHostValues(TorchDispatchMode):
@@ -36,8 +36,8 @@ def small_model(family: str, attend: str = "one") -> Flamingo:
         family,
         INSIDE,
         language_model=LanguageModelConfig(architecture=long_enough),
-        resampler=replace(config.resampler, head_width=16),  # as the fused ops take it
-        cross_attention=replace(config.cross_attention, head_width=16, attend=attend),
+        resampler=replace(config.resampler, head_dim=16),  # as the fused ops take it
+        cross_attention=replace(config.cross_attention, head_dim=16, attend=attend),
     )
 
 

@@ -194,7 +194,7 @@ def test_text_without_a_medium_gets_exactly_0_from_cross_attention(family: str) 
 @pytest.mark.parametrize("attend", ["one", "all"])
 def test_what_a_token_sees(attend: str) -> None:
     """One medium: only through cross-attention of the first block, to keep self-attention out of it."""
-    cross_attention = CrossAttentionConfig(every=9, head_width=8, heads=4, attend=attend)
+    cross_attention = CrossAttentionConfig(every_n_layers=9, head_dim=8, num_heads=4, attend=attend)
     model = tiny_flamingo(gates=0.7, cross_attention=cross_attention)
     ids = random_text(1, 6)
     index = torch.tensor([[-1, 0, 0, 1, 1, 2]])
@@ -258,7 +258,7 @@ def test_which_rows_are_trained() -> None:
 
 
 def test_frozen_parts_below_the_first_cross_attention_build_no_graph() -> None:
-    model = tiny_flamingo(cross_attention=CrossAttentionConfig(every=2, offset=1, head_width=8, heads=4))
+    model = tiny_flamingo(cross_attention=CrossAttentionConfig(every_n_layers=2, offset=1, head_dim=8, num_heads=4))
     for row in model.language_model.input_rows:
         row.requires_grad_(False)
     needs = []
@@ -338,9 +338,9 @@ def test_finding_the_decoder_blocks() -> None:
 
 
 def test_cross_attention_stands_where_the_config_says() -> None:
-    config = tiny_config(cross_attention=CrossAttentionConfig(every=4, offset=0))
+    config = tiny_config(cross_attention=CrossAttentionConfig(every_n_layers=4, offset=0))
     assert cross_attention_blocks(config, 10) == [0, 4, 8]  # the paper
-    openflamingo = replace(config, cross_attention=CrossAttentionConfig(every=4, offset=3))
+    openflamingo = replace(config, cross_attention=CrossAttentionConfig(every_n_layers=4, offset=3))
     assert cross_attention_blocks(openflamingo, 10) == [i for i in range(10) if (i + 1) % 4 == 0]
     with pytest.raises(ValueError, match=r"cross_attention\.offset"):
         cross_attention_blocks(openflamingo, 3)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import loss as loss_module
-from model.loss import label_positions, labels_after, summed_cross_entropy
+from model.loss import labels_after, summed_cross_entropy, target_positions
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 9])
@@ -54,7 +54,7 @@ def test_columns_that_nobody_has_get_no_gradient() -> None:
 
 def test_label_positions() -> None:
     labels = torch.tensor([[9, 1, -100, 2], [-100, -100, 3, -100]])
-    positions = label_positions(labels)
+    positions = target_positions(labels)
     assert positions.tolist() == [0, 2, 5]
     assert labels_after(labels, positions).tolist() == [1, 2, 3]
 

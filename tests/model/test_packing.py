@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_the_documents_own() -> None:
 
 
 def test_another_document_changes_nothing() -> None:
-    """No attention across documents, in the language model or to media: other neighbours, bit for bit the same."""
+    """No attention across documents, in the language model or to media: other neighbors, bit for bit the same."""
     model = tiny_flamingo(gates=0.7)
     parts, media = documents()
     ids, positions = packed(parts, 5)

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.config import PerceiverResamplerConfig
 from model.perceiver_resampler import PerceiverResampler, interpolate_time
 
-CONFIG = PerceiverResamplerConfig(layers=2, width=12, heads=3, head_width=8, latents=5, frames=4)
+CONFIG = PerceiverResamplerConfig(num_layers=2, dim=12, num_heads=3, head_dim=8, num_latents=5, num_frames=4)
 
 
 def resampler(config: PerceiverResamplerConfig = CONFIG, vision_width: int = 10) -> PerceiverResampler:
@@ -61,8 +61,8 @@ def test_activation_is_a_value() -> None:
 
 
 def test_no_projection_and_no_norm() -> None:
-    module = resampler(replace(CONFIG, width=None, final_norm=False), vision_width=12)
-    assert module.width == 12
+    module = resampler(replace(CONFIG, dim=None, final_norm=False), vision_width=12)
+    assert module.dim == 12
     assert not any(name.startswith(("project", "norm.")) for name in module.state_dict())
     assert module(torch.randn(2, 1, 3, 12)).shape == (2, 5, 12)
 

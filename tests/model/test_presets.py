@@ -81,7 +81,7 @@ def test_openflamingos_values() -> None:
     model = on_meta(config)
     assert cross_attention_blocks(config, 8) == [3, 7]
     assert model.vision_encoder.features == 256
-    assert model.vision_encoder.width == model.resampler.width == 1024
+    assert model.vision_encoder.width == model.resampler.dim == 1024
     layer = 1024 * 512 * 2 + 1024 * 1024 + 4 * 1024 + 2 * 4 * 1024**2 + 2 * 1024
     # its own resampler has no time embeddings; ours is one row, set to 0
     assert count(model.resampler) == 6 * layer + 64 * 1024 + 2 * 1024 + 1024

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.config import CrossAttentionConfig, LanguageModelConfig, PerceiverResamplerConfig, VisionEncoderConfig
 from model.factory import build_flamingo, build_language_model, build_tokenizer
 from model.flamingo import Flamingo
-from model.openflamingo import load_openflamingo, openflamingo_state
+from model.imports.openflamingo import load_openflamingo, openflamingo_state
 from model.parameters import trainable_parameters
 from model.presets import openflamingo
 from model.pretrained import from_pretrained, save_flamingo
@@ -137,9 +137,9 @@ def openflamingo_model() -> Flamingo:
     language_model = LanguageModelConfig(architecture=FAMILIES["gpt_neox"] | {"num_hidden_layers": 4})
     preset = openflamingo(language_model, every=2)
     small = PerceiverResamplerConfig(
-        **(preset.resampler.__dict__ | {"layers": 2, "heads": 2, "head_width": 8, "latents": 4})
+        **(preset.resampler.__dict__ | {"num_layers": 2, "num_heads": 2, "head_dim": 8, "num_latents": 4})
     )
-    cross = CrossAttentionConfig(**(preset.cross_attention.__dict__ | {"heads": 2, "head_width": 8}))
+    cross = CrossAttentionConfig(**(preset.cross_attention.__dict__ | {"num_heads": 2, "head_dim": 8}))
     vision = VisionEncoderConfig(name=config.vision.name, feature_norm=False)
     config = tiny_config(language_model=language_model, resampler=small, cross_attention=cross, vision=vision)
     return build_flamingo(config, BEYOND)

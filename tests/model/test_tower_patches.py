@@ -70,7 +70,9 @@ def test_positions_are_interpolated_in_both_directions() -> None:
 
 def test_the_resampler_takes_no_padding() -> None:
     torch.manual_seed(0)
-    resampler = PerceiverResampler(PerceiverResamplerConfig(layers=2, width=20, heads=2, head_width=8, latents=4), 24)
+    resampler = PerceiverResampler(
+        PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=8, num_latents=4), 24
+    )
     tower, images = encoder(), media()
     together = resampler(tower(patches(images), SHAPES), *feature_offsets(SHAPES, torch.device("cpu")))
     for number, (image, shape) in enumerate(zip(images, SHAPES, strict=True)):

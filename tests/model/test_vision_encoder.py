@@ -1,4 +1,4 @@
-"""The frozen tower: which features, which normalisation, and what is left of open_clip's model."""
+"""The frozen tower: which features, which normalization, and what is left of open_clip's model."""
 
 from __future__ import annotations
 

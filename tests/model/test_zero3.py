@@ -57,7 +57,7 @@ def share(ids: Tensor, media: Tensor, rank: int) -> dict[str, Tensor]:
 def on_one_rank(world: Any, config: FlamingoConfig) -> dict[str, Any]:
     import deepspeed
 
-    from trainer.engine import partitioned_loading
+    from trainer.deepspeed_engine.engine import partitioned_loading
 
     with partitioned_loading(SETTINGS) as placement:
         model = build_flamingo(config, BEYOND, gather=placement.gather, partition=placement.partition)
@@ -140,7 +140,7 @@ def test_partitioned_training_is_the_same(family: str, tmp_path: Path) -> None:
 
 
 def on_one_rank_bfloat16(world: Any, config: FlamingoConfig) -> dict[str, Any]:
-    from trainer.engine import partitioned_loading
+    from trainer.deepspeed_engine.engine import partitioned_loading
 
     settings = SETTINGS | {"bf16": {"enabled": True}}
     with partitioned_loading(settings) as placement:

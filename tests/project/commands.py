@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.loader import load_config
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS: dict[str, type[Any]] = {

@@ -10,9 +10,9 @@ import yaml
 
 from tests.project.commands import ROOT, UncheckedCommandError, check_command, shell_commands
 from trainer.config.loader import load_config
-from trainer.config.schema import FlamingoRunConfig
-from trainer.metrics.speed import Speed
-from trainer.metrics.step import StepMetrics
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.metrics.step_metrics import StepMetrics
+from trainer.metrics.utilization import Utilization
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 COMMANDS = [(name, command) for name in DOCUMENTS for command in shell_commands((ROOT / name).read_text())]
@@ -86,7 +86,7 @@ def test_the_example_configuration_loads(tmp_path: Path) -> None:
     path = tmp_path / "example.yaml"
     path.write_text(block)
     config = load_config(path, [], FlamingoRunConfig, check_files=False)
-    assert config.model.cross_attention.every == 4
+    assert config.model.cross_attention.every_n_layers == 4
     assert yaml.safe_load(block)["model"]["preset"] == "9b"
 
 
@@ -94,5 +94,5 @@ def test_the_fields_of_metrics_jsonl_are_those_that_are_written() -> None:
     (cell,) = re.findall(r"^\| `metrics.jsonl` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     documented = set(re.findall(r"`([^`]+)`", cell))
     values = (1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
-    metrics = StepMetrics(*values, replaced={"<reason>": 1}, speed=Speed(1, 1, 1, 1, 1, 1))
+    metrics = StepMetrics(*values, replaced={"<reason>": 1}, speed=Utilization(1, 1, 1, 1, 1, 1))
     assert documented == set(metrics.to_json())

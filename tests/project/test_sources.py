@@ -86,7 +86,7 @@ def test_every_setting_is_documented() -> None:
     undocumented = []
     config = ROOT / "trainer/config"
     for path in (
-        *(config / f"{name}.py" for name in ("schema", "data", "resilience", "evaluation")),
+        *(config / f"{name}.py" for name in ("run_config", "data_config", "resilience_config", "evaluation_config")),
         ROOT / "model/config.py",
     ):
         for node in tree_of(path).body:
@@ -187,7 +187,7 @@ def test_no_file_names_this_machine() -> None:
     assert found == []
 
 
-def test_the_licence_is_apache_2() -> None:
+def test_the_license_is_apache_2() -> None:
     assert project_metadata()["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text
@@ -195,8 +195,8 @@ def test_the_licence_is_apache_2() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
-@pytest.mark.parametrize("path", ["training.steps", "data.sources.0.batch_size", "model.resampler.latents"])
+@pytest.mark.parametrize("path", ["training.steps", "data.sources.0.batch_size", "model.resampler.num_latents"])
 def test_setting_paths_reach_the_leaves(path: str) -> None:
-    from trainer.config.schema import FlamingoRunConfig
+    from trainer.config.run_config import FlamingoRunConfig
 
     assert path in set(setting_paths(FlamingoRunConfig))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.resilience import SpikeConfig
+from trainer.config.resilience_config import SpikeConfig
 from trainer.resilience.events import EventLog
 from trainer.resilience.spikes import SkippedWindow, SpikeDetector, read_windows, robust_score, write_windows
 
-CONFIG = SpikeConfig(window=32, min_updates=16, patience=2, threshold=8.0)
+CONFIG = SpikeConfig(window=32, min_steps=16, patience=2, threshold=8.0)
 
 
 def falling(count: int, seed: int = 0) -> list[float]:
@@ -60,7 +60,7 @@ def test_the_gradients_norm_counts_only_when_asked_for() -> None:
     losses, norms = falling(60), [1.0 + 0.01 * (step % 7) for step in range(60)]
     norms[40:42] = [40.0, 50.0]
     assert windows_of(losses, CONFIG, norms) == []
-    asked = SpikeConfig(window=32, min_updates=16, patience=2, threshold=8.0, grad_norm=True)
+    asked = SpikeConfig(window=32, min_steps=16, patience=2, threshold=8.0, grad_norm=True)
     assert windows_of(losses, asked, norms) == [(40, 42)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.config.resilience import StragglerConfig
+from trainer.config.resilience_config import StragglerConfig
 from trainer.resilience.stragglers import RankSeconds, find_stragglers, spread
 
 CONFIG = StragglerConfig(factor=2.0, least_seconds=0.1)

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.checkpoint.catalog import is_complete, latest_step, problems_of, read_state, steps_in
-from trainer.checkpoint.retention import remove, superfluous
-from trainer.checkpoint.state import MANIFEST, UNIVERSAL, CheckpointError, step_of, tag_of
-from trainer.config.schema import CheckpointConfig
+from trainer.checkpoint.retention import expired, remove
+from trainer.checkpoint.training_state import MANIFEST, UNIVERSAL, CheckpointError, step_of, tag_of
+from trainer.config.run_config import CheckpointConfig
 
 BEING_WRITTEN_SECONDS = 3600.0
 
@@ -92,7 +92,7 @@ def _prune(checkpoints: list[Path], options: argparse.Namespace) -> int:
     config = CheckpointConfig(
         keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best or 0
     )
-    for checkpoint in superfluous(checkpoints[0].parent, config):
+    for checkpoint in expired(checkpoints[0].parent, config):
         if not is_complete(checkpoint) and time.time() - _newest_change(checkpoint) < BEING_WRITTEN_SECONDS:
             print(f"{checkpoint} is half-written and less than an hour old: kept, a run may be writing it")
             continue

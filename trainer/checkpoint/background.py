@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from trainer.checkpoint.state import CheckpointError
-from trainer.distributed import World, gather_objects, sum_over_ranks
+from trainer.checkpoint.training_state import CheckpointError
+from trainer.runtime.distributed import World, gather_objects, sum_over_ranks
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.001, 0.25

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.state import (
+from trainer.checkpoint.training_state import (
     LATEST,
     MANIFEST,
     STATE,
@@ -18,7 +18,7 @@ from trainer.checkpoint.state import (
     step_of,
     tag_of,
 )
-from trainer.files import canonical_json, checksum, write_json
+from trainer.runtime.files import canonical_json, checksum, write_json
 
 _log = logging.getLogger(__name__)
 

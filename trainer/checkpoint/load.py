@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from model.parameters import explain_difference
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import find_checkpoint, read_state
-from trainer.checkpoint.state import OFFLOADED, CheckpointError, TrainingState, rng_file
+from trainer.checkpoint.training_state import OFFLOADED, CheckpointError, TrainingState, rng_file
 from trainer.checkpoint.universal import ensure_universal
-from trainer.distributed import World, from_main
+from trainer.runtime.distributed import World, broadcast
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def resume_point(folder: Path, world: World) -> tuple[Path, TrainingState] | Non
 
     # Reading terabytes for their checksums takes longer than a collective may.
     search = BackgroundWork(find, world, purpose=f"cannot read {folder}", remedy="Make it readable, and start again")
-    answer: tuple[Path, TrainingState] | CheckpointError | None = from_main(search.wait(), world)
+    answer: tuple[Path, TrainingState] | CheckpointError | None = broadcast(search.wait(), world)
     if isinstance(answer, CheckpointError):
         raise answer
     return answer
@@ -79,14 +79,14 @@ def restore(
 
     load_shards: reads shards that as many processes wrote (``Engine.load``).
     load_universal: reads the universal form (``Engine.load_universal``).
-    Raises: CheckpointError on all ranks when there is no space for that form, or optimiser state on NVMe forbids it.
+    Raises: CheckpointError on all ranks when there is no space for that form, or optimizer state on NVMe forbids it.
     """
     if state.world_size == world.size:
         load_shards(checkpoint.parent, checkpoint.name)
     else:
         if (checkpoint / OFFLOADED).is_dir():
             raise CheckpointError(
-                f"{checkpoint} has its optimiser state from NVMe, a folder for each of {state.world_size} processes, "
+                f"{checkpoint} has its optimizer state from NVMe, a folder for each of {state.world_size} processes, "
                 f"which cannot be put together for {world.size}: start {state.world_size} processes"
             )
         _log.info("%s was written by %d processes: converting it for %d", checkpoint, state.world_size, world.size)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.checkpoint.catalog import is_complete, latest_step, steps_in
-from trainer.checkpoint.state import MANIFEST, tag_of
-from trainer.config.schema import CheckpointConfig
+from trainer.checkpoint.training_state import MANIFEST, tag_of
+from trainer.config.run_config import CheckpointConfig
 
 SMOOTHED_STEPS = 100
 
@@ -25,7 +25,7 @@ def smoothed_losses(metrics: Path, steps: Sequence[int]) -> dict[int, float]:
             for line in file:
                 if line.endswith("\n"):  # a line that is being written, or that a kill cut off, has none
                     record = json.loads(line)
-                    if record.get("loss") is not None and not record.get("skipped"):
+                    if record.get("loss") is not None and not record.get("step_skipped"):
                         losses[record["step"]] = record["loss"]
     means = {}
     for step in steps:
@@ -44,7 +44,7 @@ def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[i
     return kept | set(known[: config.keep_best])
 
 
-def superfluous(folder: Path, config: CheckpointConfig) -> list[Path]:
+def expired(folder: Path, config: CheckpointConfig) -> list[Path]:
     """The checkpoints of ``folder`` that may go, half-written ones included; never the one that ``latest`` names."""
     steps = steps_in(folder)
     complete = [step for step in steps if is_complete(folder / tag_of(step))]

@@ -8,9 +8,9 @@ from pathlib import Path
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import is_complete, problems_of, read_state, steps_in
 from trainer.checkpoint.retention import remove
-from trainer.checkpoint.state import LATEST, CheckpointError, TrainingState, tag_of
-from trainer.distributed import World, from_main, raise_together
-from trainer.files import write_atomically
+from trainer.checkpoint.training_state import LATEST, CheckpointError, TrainingState, tag_of
+from trainer.runtime.distributed import World, broadcast, raise_together
+from trainer.runtime.files import write_atomically
 
 
 def has_checkpoint(folder: Path, at_most: int, world: World) -> bool:
@@ -22,7 +22,7 @@ def has_checkpoint(folder: Path, at_most: int, world: World) -> bool:
 
     # Reading terabytes for their checksums takes longer than a collective may.
     reading = BackgroundWork(search, world, purpose=f"cannot read {folder}", remedy="Make it readable, and start again")
-    return bool(from_main(reading.wait(), world))
+    return bool(broadcast(reading.wait(), world))
 
 
 def drop_checkpoints(folder: Path, is_stale: Callable[[TrainingState], bool], world: World) -> None:

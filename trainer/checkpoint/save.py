@@ -18,12 +18,12 @@ from safetensors.torch import save as safetensors_bytes
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import write_manifest
 from trainer.checkpoint.host_copy import HostCopies
-from trainer.checkpoint.retention import remove, superfluous
+from trainer.checkpoint.retention import expired, remove
 from trainer.checkpoint.shard_files import Entry, write_bytes, write_tensors
-from trainer.checkpoint.state import CONFIG, LATEST, STATE, TrainingState, rng_file, tag_of
-from trainer.config.schema import CheckpointConfig
-from trainer.distributed import World, gather_objects
-from trainer.files import canonical_json, checksum, sync_folder, write_atomically
+from trainer.checkpoint.training_state import CONFIG, LATEST, STATE, TrainingState, rng_file, tag_of
+from trainer.config.run_config import CheckpointConfig
+from trainer.runtime.distributed import World, gather_objects
+from trainer.runtime.files import canonical_json, checksum, sync_folder, write_atomically
 
 Entries = dict[str, Entry]
 WriteTensors = Callable[[Any, Path], None]
@@ -140,5 +140,5 @@ class Checkpoints:
         sync_folder(target)
         write_manifest(target, entries)
         write_atomically(self._folder / LATEST, target.name)
-        for checkpoint in superfluous(self._folder, self._config):
+        for checkpoint in expired(self._folder, self._config):
             remove(checkpoint)

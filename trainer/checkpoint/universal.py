@@ -34,13 +34,13 @@ from torch import Tensor
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import is_complete, problems_of, write_manifest
 from trainer.checkpoint.shard_files import Entry, write_tensors
-from trainer.checkpoint.state import UNIVERSAL, CheckpointError
-from trainer.distributed import World, from_main, gather_objects
-from trainer.files import sync_folder
+from trainer.checkpoint.training_state import UNIVERSAL, CheckpointError
+from trainer.runtime.distributed import World, broadcast, gather_objects
+from trainer.runtime.files import sync_folder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUILDING = ".universal.building"
-# What a shard's optimiser state has of its own rank; everything else is the same on all.
+# What a shard's optimizer state has of its own rank; everything else is the same on all.
 _SHARDED = (BASE_OPTIMIZER_STATE, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_GROUPS, FP32_FLAT_GROUPS)
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def ensure_universal(checkpoint: Path, world: World) -> Path:
         "start again, or start as many processes as have written it",
     )
     there = work(lambda: world.is_main and _is_good(checkpoint)).wait()
-    if not from_main(there, world):
+    if not broadcast(there, world):
         work(lambda: _begin(checkpoint) if world.is_main else None).wait()
         entries = work(lambda: _convert_part(checkpoint, world.rank, world.size)).wait()
         merged = {name: entry for part in gather_objects(entries, world) for name, entry in part.items()}
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _Shards:
-    """The optimiser files of all ranks, mapped into memory: what is not touched is not read."""
+    """The optimizer files of all ranks, mapped into memory: what is not touched is not read."""
 
     def __init__(self, checkpoint: Path, shapes: list[dict[str, torch.Size]]) -> None:
         paths = list(checkpoint.glob("*_optim_states.pt"))

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import tyro
 
-from trainer.config.data import DataConfig, ImageTextSource, InterleavedSource, TextSource
-from trainer.config.evaluation import EvaluationConfig, EvaluationTask
+from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource
+from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
 from trainer.config.loader import load_config
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, TrainingConfig
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, TrainingConfig
 from trainer.errors import ConfigError
 
 C = TypeVar("C")

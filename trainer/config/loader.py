@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trainer.config.checks import check_settings, world_size_problems
-from trainer.config.evaluation import EvaluationConfig
+from trainer.config.cross_checks import check_settings, world_size_problems
+from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
-from trainer.config.schema import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
 from trainer.config.validation import dotted, validate
 from trainer.config.yaml_file import KeyPath, YamlFile, read_yaml
 from trainer.errors import ConfigError, Problem

@@ -1,4 +1,4 @@
-"""A mapping against the dataclasses: every error with its dotted path and, for a misspelt key, a suggestion.
+"""A mapping against the dataclasses: every error with its dotted path and, for a misspelled key, a suggestion.
 
 pydantic does the checking; this module turns its errors into sentences that name settings as the user wrote them.
 """
@@ -97,7 +97,7 @@ def _tags(path: KeyPath, values: dict[str, Any], schema: type) -> str:
 
 
 def _suggestion(path: KeyPath, values: dict[str, Any], schema: type) -> str:
-    """What the unknown key was probably meant to be: a neighbour that is spelt alike, or its namesake elsewhere."""
+    """What the unknown key was probably meant to be: a neighbor that is spelled alike, or its namesake elsewhere."""
     name = str(path[-1])
     known = sorted({f.name for cls in _classes_at(path[:-1], values, schema) for f in fields(cls)})
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.loss import label_positions
+from model.loss import target_positions
 from model.tower_patches import Grid
-from trainer.data.packing import LanePosition
+from trainer.data.stream.packing import LanePosition
 
 IGNORED_LABEL = -100
 
@@ -33,7 +32,7 @@ class SampleId:
     key: str
 
 
-class Skipped(NamedTuple):
+class RejectedSample(NamedTuple):
     """A sample that could not be used, and why."""
 
     reason: str
@@ -42,7 +41,7 @@ class Skipped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Row:
     """One row, before padding.
 
     input_ids, labels, media_index: int64 [L]. labels stand at their token's own position (the model shifts), with
@@ -69,11 +68,11 @@ class Batch:
         sequence has a medium, a black one stands there that no token refers to. Where media keep their aspect, the
         patches of all of them one after the other (``to_patches``): uint8 [P, 3, patch_size, patch_size].
     media_grids: of media that keep their aspect, frames, rows and columns of patches of each.
-    skipped: why samples were replaced by their substitutes, counted by reason.
+    rejected: why samples were replaced by their substitutes, counted by reason.
     position_ids: of packed rows, int64 [B, L], restarting at 0 with each document and with the padding, which is then a
         document of its own. Documents do not attend to one another (``model.flamingo``).
     lane_positions: where packed lanes stand after this batch.
-    positions: ``model.loss.label_positions`` of the labels, found before a GPU has them: asking it would mean waiting.
+    positions: ``model.loss.target_positions`` of the labels, found before a GPU has them: asking it would mean waiting.
     """
 
     source: str
@@ -83,7 +82,7 @@ class Batch:
     media_index: Tensor
     media: Tensor
     samples: tuple[SampleId, ...] = ()
-    skipped: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     position_ids: Tensor | None = None
     lane_positions: Mapping[int, LanePosition] = field(default_factory=dict)
     media_grids: tuple[Grid, ...] | None = None
@@ -107,7 +106,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED_LABEL).sum())
 
     @property
-    def sequences(self) -> int:
+    def num_documents(self) -> int:
         """Rows of the batch, or documents where rows are packed."""
         if self.position_ids is None:
             return len(self.input_ids)
@@ -138,12 +137,12 @@ class Batch:
 
 
 def collate(
-    sequences: SequenceOf[Sequence],
+    sequences: Sequence[Row],
     *,
     source: str,
     pad_id: int,
     media_shape: tuple[int, int, int, int],
-    skipped: Counter[str] | None = None,
+    rejected: Counter[str] | None = None,
     lane_positions: Mapping[int, LanePosition] | None = None,
     patch_size: int | None = None,
 ) -> Batch:
@@ -184,15 +183,15 @@ def collate(
         media_index,
         pixels,
         samples,
-        skipped or Counter(),
+        rejected or Counter(),
         position_ids,
         lane_positions or {},
         media_grids,
-        label_positions(labels),
+        target_positions(labels),
     )
 
 
-def media_inputs(media: SequenceOf[Tensor], patch_size: int | None) -> tuple[Tensor, tuple[Grid, ...] | None]:
+def media_inputs(media: Sequence[Tensor], patch_size: int | None) -> tuple[Tensor, tuple[Grid, ...] | None]:
     """``media`` and ``media_grids`` as the model takes them, of one medium and more.
 
     media: uint8 [frames, 3, height, width] each. patch_size: they have any shape of whole patches; None: all have the

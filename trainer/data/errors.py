@@ -27,7 +27,7 @@ class TooManyBadSamplesError(DataError):
 class SampleError(DataError):
     """One sample cannot be used.
 
-    reason: a short identifier, the unit of counting (``skipped`` in metrics.jsonl). detail: for a person.
+    reason: a short identifier, the unit of counting (``replaced_samples`` in metrics.jsonl). detail: for a person.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -10,10 +10,10 @@ from typing import Protocol, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from trainer.config.schema import LoggingConfig
+from trainer.config.run_config import LoggingConfig
 from trainer.errors import ConfigError, Problem
 from trainer.metrics.jsonl import JsonLinesWriter
-from trainer.metrics.step import StepMetrics
+from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.throughput import Rates, Throughput, format_count, format_duration
 
 
@@ -44,7 +44,7 @@ class MetricsWriter:
         if not is_main:
             return
         self._sinks.append(JsonLinesSink(run_dir, resume_step))
-        self._sinks.append(ConsoleSink(total_steps, logging.console_every, resume_step))
+        self._sinks.append(ConsoleSink(total_steps, logging.log_every, resume_step))
         if logging.tensorboard:
             self._sinks.append(TensorBoardSink(run_dir, resume_step))
         if logging.wandb_project is not None:
@@ -102,10 +102,10 @@ def console_line(metrics: StepMetrics, rates: Rates, total_steps: int) -> str:
     ]
     if rates.mfu is not None:
         parts.insert(-2, f"MFU {rates.mfu:.1%}")
-    if metrics.skipped:
-        parts.append(f"SKIPPED ({metrics.why_skipped or 'gradient not finite'})")
-    if metrics.substituted:
-        parts.append(f"{metrics.substituted} bad samples replaced")
+    if metrics.step_skipped:
+        parts.append(f"SKIPPED ({metrics.skip_reason or 'gradient not finite'})")
+    if metrics.replaced_samples:
+        parts.append(f"{metrics.replaced_samples} bad samples replaced")
     return "  ".join(parts)
 
 
@@ -134,7 +134,7 @@ class ConsoleSink:
         """Show the update."""
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step, left=format_duration(rates.seconds_left))
-        if metrics.step % self._every == 0 or metrics.step == self._total_steps or metrics.skipped:
+        if metrics.step % self._every == 0 or metrics.step == self._total_steps or metrics.step_skipped:
             self._print(console_line(metrics, rates, self._total_steps))
 
     def close(self) -> None:

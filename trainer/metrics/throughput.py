@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from trainer.metrics.step import StepMetrics
+from trainer.metrics.step_metrics import StepMetrics
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import TrainerError
-from trainer.files import write_atomically
+from trainer.runtime.files import write_atomically
 
 # What may stand in a host's name or address. A name becomes an argument of ssh and pdsh, so it must not look like an
 # option ("-oProxyCommand=...") nor hold pdsh's own syntax ("node[1-4]", "a,b").

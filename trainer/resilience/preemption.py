@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from trainer.distributed import World, any_rank
 from trainer.errors import TrainerError
+from trainer.runtime.distributed import World, any_rank
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

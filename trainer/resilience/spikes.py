@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.resilience import SpikeConfig
-from trainer.files import write_json
+from trainer.config.resilience_config import SpikeConfig
+from trainer.runtime.files import write_json
 
 WINDOWS = "skipped_windows.json"
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
@@ -95,7 +95,7 @@ class SpikeDetector:
         return list(self._history)
 
     def _is_suspect(self, loss: float, grad_norm: float) -> bool:
-        if self._config.action == "off" or len(self._history) < self._config.min_updates:
+        if self._config.action == "off" or len(self._history) < self._config.min_steps:
             return False
         losses, norms = zip(*self._history, strict=True)
         scores = [robust_score(loss, losses)]

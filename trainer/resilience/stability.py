@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import RunConfig
-from trainer.distributed import World, barrier, from_main
+from trainer.config.run_config import RunConfig
 from trainer.errors import TrainerError
 from trainer.resilience.events import EventLog
 from trainer.resilience.spikes import (
@@ -19,6 +18,7 @@ from trainer.resilience.spikes import (
     windows_to_json,
     write_windows,
 )
+from trainer.runtime.distributed import World, barrier, broadcast
 
 _log = logging.getLogger(__name__)
 
@@ -76,15 +76,15 @@ class Stability:
     ) -> None:
         self._config, self._can_go_back, self._events = config.resilience.spikes, can_go_back, events
         self._rewinds = sorted({*windows, *windows_from_json(saved.get("windows", ()))})
-        by_setting = "resilience.skip_updates"
+        by_setting = "resilience.skip_steps"
         self._windows = [
             *self._rewinds,
-            *(SkippedWindow(first, last, by_setting) for first, last in config.resilience.skip_updates),
+            *(SkippedWindow(first, last, by_setting) for first, last in config.resilience.skip_steps),
         ]
         self._not_finite = SkippedSteps(config.training.max_skipped_in_a_row, saved.get("not_finite_in_a_row", 0))
         self._detector = SpikeDetector(self._config, [(loss, norm) for loss, norm in saved.get("history", ())])
 
-    def why_skipped(self, step: int) -> str | None:
+    def skip_reason(self, step: int) -> str | None:
         """Why update ``step`` is passed over; None for one that is trained."""
         return next((window.why for window in self._windows if step in window), None)
 
@@ -121,7 +121,7 @@ class Stability:
 
 def known_windows(run_dir: Path, world: World) -> tuple[SkippedWindow, ...]:
     """The windows of the run's rewinds, the same on every rank."""
-    windows: tuple[SkippedWindow, ...] = from_main(read_windows(run_dir) if world.is_main else None, world)
+    windows: tuple[SkippedWindow, ...] = broadcast(read_windows(run_dir) if world.is_main else None, world)
     return windows
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from trainer.config.resilience import StragglerConfig
-from trainer.distributed import World, gather_objects
+from trainer.config.resilience_config import StragglerConfig
 from trainer.resilience.events import EventLog
+from trainer.runtime.distributed import World, gather_objects
 
 _log = logging.getLogger(__name__)
 _WIDTH, _REPETITIONS = 512, 5

@@ -24,20 +24,20 @@ from typing import TextIO
 
 import psutil
 
-from trainer.config.resilience import WatchdogConfig
-from trainer.distributed import (
+from trainer.config.resilience_config import WatchdogConfig
+from trainer.resilience.events import EventLog
+from trainer.runtime.distributed import (
     World,
     collective_records,
     gather_objects,
     set_collective_timeout,
 )
-from trainer.resilience.events import EventLog
 
 EXIT_HUNG = 124  # what timeout(1) exits with
 STACKS = "stacks"
 # torch's record of the last collectives of each process: on, and written when a collective times out.
 _FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_ON_TIMEOUT": "1"}
-_UPDATES_OF_STARTUP = 2  # the first ones compile, build and fill caches
+_STEPS_OF_STARTUP = 2  # the first ones compile, build and fill caches
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Watchdog:
         """Progress. what: the work that begins, for the report. slow: it may take ``config.startup_seconds``."""
         if self._config.seconds is None:
             return
-        slow = slow or self._updates < _UPDATES_OF_STARTUP
+        slow = slow or self._updates < _STEPS_OF_STARTUP
         if slow != self._slow:
             grace = 2 * self._config.grace_seconds
             set_collective_timeout(self._timeout_seconds if slow else self._config.seconds + grace)

@@ -21,12 +21,12 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from trainer.config.deepspeed import deepspeed_json
-from trainer.config.schema import ContrastiveRunConfig
-from trainer.data.loader import micro_batches_per_update
-from trainer.distributed import World, barrier
+from trainer.config.deepspeed_json import deepspeed_json
+from trainer.config.run_config import ContrastiveRunConfig
+from trainer.data.stream.loader import micro_batches_per_step
 from trainer.loop import Task
-from trainer.tasks.builders import contrastive_builders
+from trainer.runtime.distributed import World, barrier
+from trainer.tasks.row_builders import contrastive_builders
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's own limit of the inverse temperature
 CLIP_PREFIX = "clip."  # of the weights of ContrastiveTowers in a checkpoint
@@ -47,7 +47,7 @@ class DuplicateAwareClipLoss(ClipLoss):
     ) -> Tensor:
         """The mean over this rank's pairs of both directions' cross-entropy.
 
-        image_features, text_features: [n, width], normalised. duplicates: bool [n, n * world size], True where another
+        image_features, text_features: [n, width], normalized. duplicates: bool [n, n * world size], True where another
         row of the global batch has the same caption; None leaves all of them in.
         """
         per_image, per_text = self.get_logits(image_features, text_features, logit_scale)
@@ -122,7 +122,7 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
     torch.manual_seed(config.training.seed)
     clip = open_clip.create_model(f"local-dir:{architecture_folder(config)}", load_weights=False)
     settings = deepspeed_json(
-        config, world_size=world.size, micro_batches_per_update=micro_batches_per_update(config.data, world.size)
+        config, world_size=world.size, micro_batches_per_step=micro_batches_per_step(config.data, world.size)
     )
     towers = ContrastiveTowers(clip, world, mask_duplicate_captions=config.mask_duplicate_captions)
     if config.training.dtype == "bfloat16":
@@ -135,7 +135,7 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
         media_shape=(1, 3, size, size),
         deepspeed=settings,
         model={"architecture": config.architecture},
-        unit="sequence",
+        unit="document",
     )
 
 

@@ -10,16 +10,16 @@ from model.factory import build_flamingo, build_tokenizer
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
 from model.parameters import frozen_digests
-from trainer.config.deepspeed import deepspeed_json
-from trainer.config.schema import FlamingoRunConfig
-from trainer.cost_model import ActivationMemory, checkpointed_blocks, micro_batch
-from trainer.data.loader import micro_batches_per_update
-from trainer.data.plan import plan_update
-from trainer.distributed import World
-from trainer.engine import partitioned_loading
+from trainer.config.deepspeed_json import deepspeed_json
+from trainer.config.run_config import FlamingoRunConfig
+from trainer.data.stream.loader import micro_batches_per_step
+from trainer.data.stream.step_plan import plan_step
+from trainer.deepspeed_engine.engine import partitioned_loading
 from trainer.loop import Task
-from trainer.tasks.builders import check_packing, flamingo_builders
-from trainer.tasks.flops import count_operations, data_sheet_tflops
+from trainer.planning.cost_model import ActivationMemory, checkpointed_blocks, micro_batch
+from trainer.runtime.distributed import World
+from trainer.tasks.batch_flops import count_operations, data_sheet_tflops
+from trainer.tasks.row_builders import check_packing, flamingo_builders
 
 
 def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
@@ -27,7 +27,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
     ops.set_backend(config.training.ops)
     tokenizer = build_tokenizer(config.model)
     settings = deepspeed_json(
-        config, world_size=world.size, micro_batches_per_update=micro_batches_per_update(config.data, world.size)
+        config, world_size=world.size, micro_batches_per_step=micro_batches_per_step(config.data, world.size)
     )
     with partitioned_loading(settings) as placement:
         model = build_flamingo(
@@ -57,7 +57,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
 
 def _choose_checkpointing(config: FlamingoRunConfig, model: Flamingo, world: World) -> FlamingoRunConfig:
     """Sets the model, and returns the configuration with the number of blocks in it. Every rank counts the same."""
-    memory, plans = ActivationMemory(config, model), plan_update(config.data, world.size)
+    memory, plans = ActivationMemory(config, model), plan_step(config.data, world.size)
     number = checkpointed_blocks(config, memory, plans)
     model.activation_checkpointing(number)
     if config.training.activation_memory_gib is not None and world.is_main:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from model.factory import torch_dtype
-from model.loss import label_positions, labels_after, summed_cross_entropy
-from trainer.config.deepspeed import deepspeed_json
-from trainer.config.schema import LanguageModelRunConfig, TokenizerTrainingConfig
-from trainer.data.decode import text_member
-from trainer.data.loader import micro_batches_per_update
-from trainer.data.manifest import load_manifest
-from trainer.data.reader import ShardReader
-from trainer.distributed import World, barrier
-from trainer.engine import partitioned_loading
+from model.loss import labels_after, summed_cross_entropy, target_positions
+from trainer.config.deepspeed_json import deepspeed_json
+from trainer.config.run_config import LanguageModelRunConfig, TokenizerTrainingConfig
+from trainer.data.samples.decode import text_member
+from trainer.data.shards.manifest import load_manifest
+from trainer.data.shards.reader import ShardReader
+from trainer.data.stream.loader import micro_batches_per_step
+from trainer.deepspeed_engine.engine import partitioned_loading
 from trainer.loop import Task
-from trainer.tasks.builders import check_packing, text_builders
+from trainer.runtime.distributed import World, barrier
+from trainer.tasks.row_builders import check_packing, text_builders
 
 
 @dataclass
@@ -51,11 +51,11 @@ class CausalLanguageModel(nn.Module):
         **unused: Tensor,
     ) -> LanguageModelOutput:
         """All int64 [B, L]; labels at their token's own position, -100 ignored. Packed documents come as position_ids
-        that restart with each, and without an attention mask. positions: ``label_positions`` of the labels, if known.
+        that restart with each, and without an attention mask. positions: ``target_positions`` of the labels, if known.
         """
         attention = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
         logits = self.language_model(input_ids=input_ids, use_cache=False, **attention).logits
-        positions = label_positions(labels) if positions is None else positions
+        positions = target_positions(labels) if positions is None else positions
         loss = summed_cross_entropy(logits.flatten(0, 1)[positions], labels_after(labels, positions))
         return LanguageModelOutput(loss)
 
@@ -118,7 +118,7 @@ def build_language_model_task(config: LanguageModelRunConfig, world: World) -> T
     barrier()
     tokenizer = load_run_tokenizer(config)
     settings = deepspeed_json(
-        config, world_size=world.size, micro_batches_per_update=micro_batches_per_update(config.data, world.size)
+        config, world_size=world.size, micro_batches_per_step=micro_batches_per_step(config.data, world.size)
     )
     architecture = model_settings(config, tokenizer)
     torch.manual_seed(config.training.seed)

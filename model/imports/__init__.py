@@ -1,0 +1,1 @@
+"""Load checkpoints of other projects."""

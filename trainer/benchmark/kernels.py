@@ -1,0 +1,270 @@
+"""``python -m trainer.benchmark kernels``: the fused attentions of model.ops against the ways others compute them.
+
+Everything runs in one process, in turns, and the median of the repeats counts. On CUDA the L2 cache is flushed before
+every repeat. On the CPU one thread is used and its processor time counts, so that other processes matter less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import ops
+from trainer.benchmark.attention_baselines import (
+    Attention,
+    CrossShape,
+    ResamplerShape,
+    cross_baselines,
+    resampler_baselines,
+)
+from trainer.benchmark.measurements import Measurement
+
+BENCHMARK = "kernels"
+H100_BYTES_PER_SECOND = 3.35e12
+CPU_DTYPES, CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+
+CROSS_SHAPES = {
+    "cpu": [CrossShape(1, 512, 8, 8, 64, leading_text=True)],
+    "cuda": [CrossShape(8, 2048, media, *heads) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)],
+}
+RESAMPLER_SHAPES = {
+    "cpu": [ResamplerShape(8, 256, 8, 64)],
+    "cuda": [ResamplerShape(media, features, 16, 64) for media, features in ((40, 256), (160, 1024), (320, 1024))],
+}
+# The least ratio to a baseline: (device, op, measure, baseline), with the number of media where it depends on it.
+TARGETS: dict[tuple[str, str, str, str], float | dict[int, float]] = {
+    ("cpu", "cross", "forward + backward", "SDPA + dense mask"): 12.0,
+    ("cpu", "resampler", "forward + backward", "SDPA on concatenated keys"): 1.0,
+    ("cpu", "cross", "extra memory", "scores of the dense mask"): 20.0,
+    ("cpu", "resampler", "extra memory", "concatenated keys"): 1.0,
+    ("cuda", "cross", "forward", "SDPA + dense mask"): {5: 3.0, 16: 8.0, 32: 15.0},
+    ("cuda", "cross", "forward", "varlen_attn"): 1.1,
+    ("cuda", "cross", "backward", "varlen_attn"): 1.7,
+    ("cuda", "cross", "backward", "SDPA + dense mask"): {5: 4.0},
+    ("cuda", "resampler", "forward", "varlen_attn + concatenation"): 1.5,
+    ("cuda", "resampler", "backward", "varlen_attn + concatenation"): 1.5,
+    ("cuda", "resampler", "forward", "varlen_attn, features only"): 1.0,
+    ("cuda", "resampler", "backward", "varlen_attn, features only"): 1.0,
+}
+
+
+def run(device: str, repeats: int = 30) -> list[Measurement]:
+    """Measure every shape on "cpu" or "cuda". Raises RuntimeError if the fused ops cannot be used there."""
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        rows: list[Measurement] = []
+        for dtype in CPU_DTYPES if device == "cpu" else CUDA_DTYPES:
+            for cross in CROSS_SHAPES[device]:
+                rows += _cross_rows(cross, device, dtype, repeats)
+            for resampler in RESAMPLER_SHAPES[device]:
+                rows += _resampler_rows(resampler, device, dtype, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def _cross_rows(shape: CrossShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
+    rows, keys = (shape.batch * shape.length,), (shape.batch * shape.media, shape.latents)
+    inputs = _leaves(device, dtype, [(*size, shape.heads, shape.width) for size in (rows, keys, keys)])
+    index = shape.media_index(device)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.masked_cross_attention(q, k, v, index, backend="fused")
+
+    name = f"cross {shape.batch}x{shape.length}, {shape.media} media, {shape.heads}x{shape.width}, {_short(dtype)}"
+    q, k, v = (x.nbytes for x in inputs)
+    measured = _compare(
+        name,
+        "cross",
+        ours,
+        cross_baselines(shape, device),
+        inputs,
+        (2 * q + k + v, 3 * q + 2 * (k + v)),
+        repeats,
+        shape.media,
+    )
+    if device == "cpu":
+        scores = shape.batch * shape.heads * shape.length * shape.media * shape.latents * 4
+        measured.append(_memory_row(name, "cross", ours, inputs, "scores of the dense mask", scores))
+    return measured
+
+
+def _resampler_rows(shape: ResamplerShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
+    features, latents = (shape.media * shape.features,), (shape.media, shape.latents)
+    sizes = (latents, features, features, latents, latents)
+    inputs = _leaves(device, dtype, [(*size, shape.heads, shape.width) for size in sizes])
+    cu_media = torch.arange(shape.media + 1, device=device) * shape.features
+
+    def ours(q: Tensor, k_features: Tensor, v_features: Tensor, k_latents: Tensor, v_latents: Tensor) -> Tensor:
+        return ops.resampler_attention(q, k_features, v_features, k_latents, v_latents, cu_media, backend="fused")
+
+    name = f"resampler {shape.media} media, {shape.features} features, {shape.heads}x{shape.width}, {_short(dtype)}"
+    read, q = sum(x.nbytes for x in inputs), inputs[0].nbytes
+    measured = _compare(
+        name,
+        "resampler",
+        ours,
+        resampler_baselines(shape, device),
+        inputs,
+        (read + q, 2 * read + q),
+        repeats,
+        shape.media,
+    )
+    if device == "cpu":
+        concatenated = sum(x.nbytes for x in inputs[1:])
+        measured.append(_memory_row(name, "resampler", ours, inputs, "concatenated keys", concatenated))
+    return measured
+
+
+def _compare(
+    case: str,
+    op: str,
+    ours: Attention,
+    baselines: dict[str, Attention],
+    inputs: Sequence[Tensor],
+    least_bytes: tuple[int, int],
+    repeats: int,
+    media: int,
+) -> list[Measurement]:
+    """Rows of every measure against every baseline, and bytes a second.
+
+    least_bytes: what the forward and the backward must read and write at least.
+    """
+    device = inputs[0].device.type
+    grad = torch.randn_like(ours(*inputs))
+    least = {"forward": least_bytes[0], "backward": least_bytes[1], "forward + backward": sum(least_bytes)}
+    measures = ("forward", "backward") if device == "cuda" else ("forward", "forward + backward")
+    rows = []
+    for measure in measures:
+        steps = {name: _step(measure, f, inputs, grad) for name, f in {"ours": ours, **baselines}.items()}
+        seconds = _medians(list(steps.values()), device, repeats)
+        mine = seconds[0]
+        for baseline, theirs in zip(baselines, seconds[1:], strict=True):
+            target = TARGETS.get((device, op, measure, baseline))
+            target = target.get(media) if isinstance(target, dict) else target
+            rows.append(
+                Measurement(BENCHMARK, case, measure, "ms", mine * 1e3, baseline, theirs * 1e3, theirs / mine, target)
+            )
+        rows.append(Measurement(BENCHMARK, case, f"{measure}, bandwidth", "GB/s", least[measure] / mine / 1e9))
+        if device == "cuda":
+            floor = least[measure] / H100_BYTES_PER_SECOND
+            rows.append(Measurement(BENCHMARK, case, f"{measure}, of H100's floor", "1", floor / mine))
+            peak, *peaks = [_cuda_peak(step) / 1e6 for step in steps.values()]
+            rows += [
+                Measurement(BENCHMARK, case, f"{measure}, peak memory", "MB", peak, baseline, theirs, theirs / peak)
+                for baseline, theirs in zip(baselines, peaks, strict=True)
+            ]
+    return rows
+
+
+def _step(measure: str, attention: Attention, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+    if measure == "forward":
+        detached = [x.detach() for x in inputs]
+        return lambda: attention(*detached)
+    if measure == "forward + backward":
+        return lambda: torch.autograd.grad(attention(*inputs), inputs, grad, allow_unused=True)
+    out = attention(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
+
+
+def _medians(steps: Sequence[Callable[[], object]], device: str, repeats: int) -> list[float]:
+    """Median seconds of each step. The steps take turns of six repeats, the first two of which do not count: they
+    bring the allocator and the caches into the state that repeating this step leads to."""
+    times: list[list[float]] = [[] for _ in steps]
+    flush = torch.empty(256 * 2**20 if device == "cuda" else 0, dtype=torch.int8, device=device)
+    while len(times[-1]) < repeats:
+        for step, seconds in zip(steps, times, strict=True):
+            for turn in range(6):
+                flush.zero_()
+                elapsed = _cuda_seconds(step) if device == "cuda" else _cpu_seconds(step)
+                if turn >= 2:
+                    seconds.append(elapsed)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _cpu_seconds(step: Callable[[], object]) -> float:
+    """Processor time: with one thread it is the time that passes, less what other processes took."""
+    started = time.process_time()
+    step()
+    return time.process_time() - started
+
+
+def _cuda_seconds(step: Callable[[], object]) -> float:
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def _cuda_peak(step: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _memory_row(
+    case: str, op: str, ours: Attention, inputs: Sequence[Tensor], baseline: str, baseline_bytes: int
+) -> Measurement:
+    """Peak memory of forward and backward beyond the output and the gradients, which any implementation returns."""
+    grad = torch.randn_like(ours(*inputs))
+    returned = grad.nbytes + sum(x.nbytes for x in inputs)
+    extra = max(_cpu_peak(_step("forward + backward", ours, inputs, grad)) - returned, 1)
+    target = TARGETS["cpu", op, "extra memory", baseline]
+    assert not isinstance(target, dict)
+    return Measurement(
+        BENCHMARK,
+        case,
+        "extra memory",
+        "KB",
+        extra / 1e3,
+        baseline,
+        baseline_bytes / 1e3,
+        baseline_bytes / extra,
+        target,
+    )
+
+
+def _cpu_peak(step: Callable[[], object]) -> int:
+    """Bytes of resident memory that a step needs at its peak, beyond what is there before. Linux only.
+
+    Memory that the allocator or the kernels keep would hide what a step needs, so it is given back first.
+    """
+    step()
+    peaks = []
+    for _ in range(5):
+        gc.collect()
+        torch.ops.flamingo.release_cpu_scratch()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+        before = _status_bytes("VmRSS")
+        step()
+        peaks.append(_status_bytes("VmHWM") - before)
+    return int(statistics.median(peaks))
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _leaves(device: str, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Convert other layouts of data into shards."""

@@ -1,0 +1,1 @@
+"""Turn the members of one sample into a row of tokens and media."""

@@ -1,0 +1,1 @@
+"""Decide which samples make each batch, and deliver the batches."""

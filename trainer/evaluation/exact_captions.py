@@ -1,0 +1,143 @@
+"""Exact captions: generated greedily (or with num_beams) for held-out images, and compared word by word.
+
+Each example is a prompt of images and true captions that ends with the image whose caption is asked for. Controls
+change only the images, so that what a figure loses by them is what the model had from seeing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from torch import Tensor
+
+from model.flamingo import Flamingo
+from model.generation import generate
+from model.tokens import FlamingoTokenizer
+from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
+from trainer.data.errors import SampleError
+from trainer.data.samples.decode import ImageDecoder, decode_json, image_member, text_member
+from trainer.data.samples.mmc4 import image_bytes, parse_document
+from trainer.data.samples.prompt_images import model_media
+from trainer.data.shards.manifest import load_manifest
+from trainer.data.shards.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class Example:
+    """images: uint8 [1, 3, height, width] each, the last one asked for.
+
+    captions: of each image, the last one the truth.
+    """
+
+    images: tuple[Tensor, ...]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """value: share of exact captions. met: whether the task's bounds hold (True without bounds)."""
+
+    task: EvaluationTask
+    value: float
+    samples: int
+    captions: tuple[tuple[str, str], ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether the task's bounds hold."""
+        low, high = self.task.minimum, self.task.maximum
+        return (low is None or self.value >= low) and (high is None or self.value <= high)
+
+
+def read_examples(task: EvaluationTask, decoder: ImageDecoder, samples: int | None) -> list[Example]:
+    """The examples of a task, shard after shard.
+
+    samples: at most this many; None takes all. Raises: ShardError; ValueError for samples that cannot be used (an
+    evaluation that silently leaves some out would not be comparable) and when there are none.
+    """
+    reader = ShardReader(load_manifest(task.manifest))
+    read = _read_pair if task.type == "image_text" else _read_document
+    examples = []
+    try:
+        for key, members in islice(_members(reader), samples):
+            try:
+                examples.append(read(key, members, decoder, task.image))
+            except SampleError as error:
+                raise ValueError(f"{task.manifest}: sample {key!r} cannot be used: {error}") from error
+    finally:
+        reader.close()
+    if not examples:
+        raise ValueError(f"{task.manifest} has no samples")
+    return examples
+
+
+def _members(reader: ShardReader) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for shard, count in enumerate(reader.manifest.samples):
+        for index in range(int(count)):
+            yield reader.read(shard, index)
+
+
+def _read_pair(key: str, members: dict[str, bytes], decoder: ImageDecoder, image: int) -> Example:
+    return Example((decoder(image_member(members))[None],), (text_member(members).strip(),))
+
+
+def _read_document(key: str, members: dict[str, bytes], decoder: ImageDecoder, image: int) -> Example:
+    document = parse_document(decode_json(members.get("json", b"")))
+    if len(document.images) < image:
+        raise SampleError("no_images", f"it has {len(document.images)} images, and image {image} is asked for")
+    placed = document.images[:image]
+    images = tuple(decoder(image_bytes(one, members, key))[None] for one in placed)
+    return Example(images, tuple(document.sentences[one.sentence].strip() for one in placed))
+
+
+def apply_control(examples: Sequence[Example], task: EvaluationTask, seed: int) -> list[Example]:
+    """The examples with the images that the task's control asks for; captions stay as they are."""
+    if task.control in ("none", "without_images"):
+        return list(examples)
+    place = -1 if task.control == "shuffled" else 0
+    # One cycle through a random order: every example gets another one's image, none keeps its own.
+    order = np.random.default_rng(seed).permutation(len(examples))
+    donor = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    controlled = []
+    for number, example in enumerate(examples):
+        images = list(example.images)
+        images[place] = examples[donor[number]].images[place]
+        controlled.append(replace(example, images=tuple(images)))
+    return controlled
+
+
+def prompt_of(example: Example, tokenizer: FlamingoTokenizer, encode: Callable[[str], list[int]]) -> list[int]:
+    """``<BOS><image>caption<EOC>...<image>``: everything up to the caption that is asked for."""
+    prompt = [tokenizer.bos_id]
+    for caption in example.captions[:-1]:
+        prompt += [tokenizer.image_id, *encode(caption), tokenizer.end_of_chunk_id]
+    return [*prompt, tokenizer.image_id]
+
+
+def evaluate_task(
+    model: Flamingo, tokenizer: FlamingoTokenizer, task: EvaluationTask, config: EvaluationConfig, decoder: ImageDecoder
+) -> Score:
+    """Generate every caption of a task and count the exact ones."""
+    examples = apply_control(read_examples(task, decoder, config.samples), task, config.seed)
+    captions = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = examples[start : start + config.batch_size]
+        with_images = task.control != "without_images"
+        images = [image for example in batch for image in example.images] if with_images else []
+        media, media_grids = model_media(images, decoder)
+        generated = generate(
+            model,
+            [prompt_of(example, tokenizer, tokenizer.encode) for example in batch],
+            media,
+            [len(example.images) if with_images else 0 for example in batch],
+            max_new_tokens=config.max_new_tokens,
+            media_grids=media_grids,
+            num_beams=config.num_beams,
+        )
+        captions += [tokenizer.decode(ids).strip() for ids in generated]
+    truth = [example.captions[-1] for example in examples]
+    exact = sum(found == true for found, true in zip(captions, truth, strict=True))
+    return Score(task, exact / len(examples), len(examples), tuple(zip(truth, captions, strict=True)))

@@ -1,0 +1,1 @@
+"""Predict memory, time and communication of a step before it runs."""
