@@ -1,11 +1,11 @@
-"""Builds csrc/ into model/ops: `_C.abi3.so` (schemas and CPU kernels) and `_C_cuda.abi3.so`.
+"""Build csrc/ into model/ops: ``_C.abi3.so`` (schemas and CPU kernels) and ``_C_cuda.abi3.so``.
 
-Both are optional. Where there is no torch, compiler or CUDA toolkit at build time, the install succeeds without them
-and the reason is kept in `model/ops/_build_report.json`, which `python -m trainer.doctor` shows. The rest of the
-metadata is in pyproject.toml.
+Both are optional. Without torch, compiler or CUDA toolkit at build time the install succeeds without them, and
+``model/ops/_build_report.json`` keeps the reason, which ``python -m trainer.doctor`` shows. All other metadata are in
+pyproject.toml.
 
-Environment: MAX_JOBS (compilations at a time), TORCH_CUDA_ARCH_LIST (default "8.0 9.0a"), CUDA_HOME, CXX,
-FLAMINGO_BUILD=0 (build nothing), FLAMINGO_BUILD=cpu (no CUDA).
+Environment variables: MAX_JOBS (compilations at a time), TORCH_CUDA_ARCH_LIST (default "8.0 9.0a"), CUDA_HOME, CXX,
+FLAMINGO_BUILD=0 (build nothing), FLAMINGO_BUILD=cpu (build no CUDA).
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a"
 
 
 class Unavailable(Exception):
-    """A library cannot be built here; the message is what the doctor shows."""
+    """Report that a library cannot be built here; the doctor shows the message."""
 
 
 def torch_folders() -> tuple[list[str], str]:
-    """Include folders and library folder of the torch that is installed in the building environment."""
+    """Return include folders and library folder of the torch in the building environment.
+
+    Raises:
+        Unavailable: torch is missing or broken.
+    """
     try:
         import torch.utils.cpp_extension as cpp_extension
     except Exception as error:  # a broken torch raises anything
@@ -46,7 +50,11 @@ def torch_folders() -> tuple[list[str], str]:
 
 
 def find_compiler() -> str:
-    """Path of the C++ compiler. Raises: Unavailable."""
+    """Return the path of the C++ compiler.
+
+    Raises:
+        Unavailable: There is none.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler: set CXX or install g++")
@@ -54,7 +62,11 @@ def find_compiler() -> str:
 
 
 def find_nvcc() -> str:
-    """Path of the CUDA compiler, of CUDA_HOME first. Raises: Unavailable."""
+    """Return the path of the CUDA compiler, preferably that of CUDA_HOME.
+
+    Raises:
+        Unavailable: There is none.
+    """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     candidates = [str(Path(home) / "bin" / "nvcc"), shutil.which("nvcc") or ""]
     for candidate in candidates:
@@ -64,9 +76,10 @@ def find_nvcc() -> str:
 
 
 def cuda_code_flags() -> list[str]:
-    """`-gencode` options from TORCH_CUDA_ARCH_LIST, for example "8.0;9.0a" or "8.0+PTX"; Ampere and later only.
+    """Return ``-gencode`` options from TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a" or "8.0+PTX"; Ampere and later only.
 
-    Raises: Unavailable for a list without any.
+    Raises:
+        Unavailable: The list has no such architecture.
     """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
     flags = []
@@ -84,7 +97,11 @@ def cuda_code_flags() -> list[str]:
 
 
 def cpu_rules() -> tuple[list[Path], str, list[str]]:
-    """Sources, compiler and flags of the CPU library. Raises: Unavailable."""
+    """Return sources, compiler and flags of the CPU library.
+
+    Raises:
+        Unavailable: There is no compiler.
+    """
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *STABLE_ABI]
     if platform.machine().lower() in ("x86_64", "amd64") and "clang" not in compiler_name():
         flags.append("-DFLAMINGO_X86_KERNELS")
@@ -92,12 +109,20 @@ def cpu_rules() -> tuple[list[Path], str, list[str]]:
 
 
 def compiler_name() -> str:
-    """What the C++ compiler says of itself, in lower case. Raises: Unavailable."""
+    """Return the C++ compiler's description of itself, in lower case.
+
+    Raises:
+        Unavailable: There is no compiler.
+    """
     return subprocess.run([find_compiler(), "--version"], capture_output=True, text=True, check=False).stdout.lower()
 
 
 def cuda_rules() -> tuple[list[Path], str, list[str]]:
-    """Sources, compiler and flags of the CUDA library. Raises: Unavailable."""
+    """Return sources, compiler and flags of the CUDA library.
+
+    Raises:
+        Unavailable: CUDA was not requested, or nvcc or CUDA's torch is missing.
+    """
     if os.environ.get("FLAMINGO_BUILD") == "cpu":
         raise Unavailable("built with FLAMINGO_BUILD=cpu")
     nvcc = find_nvcc()
@@ -111,7 +136,11 @@ def cuda_rules() -> tuple[list[Path], str, list[str]]:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Run a build command. Raises: Unavailable, with the first errors that it printed."""
+    """Run a build command.
+
+    Raises:
+        Unavailable: The command failed; the message has the first errors that it printed.
+    """
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     sys.stdout.write(result.stdout)
     if result.returncode != 0:
@@ -121,7 +150,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def ninja_text(sources: list[Path], compiler: str, flags: list[str], link: list[str], output: Path) -> str:
-    """A ninja file: one object a source, then the library. Dependencies on headers come from the compiler."""
+    """Return a ninja file: one object a source, then the library; the compiler lists the headers that matter."""
 
     def quote(argument: str | Path) -> str:
         return str(argument).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
@@ -138,7 +167,17 @@ def ninja_text(sources: list[Path], compiler: str, flags: list[str], link: list[
 
 
 def build_library(rules: tuple[list[Path], str, list[str]], libraries: list[str], output: Path, folder: Path) -> None:
-    """Compile ``rules`` (sources, compiler, flags) in ``folder`` and link ``output``. Raises: Unavailable."""
+    """Compile and link a library.
+
+    Args:
+        rules: Sources, compiler and flags.
+        libraries: Flags of the linker.
+        output: File of the library.
+        folder: Folder for the objects.
+
+    Raises:
+        Unavailable: A source, a tool or torch is missing, or a command failed.
+    """
     sources, compiler, flags = rules
     ninja = shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja"))
     if ninja is None:
@@ -155,7 +194,7 @@ def build_library(rules: tuple[list[Path], str, list[str]], libraries: list[str]
 
 
 class OptionalLibraries(build_ext):
-    """Builds what can be built into the package and records why the rest was not."""
+    """Build the possible libraries into the package, and record why the others are missing."""
 
     def run(self) -> None:
         package = ROOT / "model" / "ops" if self.inplace else Path(self.build_lib) / "model" / "ops"

@@ -1,11 +1,12 @@
-"""The sentences of the quickstart: captions of two digits, counting, and small talk for the language model."""
+"""Write the quickstart's sentences: captions of two digits, counting, and other simple sentences."""
 
 from __future__ import annotations
 
 import numpy as np
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CAPTIONS, COUNTING = 0.5, 0.25  # share of captions among what is not counting; share of counting
+COUNTING = 0.25  # share of the sentences that count
+CAPTIONS = 0.5  # share of captions among the other sentences
 
 NOUNS = (
     "dog cat horse bird river mountain child teacher train boat garden window apple orange egg island engine hill "
@@ -16,20 +17,20 @@ VERBS = "sees finds follows remembers paints carries watches leaves helps draws"
 
 
 def article_and_word(word: str) -> str:
-    """ "a three", "an eight", "a one"."""
+    """Return the word with its article: "a three", "an eight", "a one"."""
     return f"{'an' if word[0] in 'aeiou' and word != 'one' else 'a'} {word}"
 
 
 def caption(left: int, right: int) -> str:
-    """The caption of a picture of two digits."""
+    """Return the caption of a picture of two digits."""
     return f"a handwritten {WORDS[left]} and {article_and_word(WORDS[right])}"
 
 
 def sentence(rng: np.random.Generator) -> str:
-    """One sentence of the language model's text.
+    """Draw one sentence for the language model.
 
-    Counting ("three four five") makes the model tell the number words apart; without it their output rows stay so
-    similar that a frozen head cannot.
+    From counting ("three four five") the model learns to tell the number words apart. Without it, their rows in the
+    output embedding stay so similar that the frozen head of a Flamingo cannot.
     """
     if rng.random() < COUNTING:
         start = rng.integers(10)
@@ -49,5 +50,5 @@ def sentence(rng: np.random.Generator) -> str:
         f"a picture of {article_and_word(noun)} and {article_and_word(other)}",
         f"{article_and_word(noun)} is {first} but the {other} is {second}",
     )
-    weights = (2, 1, 1, 2, 2, 2, 2)  # the two about numbers share one form's weight
+    weights = (2, 1, 1, 2, 2, 2, 2)  # the two forms with numbers alone share the weight of one
     return forms[int(rng.choice(len(forms), p=np.array(weights) / sum(weights)))]

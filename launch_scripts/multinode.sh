@@ -1,53 +1,57 @@
 #!/usr/bin/env bash
-# Train on the nodes of a hostfile, over ssh: preflight checks, then the deepspeed launcher.
+# Train on the nodes of a hostfile, over ssh. Preflight checks run first, then the deepspeed launcher.
 #
 #   launch_scripts/multinode.sh HOSTFILE CONFIG.yaml [--section.key VALUE ...]
 #   TRAINER=trainer.train | trainer.pretrain_lm | trainer.pretrain_vision
 #   LAUNCHER=pdsh | openmpi
-#   SSH_ARGS="-p 2222"    for every ssh call
-#   INTERFACE=eth1        network interface, the same on all nodes (default: on each node the one to the first node)
-#   MASTER_ADDR=10.0.0.1  address of the first node (default: what the last node resolves its name to)
+#   SSH_ARGS="-p 2222"    arguments of every ssh call
+#   INTERFACE=eth1        network interface, the same on all nodes (default: each node's interface to the first node)
+#   MASTER_ADDR=10.0.0.1  address of the first node (default: the last node resolves the first node's name)
 #   MASTER_PORT=29500     change it when two runs share the first node
 #   FORWARD="NAME ..."    environment variables to set on the nodes, besides those of FORWARDED below
 #   PREFLIGHT=0           skip the checks
 #
-# SIGTERM, SIGUSR1 or Ctrl-C asks every rank to save and end; a second one, or SIGUSR2, ends the job at once.
-# Exit codes: 0 the run is complete; 75 it was asked to end, and did: start it again; 2 the hostfile or the
-# configuration is wrong; others: it failed. The clone and its .venv have to be at the same path on all nodes, and the
-# run folder on a file system that they share. See hostfile.example.
+# SIGTERM, SIGUSR1, SIGHUP or Ctrl-C asks every rank to save and end. A second Ctrl-C, or SIGUSR2, ends the job at once.
+# Exit codes: 0 the run is complete; 75 the run was asked to end and saved, start it again; 2 the hostfile or the
+# configuration is wrong; any other: the run failed.
+# The clone and its .venv must be at the same path on all nodes, and the run folder on a file system that they share.
+# See hostfile.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 FORWARDED='^(DS_ACCELERATOR|LD_LIBRARY_PATH|PATH|TOKENIZERS_PARALLELISM|(CUDA|FI|FLAMINGO|GLOO|HF|MKL|NCCL|OMP|TORCH|UCX)_.*)$'
-NOT_FORWARDED='^(CUDA_VISIBLE_DEVICES|HF_TOKEN)$' # the launcher sets the one; anybody would see the other with ps
+# The launcher sets CUDA_VISIBLE_DEVICES itself. HF_TOKEN would show in the output of ps.
+NOT_FORWARDED='^(CUDA_VISIBLE_DEVICES|HF_TOKEN)$'
 
 if [ $# -lt 2 ] || [ "${1#-}" != "$1" ] || [ "${2#-}" != "$2" ]; then
-    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-bin="$(cd "${VENV:-.venv}/bin" 2>/dev/null && pwd)" || { echo "no .venv here; run launch_scripts/setup.sh first" >&2; exit 1; }
+bin="$(cd "${VENV:-.venv}/bin" 2>/dev/null && pwd)" || { echo "there is no ${VENV:-.venv}; run launch_scripts/setup.sh first" >&2; exit 1; }
 export PATH="$bin:$PATH"
 hostfile="$1"
 shift
 launcher="${LAUNCHER:-pdsh}"
 port="${MASTER_PORT:-29500}"
-case "$launcher" in pdsh | openmpi) ;; *) echo "LAUNCHER is $launcher; it can be pdsh or openmpi" >&2; exit 2 ;; esac
-# A node that went away is noticed within half a minute.
+case "$launcher" in pdsh | openmpi) ;; *) echo "LAUNCHER=$launcher: set it to pdsh or openmpi" >&2; exit 2 ;; esac
+# With these options ssh notices a lost node within half a minute.
 ssh_arguments="${SSH_ARGS:-} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 read -ra ssh_array <<<"$ssh_arguments"
 if [ -n "${INTERFACE:-}" ]; then export NCCL_SOCKET_IFNAME="=$INTERFACE" GLOO_SOCKET_IFNAME="$INTERFACE"; fi
-FLAMINGO_JOB="$(hostname)-$$-$RANDOM" # by this the job's processes are found on the nodes
+FLAMINGO_JOB="$(hostname)-$$-$RANDOM" # identifies the job's processes on the nodes
 export FLAMINGO_JOB
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
+trap 'exit 75' TERM USR1 INT HUP # nothing runs yet that could save
 
-# The hosts' names on one line, the first one's address on the next.
+# Writes the hosts' names on one line and the first host's address on the next.
 python - "$hostfile" "${MASTER_ADDR:-}" "${ssh_array[@]}" >"$scratch/hosts" <<'PYTHON'
 import sys
 from pathlib import Path
 
 from trainer.errors import TrainerError
-from trainer.resilience.hosts import master_address, read_hostfile
+from trainer.resilience.hostfile import read_hostfile
+from trainer.resilience.ssh import master_address
 
 try:
     hosts = read_hostfile(Path(sys.argv[1]))
@@ -59,13 +63,14 @@ except TrainerError as error:
 PYTHON
 { read -ra hosts; read -r master; } <"$scratch/hosts"
 
-# DeepSpeed reads NAME=VALUE lines and pastes them into a shell command: nothing that a shell would change may go in.
+# Prints NAME=VALUE lines for DeepSpeed, which pastes them into a shell command. So no value may hold characters that
+# a shell expands.
 forward() {
     local name value
     for name in $({ compgen -e | grep -E "$FORWARDED" | grep -vE "$NOT_FORWARDED"; tr ' ' '\n' <<<"${FORWARD:-}"; } | sort -u); do
         value="${!name-}"
         if [[ "$value" =~ [^[:alnum:]_@%+=:,./-] ]]; then
-            echo "$name cannot be set on the nodes: its value has characters that a shell would change" >&2
+            echo "$name cannot be set on the nodes: a shell would expand characters of its value ($value)" >&2
             return 2
         fi
         echo "$name=$value"
@@ -78,7 +83,7 @@ if [ "${PREFLIGHT:-1}" != 0 ]; then
         --environment "$scratch/environment" --master-address "$master" --master-port "$port" "$@"
 fi
 
-# Runs a shell script, given on standard input, on all hosts at once.
+# Runs the shell script on standard input on all hosts at once.
 on_every_host() {
     local host script waiting=()
     script="$(cat)"
@@ -86,10 +91,10 @@ on_every_host() {
         ssh "${ssh_array[@]}" -- "$host" bash -s -- "$@" <<<"$script" >&2 &
         waiting+=($!)
     done
-    wait "${waiting[@]}" || true # a host that is gone has no processes either
+    wait "${waiting[@]}" || true # a lost host has no processes to signal
 }
 
-# Signals the job's ranks, and not the loader processes and launchers around them; KILL ends the launchers first.
+# Signals the job's ranks, but not their loader processes and launchers. KILL ends the launchers too, and first.
 signal_ranks() {
     on_every_host "$FLAMINGO_JOB" "$1" <<'RANKS'
 is_rank() { tr '\0' '\n' <"/proc/$1/environ" | grep -qE '^(OMPI_COMM_WORLD_)?RANK='; }
@@ -110,26 +115,36 @@ for process in "${launchers[@]}" "${ranks[@]}"; do kill "-$2" "$process"; done 2
 RANKS
 }
 
-asked=0
+say() { echo "multinode: $1" >&2 || true; } # the console may be gone
+
+state=running
+interrupted_at=
 stop() {
-    asked=$((asked + 1))
-    if [ "$asked" -eq 1 ]; then
-        echo "multinode: asking every rank to save and end" >&2
-        signal_ranks USR1
-    else
+    if [ "$state" = ended ]; then return; fi
+    say "asking every rank to save and end"
+    state=stopping
+    signal_ranks USR1
+}
+
+interrupt() {
+    if [ -z "$interrupted_at" ]; then
+        interrupted_at=$SECONDS
+        stop
+    elif [ $((SECONDS - interrupted_at)) -ge 1 ]; then # within a second, it is the same Ctrl-C, passed on by a wrapper
         end_now
     fi
 }
 
-# Asked to end in order, DeepSpeed's runner would first wait for nodes that are gone, and stop other jobs on the nodes.
+# Kills the runner: on SIGTERM, DeepSpeed's runner would wait for lost nodes and stop other jobs on the nodes.
 end_now() {
-    asked=2
-    echo "multinode: ending the job" >&2
+    state=ended
+    say "ending the job"
     kill -KILL -- "-$running"
     signal_ranks KILL
 }
 
-# pdsh hands the command to a shell on each host; DeepSpeed itself puts double quotes around what has a space in it.
+# Quotes an argument for pdsh, which passes the command to a shell on each host. DeepSpeed itself puts double quotes
+# around an argument with a space.
 quoted() {
     if [[ "$launcher" != pdsh ]]; then
         printf '%s' "$1"
@@ -148,19 +163,28 @@ if [ "$launcher" = openmpi ]; then
     launcher_arguments="--mca btl_tcp_if_include $interface --mca oob_tcp_if_include $interface --mca plm_rsh_args '$ssh_arguments'"
 fi
 export PDSH_SSH_ARGS_APPEND="$ssh_arguments" DS_ENV_FILE="$scratch/environment"
-# In a session of its own: what a terminal or a scheduler sends to this script's group comes to the ranks in order.
+# Passes output on, and reads on when the console is gone: a launcher that could not write would end.
+relay() {
+    trap '' TERM USR1 INT HUP
+    cat || true
+    cat >/dev/null
+}
+
+# A new session keeps signals for this script's group from the launcher; the traps below pass them to the ranks.
+trap : PIPE
 setsid deepspeed --hostfile "$hostfile" --launcher "$launcher" --launcher_args="$launcher_arguments" --force_multi \
     --no_ssh_check --master_addr "$master" --master_port "$port" \
-    --module "${TRAINER:-trainer.train}" "${arguments[@]}" &
+    --module "${TRAINER:-trainer.train}" "${arguments[@]}" > >(relay) 2> >(relay >&2) &
 running=$!
-trap stop TERM USR1 INT
+trap stop TERM USR1 HUP
+trap interrupt INT
 trap end_now USR2
 code=0
 while wait "$running" || code=$?; kill -0 "$running" 2>/dev/null; do :; done
 code=0
-wait "$running" || code=$? # the launcher's own, also when a signal cut the wait before short
+wait "$running" || code=$? # gets the launcher's exit code even if a signal interrupted the wait above
 
-# The launchers count only positive exit codes, so success is what the run's own marker says.
+# The launchers miss ranks that died of a signal (negative exit codes), so the run's own marker decides on success.
 is_complete() {
     ssh "${ssh_array[@]}" -- "${hosts[0]}" "cd $(printf '%q' "$PWD") && $(printf '%q ' "$bin/python" - "$@")" <<'PYTHON'
 import sys
@@ -177,7 +201,7 @@ PYTHON
 if [ "$code" -eq 0 ] && ! is_complete "$@"; then
     echo "multinode: all processes ended, but the run is not complete" >&2
     code=1
-elif [ "$asked" -eq 1 ] && [ "$code" -gt 128 ]; then
-    code=75 # asked before training listened to signals: there was nothing to save yet
+elif [ "$state" = stopping ] && [ "$code" -gt 128 ]; then
+    code=75 # the request came before training handled signals, so there was nothing to save
 fi
 exit "$code"

@@ -1,21 +1,23 @@
-"""Real images for the quickstart: two handwritten digits side by side, as webdataset shards.
+"""Write the quickstart's data: pictures of two handwritten digits side by side, as webdataset shards.
 
     python launch_scripts/prepare_digits.py --output DIR [--seed 0]
 
-scikit-learn's 1,797 digits (8x8, inside the package) are split into train, validation and test images; of the 100
-ordered pairs of digits some belong to validation and test alone. A picture is a 32x32 RGB PNG of two digits of 16x16;
-its caption is "a handwritten three and an eight".
+The digits are real: scikit-learn's package contains 1,797 images of 8x8 pixels. They are split into train, validation
+and test digits. The 100 ordered pairs of digits are split too: some pairs belong to validation or test alone. A picture
+is a 32x32 RGB PNG of two digits of 16x16 pixels. Its caption reads like "a handwritten three and an eight".
 
-    train/pairs, train/documents, train/text                  seen pairs, train digits, varied by small distortions
-    {validation,test}/held_out, .../held_out_pairs            digits of the split; seen pairs, or the split's pairs
-    {validation,test}/documents                               three images a document; seen pairs, digits of the split
+    train/{pairs,documents}                train digits in train pairs, with small distortions
+    train/text                             sentences
+    {validation,test}/held_out             digits of the split in train pairs
+    {validation,test}/held_out_pairs       digits of the split in pairs of the split
+    {validation,test}/documents            digits of the split in train pairs, three pictures in each document
 
-The text holds sentences about other things, counting, and captions of all 100 pairs alike, the held-out ones included:
-the language model may know every sentence, only the images that go with the held-out ones are never seen in training.
-Documents are in MMC4's layout, with ``image_info`` in an arbitrary order, as in real data.
+The sentences are about other things, count, or are captions. Their captions cover all 100 pairs, so the language model
+may know every caption. Only the pictures of held-out pairs never occur in training. Documents are in MMC4's layout,
+with ``image_info`` in arbitrary order, as in real data.
 
-Every folder gets its shards and ``manifest.npz``. Runs in seconds, gives the same bytes for the same seed, and does
-nothing when the folder was finished with the same settings.
+Every folder gets shards and ``manifest.npz``. The command takes seconds, writes the same bytes for the same seed, and
+does nothing if it has finished with the same settings before.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from webdataset import ShardWriter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs as a file, from any folder
 
 from launch_scripts.digit_sentences import caption, sentence
 from trainer import index
@@ -57,7 +59,20 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything. Changing any of it (or the seed) makes the data anew."""
+    """Sizes of the data. A change of any of them writes the data again.
+
+    Attributes:
+        seed: Seed of all random choices.
+        train_digits: Digit images for training.
+        validation_digits: Digit images for validation; the test split gets the rest.
+        train_pairs: Ordered pairs of digits for training.
+        validation_pairs: Pairs for validation alone; the test split gets the rest.
+        pairs: Samples in train/pairs.
+        documents: Samples in train/documents.
+        sentences: Samples in train/text.
+        evaluation: Samples in each folder of validation and test.
+        version: Version of this script's output.
+    """
 
     seed: int = 0
     train_digits: int = 1400
@@ -73,23 +88,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Split:
-    """digits: indices into scikit-learn's images, by digit. pairs: those that only this split shows."""
+    """The digits and pairs of one split.
+
+    Attributes:
+        digits: Indices into scikit-learn's images, one array for each digit.
+        pairs: Ordered pairs of digits of this split.
+    """
 
     digits: tuple[NDArray[np.int64], ...]
     pairs: tuple[Pair, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the data to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
     arguments = parser.parse_args(argv)
     return prepare(arguments.output, Settings(seed=arguments.seed))
 
 
 def prepare(output: Path, settings: Settings) -> int:
-    """Writes everything below ``output``; returns an exit code."""
+    """Write all folders below ``output`` and return an exit code."""
     stamp = output / STAMP
     if stamp.exists() and json.loads(stamp.read_text()) == asdict(settings):
         print(f"{output}: finished before with the same settings")
@@ -105,11 +125,12 @@ def prepare(output: Path, settings: Settings) -> int:
         ("train/text", settings.sentences, sentences),
     ]
     for name in ("validation", "test"):
-        own, held = Pictures(splits[name].digits, distort=False), splits[name].pairs
+        pictures, own_pairs = Pictures(splits[name].digits, distort=False), splits[name].pairs
+        make_documents = partial(documents, pictures=pictures, choices=seen, images=(3, 3))
         work += [
-            (f"{name}/held_out", settings.evaluation, partial(pairs, pictures=own, choices=seen)),
-            (f"{name}/held_out_pairs", settings.evaluation, partial(pairs, pictures=own, choices=held)),
-            (f"{name}/documents", settings.evaluation, partial(documents, pictures=own, choices=seen, images=(3, 3))),
+            (f"{name}/held_out", settings.evaluation, partial(pairs, pictures=pictures, choices=seen)),
+            (f"{name}/held_out_pairs", settings.evaluation, partial(pairs, pictures=pictures, choices=own_pairs)),
+            (f"{name}/documents", settings.evaluation, make_documents),
         ]
     for number, (name, count, make) in enumerate(work):
         code = write(output / name, make(np.random.default_rng([settings.seed, number]), count))
@@ -121,18 +142,18 @@ def prepare(output: Path, settings: Settings) -> int:
 
 
 def split(settings: Settings) -> dict[str, Split]:
-    """Digit images and ordered pairs of digits, each into train, validation and test without overlap.
+    """Split digit images and ordered pairs of digits into train, validation and test without overlap.
 
-    Pairs are drawn until every digit stands on the left and on the right of some train pair: what a held-out pair
-    asks for is a new combination, not a digit at a place where it was never seen.
+    Pairs are drawn until every digit is on the left of some train pair and on the right of another. A held-out pair is
+    then a new combination, not a digit at a place where it never was in training.
     """
     rng = np.random.default_rng(settings.seed)
     target = load_digits().target
     order = rng.permutation(len(target))
     cuts = np.split(order, np.cumsum([settings.train_digits, settings.validation_digits]))
-    every = [(left, right) for left in range(10) for right in range(10)]
+    all_pairs = [(left, right) for left in range(10) for right in range(10)]
     while True:
-        mixed = [every[i] for i in rng.permutation(100)]
+        mixed = [all_pairs[i] for i in rng.permutation(100)]
         first, second = settings.train_pairs, settings.train_pairs + settings.validation_pairs
         parts = (mixed[:first], mixed[first:second], mixed[second:])
         if all(len({pair[side] for pair in parts[0]}) == 10 for side in (0, 1)):
@@ -144,17 +165,21 @@ def split(settings: Settings) -> dict[str, Split]:
 
 
 class Pictures:
-    """Draws pictures of pairs from some of the digit images."""
+    """Draw pictures of pairs from some of the digit images.
+
+    Attributes:
+        images: float32 [1797, 1, 8, 8], all digit images, from 0 to 1.
+    """
 
     def __init__(self, digits: Sequence[NDArray[np.int64]], *, distort: bool) -> None:
-        self._images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16  # [1797, 1, 8, 8], 0 to 1
+        self.images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
         self._digits, self._distort = digits, distort
 
     def draw(self, rng: np.random.Generator, wanted: Sequence[Pair]) -> list[bytes]:
-        """A PNG for each pair."""
+        """Return a PNG for each pair."""
         chosen = [rng.choice(self._digits[pair[side]]) for side in (0, 1) for pair in wanted]
         half = SIZE // 2
-        images = self._images[np.array(chosen)]
+        images = self.images[np.array(chosen)]
         if self._distort:
             grid = F.affine_grid(_distortions(rng, len(chosen)), [len(chosen), 1, half, half], align_corners=False)
             large = F.grid_sample(images, grid, align_corners=False)
@@ -167,7 +192,7 @@ class Pictures:
 
 
 def _distortions(rng: np.random.Generator, count: int) -> Tensor:
-    """[count, 2, 3] affine maps: small rotations (0.2 rad), scales and shears (0.12, 0.15) and shifts (0.15)."""
+    """Draw affine maps [count, 2, 3]: rotate by up to 0.2 rad, scale by 0.12, shear by 0.15, shift by 0.15."""
     u = torch.from_numpy(rng.uniform(-1, 1, (6, count))).float()
     angle, x_scale, y_scale, shear = 0.2 * u[0], 1 + 0.12 * u[1], 1 + 0.12 * u[2], 0.15 * u[3]
     x_row = torch.stack([x_scale * angle.cos(), shear - y_scale * angle.sin(), 0.15 * u[4]], 1)
@@ -186,7 +211,7 @@ def _draw_pairs(rng: np.random.Generator, count: int, choices: Sequence[Pair]) -
 
 
 def pairs(rng: np.random.Generator, count: int, pictures: Pictures, choices: Sequence[Pair]) -> Iterator[Members]:
-    """Image-text samples: ``png``, ``txt``."""
+    """Yield image-text samples: ``png``, ``txt``."""
     wanted = _draw_pairs(rng, count, choices)
     for pair, image in zip(wanted, pictures.draw(rng, wanted), strict=True):
         yield {"png": image, "txt": caption(*pair).encode()}
@@ -195,7 +220,15 @@ def pairs(rng: np.random.Generator, count: int, pictures: Pictures, choices: Seq
 def documents(
     rng: np.random.Generator, count: int, pictures: Pictures, choices: Sequence[Pair], images: tuple[int, int]
 ) -> Iterator[Members]:
-    """Interleaved samples: ``json`` (MMC4) and ``0.png``, ``1.png``, ...; from images[0] to images[1] of them."""
+    """Yield interleaved samples: ``json`` (MMC4) and ``0.png``, ``1.png``, ...
+
+    Args:
+        rng: Random generator.
+        count: Number of documents.
+        pictures: Draws the pictures.
+        choices: Pairs to choose from.
+        images: Smallest and largest number of pictures in a document.
+    """
     sizes = rng.integers(images[0], images[1] + 1, count)
     wanted = _draw_pairs(rng, int(sizes.sum()), choices)
     drawn = pictures.draw(rng, wanted)
@@ -214,13 +247,16 @@ def documents(
 
 
 def sentences(rng: np.random.Generator, count: int) -> Iterator[Members]:
-    """Text samples: ``txt``, one sentence."""
+    """Yield text samples: ``txt``, one sentence."""
     for _ in range(count):
         yield {"txt": sentence(rng).encode()}
 
 
 def write(folder: Path, samples: Iterable[Members]) -> int:
-    """Shards and manifest of one folder; the same bytes for the same samples. Returns the index's exit code."""
+    """Write shards and manifest of one folder; return the exit code of ``trainer.index``.
+
+    The same samples give the same bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.tar*"):
         old.unlink()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up from nothing and run everything CI runs: lint, format, types, import contracts, the CPU test suite.
+# Set up the environment and run all checks of CI: lint, format, types, import contracts, CPU tests.
 #
 #   launch_scripts/test.sh [PYTEST ARGUMENTS]     e.g. launch_scripts/test.sh -m "not slow"
-#   MAX_JOBS=2                                    compilers at once (default: number of CPUs)
-#   SYSTEM_PACKAGES=1                             first install, as root with apt, what the tests of several nodes need;
-#                                                 they are skipped without it (default: 0, in CI 1)
+#   MAX_JOBS=2                                    number of parallel compilers (default: number of CPUs)
+#   SYSTEM_PACKAGES=1                             first install the packages for tests of several nodes (as root, with
+#                                                 apt); without them these tests are skipped (default: 0; CI sets 1)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +24,8 @@ stage() {
     timings+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
 }
 
-# Best effort and bounded in time. The daemons are started by the tests alone, on nodes made of namespaces.
+# Tries to install within a time limit; a failure only skips tests. No daemon starts now: the tests start them, on nodes
+# made of namespaces.
 system_packages() {
     local program missing=()
     for program in ip sshd pdsh mpirun munged slurmctld faketime; do
@@ -32,14 +33,14 @@ system_packages() {
     done
     if [ ${#missing[@]} -eq 0 ]; then return; fi
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        echo "not root, or no apt: tests that need ${missing[*]} are skipped"
+        echo "not root, or no apt-get: tests that need ${missing[*]} are skipped"
         return
     fi
     local install=(apt-get -qq install -y --no-install-recommends
         iproute2 openssh-server openssh-client pdsh openmpi-bin munge slurm-wlm faketime)
     if ! { timeout 60 apt-get -qq update && timeout 60 "${install[@]}" --download-only &&
         RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive timeout 90 "${install[@]}"; } </dev/null >/dev/null 2>&1; then
-        echo "could not be installed: tests that need ${missing[*]} are skipped"
+        echo "the installation failed: tests that need ${missing[*]} are skipped"
     fi
 }
 

@@ -1,8 +1,7 @@
-"""What a micro-batch keeps for its backward, and the most that exists at once, counted without computing anything.
+"""Count the memory that a micro-batch keeps for its backward, and the most that exists at once.
 
-The model's own forward and backward run on fake tensors, which have shapes and no values: whatever the language model,
-its attention, its type, or the ops compute with, nothing has to be written down here. A few seconds for a model of any
-size; no memory.
+The model's own forward and backward run on fake tensors, which have shapes and no values. So nothing about language
+models, attentions, types or ops is restated here. Counting takes a few seconds and no memory, for a model of any size.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flamingo import Flamingo
+from model.internals import FakeTensor, FakeTensorMode, TorchDispatchMode, list_tensors, storage_id
 from model.parameters import full_shape
 
 Linear = Callable[..., Tensor]
@@ -27,22 +25,34 @@ Linear = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes of one forward. media: of all rows, each of ``frames`` frames. grid: rows and columns of a frame's
-    patches where media keep their aspect, None for squares. packed: rows of several documents."""
+    """Describe the shapes of one forward.
+
+    Attributes:
+        rows: Number of rows.
+        tokens: Tokens of a row.
+        media: Media of all rows.
+        num_frames: Frames of a medium.
+        grid: Rows and columns of a frame's patches where media keep their aspect; None for squares.
+        packed: Whether a row holds several documents.
+    """
 
     rows: int
     tokens: int
     media: int
-    frames: int = 1
+    num_frames: int = 1
     grid: tuple[int, int] | None = None
     packed: bool = False
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. saved: what the forward leaves for the backward. peak: the most that exists at any moment of forward and
-    backward, with ``saved`` in it; without parameters and their gradients. blocks: of ``saved``, what each block of
-    the language model, with the cross-attention before it, keeps. vision: the most that exists until the tower is done.
+    """Hold the memory of a micro-batch in bytes, without parameters and their gradients.
+
+    Attributes:
+        saved: Memory that the forward leaves for the backward.
+        peak: Most that exists at any moment of forward and backward, ``saved`` included.
+        blocks: Share of ``saved`` of each block of the language model with the cross-attention before it.
+        vision: Most that exists until the vision tower is done.
     """
 
     saved: int
@@ -52,11 +62,16 @@ class Activations:
 
 
 def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear = F.linear) -> Activations:
-    """model: on any device, the meta device too, or partitioned; it is not changed. It counts with the checkpointing
-    that it is set to. dtype: of its floating-point parameters. linear: what computes projections (DeepSpeed replaces
-    torch's while it partitions parameters)."""
+    """Count the memory of a micro-batch.
+
+    Args:
+        model: Model on any device, the meta device too, or partitioned. It is not changed. Its checkpointing counts.
+        batch: Shapes of the micro-batch.
+        dtype: Type of the floating-point parameters.
+        linear: Function that computes projections; DeepSpeed replaces torch's while it partitions parameters.
+    """
     device = torch.device("cpu")
-    with FakeTensorMode(), _linear(linear):
+    with FakeTensorMode(), _replace_linear(linear):
         state = {
             name: torch.empty(full_shape(p), dtype=dtype, device=device).requires_grad_(p.requires_grad)
             for name, p in model.named_parameters()
@@ -64,14 +79,14 @@ def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, li
         state |= {
             name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for name, buffer in model.named_buffers()
         }
-        inputs = _inputs(model, batch)
+        inputs = _make_inputs(model, batch)
         step = _Step(model)
         torch.func.functional_call(step, {f"model.{name}": tensor for name, tensor in state.items()}, (inputs,))
     return Activations(step.saved.total, step.peak, tuple(step.saved.blocks), step.vision)
 
 
 class _Step(nn.Module):
-    """Forward and backward inside of one call: the backward has to find the same parameters when it recomputes."""
+    """Run forward and backward inside one call, so that the backward finds the same parameters when it recomputes."""
 
     def __init__(self, model: Flamingo) -> None:
         super().__init__()
@@ -81,7 +96,7 @@ class _Step(nn.Module):
 
     def forward(self, inputs: dict[str, Any]) -> None:
         for parameter in self.model.parameters():
-            if parameter.requires_grad:  # an engine takes each gradient away as soon as it is there
+            if parameter.requires_grad:  # an engine takes each gradient away at once
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with AllocatedMemory() as memory:
             tower = self.model.vision_encoder
@@ -98,7 +113,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _linear(linear: Linear) -> Iterator[None]:
+def _replace_linear(linear: Linear) -> Iterator[None]:
     before = F.linear
     F.linear = linear
     try:
@@ -107,32 +122,36 @@ def _linear(linear: Linear) -> Iterator[None]:
         F.linear = before
 
 
-def _inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
+def _make_inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
     text = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
     size, media = model.vision_encoder.image_size, max(1, batch.media)
     inputs: dict[str, Any] = {"input_ids": text, "labels": text.clone(), "media_index": text.clone()}
     inputs["position_ids" if batch.packed else "attention_mask"] = text.clone()
-    inputs["positions"] = text[:, 1:].flatten()  # as many as can have a label
+    inputs["target_positions"] = text[:, 1:].flatten()  # as many as can have a label
     if batch.grid is None:
-        return inputs | {"media": torch.zeros(media, batch.frames, 3, size, size, dtype=torch.uint8)}
+        return inputs | {"media": torch.zeros(media, batch.num_frames, 3, size, size, dtype=torch.uint8)}
     patch = model.vision_encoder.patch_size
     assert patch is not None, "a tower that takes squares only"
-    grids = [(batch.frames, *batch.grid)] * media
-    patches = media * batch.frames * batch.grid[0] * batch.grid[1]
+    grids = [(batch.num_frames, *batch.grid)] * media
+    patches = media * batch.num_frames * batch.grid[0] * batch.grid[1]
     return inputs | {"media": torch.zeros(patches, 3, patch, patch, dtype=torch.uint8), "media_grids": grids}
 
 
 class SavedTensors:
-    """Counts what autograd keeps while this is open: each storage once, and no parameter.
+    """Count the memory that autograd keeps while this is open: each storage once, and no parameter.
 
-    total: bytes. blocks: those that a block of the language model was the first to keep. Real parameters are looked up
-    whenever something is saved: ZeRO-3 gives them another storage with each gathering, and what had theirs before may
-    be an activation by then.
+    Real parameters are looked up whenever a tensor is saved. ZeRO-3 gives them another storage with each gathering, and
+    their former storage may belong to an activation by then.
+
+    Attributes:
+        total: Bytes.
+        blocks: Bytes that each block of the language model was the first to keep.
     """
 
     def __init__(self, model: Flamingo) -> None:
+        """Count for the parameters and blocks of ``model``."""
         self.total = 0
-        self.blocks = [0] * model.language_model.blocks
+        self.blocks = [0] * model.language_model.num_blocks
         self._model = model
         self._block: int | None = None
         self._seen: set[Any] = set()
@@ -140,7 +159,7 @@ class SavedTensors:
 
     def __enter__(self) -> SavedTensors:
         parameters = list(self._model.parameters())
-        self._seen = {_identity(p) for p in parameters if isinstance(p, FakeTensor)}
+        self._seen = {storage_id(p) for p in parameters if isinstance(p, FakeTensor)}
         language_model = self._model.language_model
         self._handles = [
             handle
@@ -162,7 +181,7 @@ class SavedTensors:
         self._block = block
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
+        identity = storage_id(tensor)
         if identity in self._seen or isinstance(tensor, nn.Parameter):
             return tensor
         if not isinstance(tensor, FakeTensor) and self._is_gathered(identity):
@@ -175,26 +194,19 @@ class SavedTensors:
         return tensor
 
     def _is_gathered(self, identity: int) -> bool:
-        return any(_identity(parameter) == identity for parameter in self._model.parameters())
-
-
-def _identity(tensor: Tensor) -> int:
-    """Of the storage, equal for all of its views; fake ones have no data address."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        return any(storage_id(parameter) == identity for parameter in self._model.parameters())
 
 
 class AllocatedMemory(TorchDispatchMode):
-    """Bytes of the tensors that were made while this was open: ``current`` ones and the ``peak``. What a kernel needs
-    only inside of itself is not seen.
+    """Count the bytes of the tensors that are made while this is open, except memory that a kernel needs internally.
 
-    existing: tensors that were there before, to be counted as long as they stay.
+    Attributes:
+        current: Bytes of the tensors that exist now.
+        peak: Most bytes that existed at once.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        """Start the count with ``existing`` tensors, which count as long as they stay."""
         super().__init__()
         self.current = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -204,16 +216,16 @@ class AllocatedMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs the op and counts the storages that it made."""
+        """Run the op and count the storages that it made."""
         result = function(*args, **(kwargs or {}))
-        given = {_identity(tensor) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(result):
-            if _identity(tensor) not in given:
+        given = {storage_id(tensor) for tensor in list_tensors((args, kwargs))}
+        for tensor in list_tensors(result):
+            if storage_id(tensor) not in given:
                 self._count(tensor)
         return result
 
     def _count(self, tensor: Tensor) -> None:
-        identity = _identity(tensor)
+        identity = storage_id(tensor)
         if identity not in self._sizes:
             storage = tensor.untyped_storage()
             self._sizes[identity] = storage.nbytes()

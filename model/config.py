@@ -47,12 +47,12 @@ class PerceiverResamplerConfig:
 
     Attributes:
         num_layers: Pairs of attention and feed-forward.
-        dim: Width of the latents; None takes the width of the vision features and leaves out the input projection.
+        dim: Dim of the latents; None takes the dim of the vision features and leaves out the input projection.
         num_heads: Heads of the attention; ``num_heads * head_dim`` need not be ``dim``.
-        head_dim: Width of one head.
+        head_dim: Dim of one head.
         num_latents: Latents that come out for each medium.
         num_frames: Trained time embeddings; more frames at inference interpolate them linearly.
-        ff_mult: Hidden width of the feed-forward, as a multiple of ``dim``.
+        ff_mult: Hidden units of the feed-forward, as a multiple of ``dim``.
         activation: Activation of the feed-forward.
         final_norm: Whether a LayerNorm follows the last layer.
     """
@@ -77,10 +77,10 @@ class CrossAttentionConfig:
     Attributes:
         every_n_layers: Distance between two blocks with cross-attention: ``offset``, ``offset + every_n_layers``, ...
         offset: First block with cross-attention: 0 in the paper, ``every_n_layers - 1`` in OpenFlamingo.
-        num_heads: Heads of the attention; None takes as many as fill the language model's width (the paper).
+        num_heads: Heads of the attention; None takes as many as fill the language model's dim (the paper).
             OpenFlamingo has 8.
-        head_dim: Width of one head (OpenFlamingo: 64).
-        ff_mult: Hidden width of the feed-forward, as a multiple of the language model's width.
+        head_dim: Dim of one head (OpenFlamingo: 64).
+        ff_mult: Hidden units of the feed-forward, as a multiple of the language model's dim.
         activation: Activation of the feed-forward.
         media_norm: Whether a LayerNorm on the latents precedes keys and values (the paper: yes, OpenFlamingo: no).
         attend: Media that a token sees: "one" (the paper) or "all" of its document so far (the paper's ablation).
@@ -146,7 +146,8 @@ class FlamingoConfig:
     """Describe the whole model.
 
     Attributes:
-        preset: Name of the preset that the values were derived from. It changes nothing.
+        preset: Preset of ``model.presets`` that supplies the values a run's YAML leaves out. Nothing in ``model`` reads
+            it.
         vision: Frozen image tower.
         resampler: Perceiver resampler.
         cross_attention: Gated cross-attention.
@@ -164,15 +165,15 @@ class FlamingoConfig:
     tokens: SpecialTokensConfig = field(default_factory=SpecialTokensConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, as they stand in ``config.json`` and in YAML."""
+        """Return nested dicts, as in ``config.json`` and in YAML."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FlamingoConfig:
-        """The opposite of ``to_dict``; what is left out keeps its default.
+        """Build a config from nested dicts, the inverse of ``to_dict``; missing settings keep their defaults.
 
         Raises:
-            ValueError: a key that is not a setting.
+            ValueError: A key is not a setting.
         """
         sections: dict[str, Any] = {
             "vision": VisionEncoderConfig,

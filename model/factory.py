@@ -1,4 +1,4 @@
-"""Builds a Flamingo from its config, whether or not DeepSpeed partitions parameters as they are made."""
+"""Build a Flamingo from its config, whether or not DeepSpeed partitions parameters as they are made."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def torch_dtype(name: DType | torch.dtype) -> torch.dtype:
-    """The torch type of a config's name."""
+    """Return the torch type that a config names."""
     return name if isinstance(name, torch.dtype) else _DTYPES[name]
 
 
 def build_tokenizer(config: FlamingoConfig) -> FlamingoTokenizer:
-    """The language model's tokenizer with the two new tokens.
+    """Load the language model's tokenizer and add the two new tokens.
 
     Raises:
-        ValueError: the config names no tokenizer, or it has no end-of-sequence token.
+        ValueError: The config names no tokenizer, or it has no end-of-sequence token.
     """
     return load_tokenizer(config.language_model, config.tokens)
 
@@ -47,48 +47,48 @@ def build_flamingo(
     gather: Gather = no_gather,
     partition: Partition = nullcontext,
 ) -> Flamingo:
-    """The model with its frozen parts loaded and its trainable parts at their start.
+    """Build the model with its frozen parts loaded and its trainable parts at their start.
 
     The start depends on ``config``, ``tokens`` and ``seed`` only: every draw is on the CPU, in float32.
 
     Args:
-        config: what to build.
-        tokens: ids of the special tokens (a ``FlamingoTokenizer`` is one).
-        dtype: of every parameter, frozen or trained.
-        seed: of the trainable parts, and of frozen parts that are not loaded from anywhere.
-        gather: makes partitioned parameters whole inside its context (``deepspeed.zero.GatheredParameters``).
-        partition: a context in which trainable modules are made (``deepspeed.zero.Init``). The language model is
-            loaded outside of it, since Hugging Face partitions by itself while an ``HfDeepSpeedConfig`` lives; the
-            tower too, since open_clip's has a parameter without dimensions until it is cut down.
+        config: Settings of the model.
+        tokens: Ids of the special tokens (a ``FlamingoTokenizer`` is one).
+        dtype: Type of every parameter, frozen or trained.
+        seed: Seed of the trainable parts, and of frozen parts that are not loaded from anywhere.
+        gather: Context that makes partitioned parameters whole (``deepspeed.zero.GatheredParameters``).
+        partition: Context in which trainable modules are made (``deepspeed.zero.Init``). The language model is loaded
+            outside it, because Hugging Face partitions by itself while an ``HfDeepSpeedConfig`` lives. The tower is
+            built outside it, because open_clip's has a parameter without dimensions until it is cut down.
 
     Raises:
-        ValueError: names the setting to change.
+        ValueError: A setting does not fit; the message names it.
     """
     dtype = torch_dtype(dtype)
-    with _draws(seed, 0):
+    with _seeded(seed, 0):
         vision_encoder = VisionEncoder(build_tower(config.vision).to(dtype), config.vision)
-    with _draws(seed, 1):
+    with _seeded(seed, 1):
         lm = build_language_model(config.language_model, dtype)
     input_start, output_start = _end_of_sequence_rows(lm, tokens.eos_id, gather)
     text_config = lm.config.get_text_config()
-    with _draws(seed, 2), _default_dtype(dtype), partition():
-        resampler = PerceiverResampler(config.resampler, vision_encoder.width)
+    with _seeded(seed, 2), _default_dtype(dtype), partition():
+        resampler = PerceiverResampler(config.resampler, vision_encoder.dim)
         cross_attention = nn.ModuleList(
             GatedCrossAttentionBlock(config.cross_attention, text_config.hidden_size, resampler.dim)
             for _ in cross_attention_blocks(config, text_config.num_hidden_layers)
         )
-        new = [(tokens.image_id, config.tokens.train_image), (tokens.end_of_chunk_id, True)]
-        input_rows = [InputRow(token, input_start, trained) for token, trained in new]
-        output_rows = [OutputRow(token, output_start, trained) for token, trained in new]
+        added = [(tokens.image_id, config.tokens.train_image), (tokens.end_of_chunk_id, True)]
+        input_rows = [InputRow(token, input_start, trained) for token, trained in added]
+        output_rows = [OutputRow(token, output_start, trained) for token, trained in added]
     language_model = LanguageModel(lm, input_rows, output_rows)
     return Flamingo(config, tokens, vision_encoder, resampler, cross_attention, language_model)
 
 
 def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any:
-    """The Hugging Face causal LM of a config: from safetensors, or random from ``architecture``.
+    """Build the Hugging Face causal LM of a config: from safetensors, or random from ``architecture``.
 
     Raises:
-        ValueError: neither ``name`` nor ``architecture`` is set, or both are; or ``name`` has no safetensors weights.
+        ValueError: ``name`` and ``architecture`` are both set or both left out, or ``name`` has no safetensors weights.
     """
     if (config.name is None) == (config.architecture is None):
         raise ValueError("set one of language_model.name and language_model.architecture")
@@ -112,9 +112,9 @@ def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any
 
 
 def _end_of_sequence_rows(lm: Any, eos_id: int, gather: Gather) -> tuple[Tensor, Tensor]:
-    """Input and output row of the end-of-sequence token, where the new rows start, [E] each.
+    """Return the input and output embeddings of the end-of-sequence token, [E] each, where added tokens start.
 
-    The input row is taken as the embedding module gives it: some families scale there.
+    The input embedding comes from the embedding module's call, because some families scale it there.
     """
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     with torch.no_grad(), gather([embedding.weight]):
@@ -127,8 +127,8 @@ def _end_of_sequence_rows(lm: Any, eos_id: int, gather: Gather) -> tuple[Tensor,
 
 
 @contextmanager
-def _draws(seed: int, part: int) -> Iterator[None]:
-    """CPU random numbers of one part of the model; the generator is put back afterwards."""
+def _seeded(seed: int, part: int) -> Iterator[None]:
+    """Seed the CPU's random numbers for one part of the model, and restore the generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed * 1_000_003 + part)
         yield

@@ -1,6 +1,6 @@
-"""Text from prompts with media, on top of Hugging Face's own ``generate``.
+"""Generate text from prompts with media, on top of Hugging Face's own ``generate``.
 
-Shape suffixes: B prompts, P tokens of the longest prompt, L tokens of this step, D width.
+A prompt is a row; L counts the tokens that one decoding step feeds.
 """
 
 from __future__ import annotations
@@ -39,48 +39,47 @@ def generate(
     synced_ranks: bool = False,
     **generation_settings: Any,
 ) -> list[list[int]]:
-    """Continue prompts; a batch gives the same as its prompts one by one.
+    """Continue prompts; a batch gives the same texts as its prompts one by one.
 
-    Greedy search by default, beam search with ``num_beams``, sampling with ``do_sample`` (from torch's generator). The
-    language model's own generation defaults (temperature, penalties, ...) are not used.
+    The search is greedy by default. The language model's own generation defaults (temperature, penalties, ...) are not
+    used.
 
     Args:
-        model: on the device that is to be used.
-        prompts: token ids, of any lengths; each ``<image>`` in a prompt is one medium.
-        media: [M, F, 3, Y, X], those of the first prompt, then those of the second, and so on; None: without media.
-        media_per_prompt: how many of them belong to each prompt.
-        max_new_tokens: at most this many, with the stop token.
-        media_grids: of each medium; ``media`` are then patches of media of any shape, as ``VisionEncoder`` takes them.
-        top_k: 0 for no limit. temperature, top_p, length_penalty: as Hugging Face defines them.
-        stop_ids: where a text ends; None: at <|endofchunk|> and at the end of the sequence.
-        synced_ranks: under ZeRO-3 with several ranks, where every module is a collective: all run the same modules,
-            also those without media, and go on until the last one has finished.
-        generation_settings: anything else that ``transformers.GenerationConfig`` knows.
+        model: Model, on the device to compute on.
+        prompts: Token ids of each prompt, of any lengths; each ``<image>`` in a prompt is one medium.
+        media: [M, F, 3, Y, X], the media of the first prompt, then those of the second, and so on; None for no media.
+        media_per_prompt: Number of media of each prompt.
+        max_new_tokens: Most new tokens of a prompt, the stop token included.
+        media_grids: Frames, rows and columns of patches of each medium; ``media`` are then patches, as
+            ``VisionEncoder`` takes them.
+        num_beams: Beams of beam search; 1 for none.
+        do_sample: Whether to sample from torch's generator.
+        temperature: Hugging Face's setting for sampling.
+        top_p: Hugging Face's setting for sampling.
+        top_k: Hugging Face's setting for sampling; 0 for no limit.
+        length_penalty: Hugging Face's setting for beam search.
+        stop_ids: Tokens that end a text; None takes ``<|endofchunk|>`` and the end-of-sequence token.
+        synced_ranks: Whether several ranks run under ZeRO-3, where every module is a collective. All ranks then run the
+            same modules, also without media, until the last one has finished.
+        **generation_settings: Any other setting of ``transformers.GenerationConfig``.
 
     Returns:
-        The new tokens of each prompt, without the stop token and what follows it.
+        The new tokens of each prompt, up to the stop token, which is left out.
 
     Raises:
-        ValueError: a prompt is empty, or media and prompts do not fit each other.
+        ValueError: A prompt is empty, or media and prompts do not fit each other.
     """
     tokens = model.tokens
     media_count = None if media is None else len(media if media_grids is None else media_grids)
-    _check(prompts, media_count, media_per_prompt, tokens.image_id)
+    _check_prompts(prompts, media_count, media_per_prompt, tokens.image_id)
     device = model.device
     stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
-    ids_BP, mask_BP, index_BP = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, media is None)
-    ids_BP, mask_BP, index_BP = ids_BP.to(device), mask_BP.to(device), index_BP.to(device)
-    first_BP = media_indices.first_media(index_BP) if model.config.cross_attention.attend == "all" else None
+    ids_BG, mask_BG, index_BG = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, media is None)
+    ids_BG, mask_BG, index_BG = ids_BG.to(device), mask_BG.to(device), index_BG.to(device)
     if (media is None or len(media) == 0) and synced_ranks:
         size = model.vision_encoder.image_size
-        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # seen by nobody
-    projected: dict[int, KeysValues] = {}
-    if media is not None and len(media) > 0:
-        projected = model.project_media(model.encode_media(media.to(device), media_grids))
-    before: dict[int, BeforeBlock] = {
-        index: partial(_before_block, block, projected.get(index), index_BP, first_BP)
-        for index, block in model.blocks_with_cross_attention().items()
-    }
+        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
+    before = _prepare_cross_attention(model, media, media_grids, index_BG)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -97,44 +96,58 @@ def generate(
     )
     with calling(Call(before)):
         out = model.language_model.lm.generate(
-            ids_BP, attention_mask=mask_BP, generation_config=settings, synced_gpus=synced_ranks
+            ids_BG, attention_mask=mask_BG, generation_config=settings, synced_gpus=synced_ranks
         )
-    return [_until_stop(row, stops) for row in out[:, ids_BP.shape[1] :].tolist()]
+    return [_cut_at_stop(row, stops) for row in out[:, ids_BG.shape[1] :].tolist()]
 
 
-def _before_block(
+def _prepare_cross_attention(
+    model: Flamingo, media: Tensor | None, media_grids: Sequence[Grid] | None, index_BG: Tensor
+) -> dict[int, BeforeBlock]:
+    """Compute keys and values of the media once, for the cross-attention of every decoding step."""
+    first_BG = media_indices.first_media(index_BG) if model.config.cross_attention.attend == "all" else None
+    projected: dict[int, KeysValues] = {}
+    if media is not None and len(media) > 0:
+        projected = model.project_media(model.encode_media(media.to(model.device), media_grids))
+    return {
+        index: partial(_apply_cross_attention, block, projected.get(index), index_BG, first_BG)
+        for index, block in model.blocks_with_cross_attention().items()
+    }
+
+
+def _apply_cross_attention(
     block: GatedCrossAttentionBlock,
     keys_values: KeysValues | None,
-    index_BP: Tensor,
-    first_BP: Tensor | None,
+    index_BG: Tensor,
+    first_BG: Tensor | None,
     hidden_BLD: Tensor,
 ) -> Tensor:
-    """Cross-attention of a prefill, or of one more token, which sees what the prompt's last token sees.
+    """Run the cross-attention of a prefill, or of one more token, which sees what the prompt's last token sees.
 
-    Beams and several returned sequences repeat each prompt's row.
+    Beams, and several texts for a prompt, repeat its row.
     """
     rows, length, _ = hidden_BLD.shape
-    repeats = rows // index_BP.shape[0]
+    repeats = rows // index_BG.shape[0]
     index, first = (
-        None if x is None else _for_step(x, length).repeat_interleave(repeats, 0) for x in (index_BP, first_BP)
+        None if x is None else _index_of_step(x, length).repeat_interleave(repeats, 0) for x in (index_BG, first_BG)
     )
     out: Tensor = block(hidden_BLD, None, index, first, keys_values=keys_values)
     return out
 
 
-def _for_step(index_BP: Tensor, length: int) -> Tensor:
-    """The index of the tokens that a step feeds: the prompt, one more token, or (without a cache) both."""
-    prompt = index_BP.shape[1]
-    if length == prompt:
-        return index_BP
-    last = index_BP[:, -1:]
+def _index_of_step(index_BG: Tensor, length: int) -> Tensor:
+    """Return the index of the tokens that a step feeds: the prompt, one more token, or (without a cache) both."""
+    prompt_length = index_BG.shape[1]
+    if length == prompt_length:
+        return index_BG
+    last = index_BG[:, -1:]
     if length == 1:
         return last
-    assert length > prompt, "prefill in chunks is not supported"
-    return torch.cat([index_BP, last.expand(-1, length - prompt)], 1)
+    assert length > prompt_length, "prefill in chunks is not supported"
+    return torch.cat([index_BG, last.expand(-1, length - prompt_length)], 1)
 
 
-def _check(
+def _check_prompts(
     prompts: Sequence[Sequence[int]], media_count: int | None, media_per_prompt: Sequence[int], image_id: int
 ) -> None:
     if len(prompts) != len(media_per_prompt):
@@ -151,7 +164,7 @@ def _check(
 def _pad_left(
     prompts: Sequence[Sequence[int]], media_per_prompt: Sequence[int], image_id: int, pad_id: int, without_media: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and media_index, [B, P] each; padding sees no medium."""
+    """Return ids, attention mask and media_index, [B, G] each; padding sees no medium."""
     length = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -168,6 +181,6 @@ def _pad_left(
     return ids, mask, index
 
 
-def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+def _cut_at_stop(tokens: list[int], stops: list[int]) -> list[int]:
     ends = [i for i, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0]] if ends else tokens

@@ -1,22 +1,17 @@
-"""Any Hugging Face causal language model, frozen, with something else before some of its blocks.
+"""Run any Hugging Face causal language model, frozen, with something else before some of its blocks.
 
-Nothing here knows a family of models. Three modules that every causal LM has are wrapped, once, when the object is
-built: the decoder blocks, the input embedding and the output embedding. Each wrapper is the instance's ``forward``
-around the class's own; none keeps anything between calls. What differs from call to call travels in a context
-variable, and activation checkpointing hands it to the recomputation explicitly, so that it sees the right media
-however many forwards have happened since.
+Nothing here knows a family of models. Three kinds of modules that every causal LM has are wrapped once, when the object
+is built: the decoder blocks, the input embedding and the output embedding. A wrapper is the instance's ``forward``
+around that of its class, and keeps nothing between calls. The settings of one call travel in a context variable.
+Activation checkpointing passes them to the recomputation explicitly, so that it sees the right media however many
+forwards ran in between.
 
-Why ``forward`` and not module hooks: a forward hook does not see the ids before the pre-hook changed them, and whether
-Hugging Face's checkpointing surrounds a block's hooks depends on its version. A wrapped ``forward`` surrounds both.
-
-Shape suffixes: B rows, L tokens, D width, E width of the embeddings, V vocabulary, N positions with a label.
+Module hooks cannot replace the wrappers. A forward hook does not see the ids as they were before the pre-hook changed
+them, and whether Hugging Face's checkpointing surrounds a block's hooks depends on its version.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,31 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from model.lm_probes import find_decoder_blocks, gives_logits_unchanged
 from model.loss import head_cross_entropy
 
 BeforeBlock = Callable[[Tensor], Tensor]
 
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-# A mask made with the positions as an argument, or from a mapping of arguments that has them.
-_MASK_FROM_POSITIONS = re.compile(
-    r"(create_\w*mask\w*|mask_function)\([^()]*\bposition_ids\b"
-    r'|mask_kwargs = \{[^{}]*"position_ids"'
-)
-
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of the language model needs besides its arguments.
+    """Hold the settings of one call of the language model.
 
-    before: block index -> what the hidden states [B, L, D] go through before the block.
-    positions: int64 [N], positions in the flattened [B * L] whose logits are wanted; None: all.
-    targets: int64 [N], the token that each of them should predict, where the loss is wanted instead of the logits.
+    Attributes:
+        before: Function of the hidden states [B, L, D] to run before a block, by the block's index.
+        target_positions: int64 [N], positions in the flattened [B * L] whose logits are wanted; None for all.
+        targets: int64 [N], token that each of them should predict, where the loss is wanted instead of the logits.
     """
 
     before: Mapping[int, BeforeBlock] = field(default_factory=dict)
-    positions: Tensor | None = None
+    target_positions: Tensor | None = None
     targets: Tensor | None = None
 
 
@@ -62,7 +51,7 @@ _CALL: ContextVar[Call | None] = ContextVar("flamingo_language_model_call", defa
 
 @contextmanager
 def calling(call: Call) -> Iterator[None]:
-    """The language model sees ``call`` inside of this, also in Hugging Face's own ``generate``."""
+    """Apply ``call`` to the language model inside this context, also in Hugging Face's own ``generate``."""
     token = _CALL.set(call)
     try:
         yield
@@ -71,64 +60,75 @@ def calling(call: Call) -> Iterator[None]:
 
 
 class InputRow(nn.Module):
-    """The input row of one new token."""
+    """Hold the input embedding of one added token."""
 
     def __init__(self, token_id: int, start: Tensor, trained: bool) -> None:
+        """Start from an embedding [E]; ``trained`` says whether it trains."""
         super().__init__()
         self.token_id = token_id
         self.weight = nn.Parameter(start.detach().clone()[None], requires_grad=trained)
 
     def forward(self, embedded_BLE: Tensor, input_ids_BL: Tensor) -> Tensor:
-        """Its positions of the embedded text overwritten."""
+        """Return the embedded text with this token's positions overwritten."""
         return torch.where((input_ids_BL == self.token_id)[..., None], self.weight.to(embedded_BLE.dtype), embedded_BLE)
 
 
 class OutputRow(nn.Module):
-    """The output row of one new token."""
+    """Hold the output embedding of one added token."""
 
     def __init__(self, token_id: int, start: Tensor, trained: bool) -> None:
+        """Start from an embedding [E]; ``trained`` says whether it trains."""
         super().__init__()
         self.token_id = token_id
         self.weight = nn.Parameter(start.detach().clone()[None], requires_grad=trained)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The row, [1, E]: a copy, for ZeRO-3 takes the parameter away when this returns."""
+        """Return a copy of the row, [1, E]: ZeRO-3 takes the parameter itself away when this returns."""
         return self.weight.to(dtype, copy=True)
 
 
 class LanguageModel(nn.Module):
-    """A frozen causal LM with separate rows for new tokens. Submodules: ``lm``, ``input_rows``, ``output_rows``.
+    """Run a frozen causal LM with separate embeddings for added tokens.
 
-    Attributes: ``width`` of the hidden states, ``blocks`` (their number), ``vocabulary`` (columns of the logits),
-    ``checkpointed`` (how many of the first blocks the backward recomputes),
-    ``fuses_loss``: whether a call with targets gives the loss, for the LM does nothing to its logits.
+    Attributes:
+        lm: Hugging Face's model.
+        input_rows: Input embeddings of the added tokens.
+        output_rows: Output embeddings of the added tokens.
+        dim: Dim of the hidden states.
+        num_blocks: Number of decoder blocks.
+        vocab_size: Columns of the logits.
+        checkpointed: Number of blocks, from the first on, that the backward recomputes.
+        fuses_loss: Whether a call with targets returns the loss, because the LM leaves its logits unchanged.
     """
 
     def __init__(self, lm: Any, input_rows: list[InputRow], output_rows: list[OutputRow]) -> None:
-        """lm: wrapped and frozen in place. Rows: of the same tokens in the same order; their ids may lie inside the
-        LM's table or beyond it.
+        """Wrap and freeze ``lm`` in place.
+
+        Args:
+            lm: Hugging Face's causal LM.
+            input_rows: One for each added token, whose id may lie inside the LM's table or beyond it.
+            output_rows: The same tokens in the same order.
 
         Raises:
-            ValueError: the decoder blocks or the output embedding cannot be found.
+            ValueError: The decoder blocks or the output embedding cannot be found.
         """
         super().__init__()
         self.lm: Any = lm
         self.input_rows = nn.ModuleList(input_rows)
         self.output_rows = nn.ModuleList(output_rows)
         text_config = lm.config.get_text_config()
-        self.width: int = text_config.hidden_size
-        self.blocks: int = text_config.num_hidden_layers
+        self.dim: int = text_config.hidden_size
+        self.num_blocks: int = text_config.num_hidden_layers
         self.checkpointed = 0
         lm.requires_grad_(False)
         self.train(False)
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(lm).__name__} has no output embedding: language_model.name must be a causal LM")
-        self.table: int = embedding.num_embeddings
         self.token_ids = [row.token_id for row in output_rows]
-        self.vocabulary = max(self.table, *(1 + token for token in self.token_ids))
-        text_config.vocab_size = self.vocabulary  # beam search of some versions reads the width of the logits there
-        lm.generation_config = GenerationConfig()  # generate() would fill what is not set from the LM's own defaults
+        self.vocab_size: int = max(embedding.num_embeddings, *(1 + token for token in self.token_ids))
+        text_config.vocab_size = self.vocab_size  # some versions' beam search reads the number of columns here
+        lm.generation_config = GenerationConfig()  # generate() fills settings left open from the LM's own defaults
         self.fuses_loss: bool = isinstance(head, nn.Linear) and gives_logits_unchanged(lm, head)
         embedding.forward = partial(self._embed, embedding.forward)
         head.forward = partial(self._head, head, head.forward)
@@ -136,30 +136,33 @@ class LanguageModel(nn.Module):
             block.forward = partial(self._block, block.forward, index)
 
     def decoder_blocks(self) -> nn.ModuleList:
-        """The LM's blocks."""
+        """Return the LM's decoder blocks."""
         return find_decoder_blocks(self.lm)
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """The LM stays in evaluation mode: a frozen model has no dropout."""
+        """Set the mode, except that the LM stays in evaluation mode: a frozen model has no dropout."""
         super().train(mode)
         self.lm.eval()
         return self
 
-    def activation_checkpointing(self, blocks: bool | int = True) -> None:
-        """Recompute all blocks, none, or the first so many, each with what goes before it, in the backward.
+    def set_activation_checkpointing(self, num_blocks: bool | int = True) -> None:
+        """Set how many blocks the backward recomputes, each with the function before it.
 
-        The first, for the backward reaches them last: what it recomputes then takes the place of what the kept blocks
-        have already given back. Recomputing the last ones would come on top of everything that is kept. Not Hugging
-        Face's own checkpointing: that one runs only in training mode, where dropout would run too.
+        They are the first ones. The backward reaches them last, so their recomputation takes the memory that the kept
+        blocks have already freed. Recomputing the last blocks would add to everything that is kept. Hugging Face's own
+        checkpointing is no alternative: it runs only in training mode, where dropout would run too.
+
+        Args:
+            num_blocks: Number of blocks; True for all, False for none.
 
         Raises:
-            ValueError: fewer blocks than none, or more than there are.
+            ValueError: The number is negative, or larger than the number of blocks.
         """
-        number = blocks if not isinstance(blocks, bool) else self.blocks if blocks else 0
-        if not 0 <= number <= self.blocks:
+        number = num_blocks if not isinstance(num_blocks, bool) else self.num_blocks if num_blocks else 0
+        if not 0 <= number <= self.num_blocks:
             raise ValueError(
-                f"training.activation_checkpointing {number}: the language model has {self.blocks} blocks; "
-                f"set a number from 0 to {self.blocks}, or true for all"
+                f"training.activation_checkpointing {number}: the language model has {self.num_blocks} blocks; "
+                f"set a number from 0 to {self.num_blocks}, or true for all"
             )
         self.checkpointed = number
 
@@ -170,61 +173,69 @@ class LanguageModel(nn.Module):
         position_ids: Tensor | None = None,
         call: Call | None = None,
     ) -> Tensor:
-        """Logits [B, L, V], or [N, V] where ``call.positions`` are given; those of all others never exist. With
-        ``call.targets``, where this LM ``fuses_loss``, their summed cross-entropy instead: a scalar.
+        """Return logits or a loss.
 
-        attention_mask: [B, L], 1 for real tokens. position_ids: [B, L]; without an attention mask, Hugging Face takes
-        positions that restart for packed documents that do not see each other.
+        Args:
+            input_ids_BL: int64 [B, L].
+            attention_mask: [B, L], 1 for real tokens.
+            position_ids: [B, L]. Without an attention mask, Hugging Face takes positions that restart for packed
+                documents that do not see each other.
+            call: Settings of this call.
+
+        Returns:
+            Logits [B, L, Z]; with ``call.target_positions`` only theirs, [N, Z]. With ``call.targets``, where this LM
+            ``fuses_loss``, the summed cross-entropy, a scalar.
         """
         call = call or Call()
         extra = {} if position_ids is None else {"position_ids": position_ids}
         with calling(call):
             output = self.lm(input_ids=input_ids_BL, attention_mask=attention_mask, use_cache=False, **extra)
         logits: Tensor = output.logits
-        if call.positions is None or logits.ndim == 0:
+        if call.target_positions is None or logits.ndim == 0:
             return logits
-        assert logits.shape[:2] == (1, call.positions.numel()), "this LM does not call its output embedding as a module"
+        shape = (1, call.target_positions.numel())
+        assert logits.shape[:2] == shape, "this LM does not call its output embedding as a module"
         return logits[0]
 
     def _embed(self, original: Callable[[Tensor], Tensor], input_ids_BL: Tensor) -> Tensor:
-        known = input_ids_BL
+        known_BL = input_ids_BL
         for token in self.token_ids:
-            known = known.masked_fill(known == token, 0)
-        embedded = original(known)
+            known_BL = known_BL.masked_fill(known_BL == token, 0)
+        embedded_BLE = original(known_BL)
         for row in self.input_rows:
-            embedded = row(embedded, input_ids_BL)
-        return embedded
+            embedded_BLE = row(embedded_BLE, input_ids_BL)
+        return embedded_BLE
 
     def _head(self, head: nn.Linear, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor) -> Tensor:
         call = _CALL.get()
         rows = [row(hidden_BLE.dtype) for row in self.output_rows]
-        if call is None or call.positions is None:
+        if call is None or call.target_positions is None:
             return self._logits(original, hidden_BLE, rows)
-        hidden_NE = hidden_BLE.flatten(0, 1)[call.positions]
+        hidden_NE = hidden_BLE.flatten(0, 1)[call.target_positions]
         if call.targets is None or not self.fuses_loss:
             return self._logits(original, hidden_NE[None], rows)
         return head_cross_entropy(hidden_NE, torch.cat(rows), head.weight, head.bias, self.token_ids, call.targets)
 
     def _logits(self, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor, rows: list[Tensor]) -> Tensor:
-        logits_BLV = original(hidden_BLE)
+        logits_BLZ = original(hidden_BLE)
         columns: dict[int, Tensor] = {
             token: F.linear(hidden_BLE, row) for token, row in zip(self.token_ids, rows, strict=True)
         }
-        table = logits_BLV.shape[-1]
+        table_size = logits_BLZ.shape[-1]
         for token, column in columns.items():
-            if token < table:
-                logits_BLV[..., token : token + 1] = column
-        if max(columns, default=-1) >= table:
-            nobody = logits_BLV.new_full((*logits_BLV.shape[:-1], 1), -torch.inf)
-            beyond = [columns.get(i, nobody) for i in range(table, max(columns) + 1)]
-            logits_BLV = torch.cat([logits_BLV, *beyond], -1)
-        return logits_BLV
+            if token < table_size:
+                logits_BLZ[..., token : token + 1] = column
+        if max(columns, default=-1) >= table_size:
+            never = logits_BLZ.new_full((*logits_BLZ.shape[:-1], 1), -torch.inf)
+            beyond = [columns.get(i, never) for i in range(table_size, max(columns) + 1)]
+            logits_BLZ = torch.cat([logits_BLZ, *beyond], -1)
+        return logits_BLZ
 
     def _block(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
         before = None if call is None else call.before.get(index)
         if index < self.checkpointed and torch.is_grad_enabled():
-            # No random numbers are drawn in a block (nothing has dropout), so none need be kept for the recomputation.
+            # A block draws no random numbers (nothing has dropout), so the generator's state need not be kept.
             return checkpoint(
                 _run_block, original, before, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )
@@ -232,79 +243,10 @@ class LanguageModel(nn.Module):
 
 
 def _run_block(original: Callable[..., Any], before: BeforeBlock | None, *args: Any, **kwargs: Any) -> Any:
-    """A block with what goes before it; hidden states come first, or as ``hidden_states``."""
+    """Run a block after ``before``; families pass the hidden states first, or as ``hidden_states``."""
     if before is not None:
         if args:
             args = (before(args[0]), *args[1:])
         else:
             kwargs = kwargs | {"hidden_states": before(kwargs["hidden_states"])}
     return original(*args, **kwargs)
-
-
-class _Decoded(BaseModelOutputWithPast):
-    """What a decoder gives; families read different fields of it, and all but the hidden states are None here."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-def gives_logits_unchanged(lm: Any, head: Any) -> bool:
-    """Whether a causal LM returns what its output embedding gives, with no scaling or soft cap after it.
-
-    Its own forward is run with nothing in it: the decoder gives a hidden state of zeros, the output embedding a token
-    that has to come out again. No weight is read, so they may be partitioned.
-    """
-    device = head.weight.device
-    decoder = lm.get_submodule(_decoder_blocks_name(lm).rpartition(".")[0])
-    given = torch.zeros(1, 1, 1, device=device)
-    hidden = _Decoded(last_hidden_state=torch.zeros(1, 1, head.in_features, device=device))
-    decoder.forward, head.forward = lambda *args, **kwargs: hidden, lambda *args: given
-    try:
-        with torch.no_grad():
-            output = lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        del decoder.forward, head.forward
-    return output.logits is given
-
-
-def find_decoder_blocks(lm: Any) -> nn.ModuleList:
-    """The list of a causal LM's decoder blocks: the outermost one as long as the config says.
-
-    Raises:
-        ValueError: there is none, or there are several.
-    """
-    blocks: nn.ModuleList = lm.get_submodule(_decoder_blocks_name(lm))
-    return blocks
-
-
-def _decoder_blocks_name(lm: Any) -> str:
-    count = lm.config.get_text_config().num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in lm.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            if not any(name.startswith(outer + ".") for outer in found):
-                found[name] = module
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(lm).__name__} has {len(found)} lists of {count} blocks ({', '.join(found) or 'none'}); "
-            "one was expected: choose another language_model"
-        )
-    return next(iter(found))
-
-
-def separates_packed_documents(lm: Any) -> bool:
-    """Whether a causal LM keeps packed documents apart when it is given nothing but positions that restart.
-
-    Hugging Face's masks do that where the family hands them its positions. Some do not (OPT, Falcon, BLOOM, MPT), and
-    what is not attention (state-space layers) carries its state on. Neither shows in a signature, so the family's
-    source is read; where it cannot be, the answer is no.
-    """
-    config = lm.config.get_text_config()
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    if not kinds <= _ATTENTION_LAYERS:
-        return False
-    try:
-        source = inspect.getsource(sys.modules[type(lm).__module__])
-    except (OSError, TypeError):
-        return False
-    return bool(_MASK_FROM_POSITIONS.search(source))

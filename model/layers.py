@@ -1,4 +1,4 @@
-"""The small layers that the resampler and the gated cross-attention share."""
+"""Provide the small layers that the resampler and the gated cross-attention share."""
 
 from __future__ import annotations
 
@@ -12,46 +12,54 @@ from model.config import Activation
 
 
 class Linear(nn.Linear):
-    """A projection without bias whose start is drawn on the CPU, in float32.
+    """Project without bias, from a start that is drawn on the CPU in float32.
 
-    So the start depends on the CPU generator alone: not on the device or type of the parameter, nor on whether
-    DeepSpeed's ``zero.Init`` is partitioning parameters while they are made. The distribution is ``nn.Linear``'s own.
+    The start depends on the CPU generator alone: not on the parameter's device or type, nor on whether DeepSpeed's
+    ``zero.Init`` partitions parameters as they are made. The distribution is that of ``nn.Linear``.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
+        """Build a projection of ``in_features`` numbers to ``out_features``."""
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(in_features)."""
+        """Draw the weights uniformly from +-1/sqrt(in_features)."""
         bound = 1 / math.sqrt(self.in_features)
         if not self.weight.is_meta:
             with torch.no_grad():
-                self.weight.copy_(blank(*self.weight.shape).uniform_(-bound, bound))
+                self.weight.copy_(empty_for_drawing(*self.weight.shape).uniform_(-bound, bound))
 
 
-def blank(*shape: int) -> Tensor:
-    """An uninitialized float32 tensor on the CPU, to draw in. Inside of DeepSpeed's ``zero.Init`` every constructor of
-    torch returns the type that the engine computes in, whatever it was asked for: hence the second conversion."""
+def empty_for_drawing(*shape: int) -> Tensor:
+    """Return an uninitialized float32 tensor on the CPU, to draw random numbers in.
+
+    Inside DeepSpeed's ``zero.Init`` every constructor of torch returns the type that the engine computes in, whatever
+    type was asked for. The second conversion undoes that.
+    """
     return torch.empty(shape, dtype=torch.float32, device="cpu").float()
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, widen, activation, narrow (paper, appendix A.1.1; squared ReLU is from arXiv 2109.08668)."""
+    """Apply LayerNorm, a wide projection, an activation and a narrow projection (paper, appendix A.1.1).
 
-    def __init__(self, width: int, multiplier: int, activation: Activation) -> None:
+    Squared ReLU is from arXiv 2109.08668.
+    """
+
+    def __init__(self, dim: int, ff_mult: int, activation: Activation) -> None:
+        """Build a feed-forward for inputs of ``dim`` with ``ff_mult * dim`` hidden units."""
         super().__init__()
         self.activation: Activation = activation
-        self.norm = nn.LayerNorm(width)
-        self.up = Linear(width, multiplier * width)
-        self.down = Linear(multiplier * width, width)
+        self.norm = nn.LayerNorm(dim)
+        self.up = Linear(dim, ff_mult * dim)
+        self.down = Linear(ff_mult * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]"""
+        """Return a tensor of the input's shape, [..., dim]."""
         x = self.up(self.norm(x))
         x = F.relu(x).square() if self.activation == "squared_relu" else F.gelu(x)
         return self.down(x)
 
 
 def tanh_gate(gate: Tensor, like: Tensor) -> Tensor:
-    """tanh of a gate of shape (1,), computed in float32, in the type of ``like``."""
+    """Return tanh of a gate of shape (1,), computed in float32 or wider, in the type of ``like``."""
     return torch.tanh(gate.float() if gate.dtype.itemsize < 4 else gate).to(like.dtype)

@@ -1,8 +1,8 @@
-"""Which medium each token sees, as pure functions of the token ids (paper, sections 2.4 and A.3.1).
+"""Derive which medium each token sees from the token ids, by pure functions (paper, sections 2.4 and A.3.1).
 
-A medium is a row of the flat list of media of a batch, in the order in which their ``<image>`` tokens stand; -1 is no
-medium. ``document_ids`` marks packed documents: a run of equal numbers is a document, and nothing is seen across runs.
-Shapes: all tensors are [L] or [B, L], int64.
+The media of a batch are one flat list, in the order of their ``<image>`` tokens. A media index counts in it; -1 is no
+medium. ``document_ids`` marks packed documents: a run of equal numbers is a document, and no token sees media of
+another one. All tensors are int64, [L] or [B, L].
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ NO_MEDIUM = -1
 
 
 def preceding(input_ids: Tensor, image_id: int, document_ids: Tensor | None = None) -> Tensor:
-    """phi of the paper: the last medium at or before each token of its document; an ``<image>`` sees its own."""
+    """Return the last medium at or before each token of its document; an ``<image>`` sees its own (the paper's phi)."""
     at_or_before, offset, _ = _count(input_ids, image_id)
     before_document = _before_document(input_ids, image_id, document_ids)
     return torch.where(at_or_before > before_document, offset + at_or_before - 1, NO_MEDIUM)
 
 
 def following(input_ids: Tensor, image_id: int, document_ids: Tensor | None = None) -> Tensor:
-    """The next medium strictly after each token of its document (the paper's ``p_next``); none after the last one."""
+    """Return the next medium strictly after each token of its document (the paper's ``p_next``), or none."""
     at_or_before, offset, total = _count(input_ids, image_id)
     until_end = total.expand_as(at_or_before)
     if document_ids is not None:
@@ -33,7 +33,7 @@ def following(input_ids: Tensor, image_id: int, document_ids: Tensor | None = No
 
 
 def first_media(media_index: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The first medium of what each token sees, when that is all of its document up to ``media_index``; -1 for none."""
+    """Return the first medium that each token sees when it sees all of its document up to ``media_index``."""
     none = torch.iinfo(torch.int64).max
     seen = torch.where(media_index < 0, none, media_index)
     if document_ids is None:
@@ -46,12 +46,15 @@ def first_media(media_index: Tensor, document_ids: Tensor | None = None) -> Tens
 
 
 def documents_from_positions(position_ids: Tensor) -> Tensor:
-    """``document_ids`` of packed rows, from position ids that restart at 0 with each document."""
+    """Return the ``document_ids`` of packed rows from position ids that restart at 0 with each document."""
     return (position_ids == 0).cumsum(-1)
 
 
 def _count(input_ids: Tensor, image_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Media at or before each token of its row; media in the rows before, [..., 1]; media in the row, [..., 1]."""
+    """Count the media at or before each token of its row, those in the rows before, and those in the row.
+
+    The last two have shape [..., 1].
+    """
     at_or_before = (input_ids == image_id).cumsum(-1)
     total = at_or_before[..., -1:]
     offset = total.flatten().cumsum(0).view_as(total) - total
@@ -59,7 +62,7 @@ def _count(input_ids: Tensor, image_id: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _before_document(input_ids: Tensor, image_id: int, document_ids: Tensor | None) -> Tensor:
-    """Media of its row that stand before each token's document."""
+    """Count the media of its row that stand before each token's document."""
     if document_ids is None:
         return torch.zeros_like(input_ids)
     is_image = (input_ids == image_id).long()

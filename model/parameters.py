@@ -1,4 +1,4 @@
-"""Which parameters train, which are frozen, and the proof that the frozen ones are the same as they were."""
+"""Tell trained from frozen parameters, and prove that the frozen ones have not changed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
 def no_gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The ``gather`` of parameters that are not partitioned."""
+    """Do nothing: the ``gather`` of parameters that are not partitioned."""
     return nullcontext()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that train, by name, in the model's order."""
+    """Return the parameters that train, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that never change, by name, in the model's order; tied ones appear once."""
+    """Return the parameters that never change, by name, in the model's order; tied ones appear once."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also while ZeRO-3 has it partitioned (its own shape is [0] then)."""
+    """Return the shape of a parameter, also while ZeRO-3 has it partitioned and its own shape is [0]."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, str]:
-    """sha256 of every frozen parameter and persistent buffer, by name.
+    """Return the sha256 of every frozen parameter and persistent buffer, by name.
 
-    Each covers name, type, shape and bytes, and is the same whether or not the parameters are partitioned. Under
-    ZeRO-3 every rank has to call this, for each gather is a collective; one parameter is whole at a time.
+    A digest covers name, type, shape and bytes, and is the same whether or not parameters are partitioned. Under ZeRO-3
+    every rank has to call this, because each gather is a collective. One parameter is whole at a time.
+
+    Args:
+        model: Any module.
+        gather: Context that makes partitioned parameters whole.
     """
     digests = {}
     for name, parameter in frozen_parameters(model).items():
@@ -49,18 +53,18 @@ def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, st
 
 
 def frozen_fingerprint(model: nn.Module, gather: Gather = no_gather) -> str:
-    """One sha256 over all of ``frozen_digests``."""
+    """Return one sha256 over all of ``frozen_digests``."""
     return combine_digests(frozen_digests(model, gather))
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
-    """The fingerprint of digests."""
+    """Return one sha256 over digests, whatever their order."""
     lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def explain_difference(expected: Mapping[str, str], found: Mapping[str, str], most: int = 5) -> str:
-    """In words, which frozen tensors differ; "" when none does."""
+    """Name the frozen tensors that differ, up to ``most`` of a kind; return "" when none does."""
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -75,10 +79,10 @@ def explain_difference(expected: Mapping[str, str], found: Mapping[str, str], mo
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
 
 
 def _digest(name: str, tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
-"""A trained Flamingo as a folder: what was trained, and what the frozen rest has to be.
+"""Write a trained Flamingo to a folder, the export, and read it back.
 
-``model.safetensors`` (trained tensors only), ``config.json``, ``frozen.json`` (a digest of every frozen tensor) and
-``tokenizer/``. The frozen weights themselves stay where they came from.
+The folder has ``model.safetensors`` (trained tensors only), ``config.json``, ``frozen.json`` (a digest of every frozen
+tensor) and ``tokenizer/``. The frozen weights themselves stay where they came from.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def save_pretrained(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write an export; one process calls it.
+    """Write an export. One process calls this.
 
     Args:
-        folder: made if need be.
-        state: the trained tensors by their names in ``trainable_parameters``, of any floating type.
-        config: of the model. Local paths in it that are not absolute are rewritten relative to ``folder``.
-        tokens: ids of the special tokens.
-        dtype: that the model was trained in; the digests hold for it.
+        folder: Folder to write to, which is made if it does not exist.
+        state: Trained tensors by their names in ``trainable_parameters``, of any floating type.
+        config: Settings of the model. Local paths in it that are not absolute are rewritten relative to ``folder``.
+        tokens: Ids of the special tokens.
+        dtype: Type that the model was trained in, for which the digests hold.
         frozen: ``frozen_digests`` of the model.
-        seed: that the model was built with; it decides frozen parts that were not loaded from anywhere.
-        tokenizer: written beside, with the new tokens.
+        seed: Seed that the model was built with. It decides frozen parts that were not loaded from anywhere.
+        tokenizer: Tokenizer with the added tokens, to write as well.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def save_pretrained(
 def save_flamingo(
     folder: str | Path, model: Flamingo, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """``save_pretrained`` of a model that lies whole in this process."""
+    """Write an export of a model that is whole in this process; ``save_pretrained`` explains the arguments."""
     trained = trainable_parameters(model)
     save_pretrained(
         folder,
@@ -98,16 +98,17 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     verify_frozen: bool = True,
 ) -> Flamingo:
-    """A model from an export, in evaluation mode.
+    """Load a model from an export, in evaluation mode.
 
     Args:
-        folder: of ``save_pretrained``.
-        dtype: None takes the type that it was trained in. Another one is converted to after the frozen weights were
-            verified, so that they are exactly the trained ones.
-        verify_frozen: whether other frozen weights than those of the training are an error.
+        folder: Folder that ``save_pretrained`` wrote.
+        dtype: Type of the parameters; None takes the type of the training. Parameters are converted after the frozen
+            ones were verified.
+        device: Device to put the model on.
+        verify_frozen: Whether frozen weights that differ from those of the training are an error.
 
     Raises:
-        ValueError: not an export, or its frozen weights differ; the message names them.
+        ValueError: The folder is no export, or the frozen weights differ; the message names them.
     """
     folder = Path(folder)
     description, config = _read_description(folder)
@@ -118,8 +119,8 @@ def from_pretrained(
         difference = explain_difference(expected, frozen_digests(model))
         if difference:
             raise ValueError(
-                f"the frozen weights are not those that {folder} was trained with ({difference}). Point "
-                f"language_model and vision in {folder}/config.json to those, or give verify_frozen=False"
+                f"the frozen weights are not those that {folder} was trained with ({difference}). Let language_model "
+                f"and vision in {folder}/config.json name those, or pass verify_frozen=False"
             )
     load_trained(model, load_file(folder / "model.safetensors"))
     if dtype is not None:
@@ -127,8 +128,12 @@ def from_pretrained(
     return model.to(device).eval()
 
 
-def tokenizer_of(folder: str | Path) -> FlamingoTokenizer:
-    """The tokenizer of an export. Raises: ValueError when the folder is none."""
+def load_exported_tokenizer(folder: str | Path) -> FlamingoTokenizer:
+    """Load the tokenizer of an export.
+
+    Raises:
+        ValueError: The folder is no export.
+    """
     return build_tokenizer(_read_description(Path(folder))[1])
 
 
@@ -145,7 +150,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy trained tensors into a model that is not partitioned.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: Names or shapes differ.
     """
     trained = trainable_parameters(model)
     missing, unexpected = sorted(trained.keys() - state.keys()), sorted(state.keys() - trained.keys())
@@ -165,7 +170,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the type of all parameters. Not ``model.to``: that would also round the LM's rotary frequencies."""
+    """Change the type of all parameters. ``model.to`` would also round the LM's rotary frequencies."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -184,10 +189,10 @@ def _map_paths(config: FlamingoConfig, change: Callable[[str], str]) -> Flamingo
 
 
 def _relative_to(path: str, folder: Path) -> str:
-    """A relative path that exists, as seen from ``folder``; anything else (absolute, a hub's name) stays."""
+    """Return a relative path that exists as seen from ``folder``, and an absolute path or a hub's name unchanged."""
     return path if Path(path).is_absolute() or not Path(path).exists() else os.path.relpath(path, folder)
 
 
 def _resolve(path: str, folder: Path) -> str:
-    """What exists as seen from ``folder`` is meant so; anything else stays."""
+    """Return a path that exists in ``folder`` with the folder before it, and anything else unchanged."""
     return str(folder / path) if (folder / path).exists() else path

@@ -1,4 +1,4 @@
-"""The ids of the tokens that a Flamingo gives a meaning to, and the tokenizer that has them."""
+"""Add the two tokens of a Flamingo to a tokenizer, and find the ids of all special tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpecialTokenIds:
-    """image_id, end_of_chunk_id: the two new ones. bos_id and pad_id fall back to eos_id."""
+    """Hold the ids of the special tokens.
+
+    Attributes:
+        image_id: Token that stands for a medium.
+        end_of_chunk_id: Token that ends the text of a medium.
+        bos_id: Token that begins a text; ``eos_id`` where the tokenizer has none.
+        eos_id: Token that ends a text.
+        pad_id: Token that fills rows; ``eos_id`` where the tokenizer has none.
+    """
 
     image_id: int
     end_of_chunk_id: int
@@ -24,29 +32,33 @@ class SpecialTokenIds:
 
 @dataclass(frozen=True)
 class FlamingoTokenizer(SpecialTokenIds):
-    """The language model's tokenizer with the two new tokens, and the ids."""
+    """Hold the language model's tokenizer with the two added tokens, and the ids.
+
+    Attributes:
+        tokenizer: Hugging Face's tokenizer.
+    """
 
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def ids(self) -> SpecialTokenIds:
-        """The ids alone, which can cross a process boundary."""
+        """Ids alone, which can cross a process boundary."""
         return SpecialTokenIds(self.image_id, self.end_of_chunk_id, self.bos_id, self.eos_id, self.pad_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the tokens that some tokenizers put around it."""
+        """Return the ids of a text, without the tokens that some tokenizers put around it."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """Return the text of ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensConfig) -> FlamingoTokenizer:
-    """The tokenizer of a language model with the new tokens added.
+    """Load the tokenizer of a language model and add the two tokens.
 
     Raises:
-        ValueError: the config names no tokenizer, it cannot be loaded, or it has no end-of-sequence token.
+        ValueError: The config names no tokenizer, it cannot be loaded, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer  # takes seconds; ids alone do not need it
 
@@ -58,25 +70,28 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"the tokenizer {name!r} of language_model cannot be loaded: {error}") from error
-    return with_new_tokens(tokenizer, tokens)
+    return add_special_tokens(tokenizer, tokens)
 
 
-def with_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: SpecialTokensConfig) -> FlamingoTokenizer:
-    """Adds the new tokens to a tokenizer (in place) and finds the ids.
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: SpecialTokensConfig) -> FlamingoTokenizer:
+    """Add the two tokens to a tokenizer in place, and find the ids of all special tokens.
 
-    Ids are looked up, never taken from the end of an encoded text: some tokenizers append a token of their own there.
+    Ids are looked up, never taken from the end of an encoded text, where some tokenizers append a token of their own.
+
+    Raises:
+        ValueError: The two tokens are equal, or the tokenizer has no end-of-sequence token.
     """
     if tokens.image == tokens.end_of_chunk:
         raise ValueError("tokens.image and tokens.end_of_chunk are the same token: give them different names")
     missing = [token for token in (tokens.image, tokens.end_of_chunk) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
-    vocabulary = tokenizer.get_vocab()
+    vocab = tokenizer.get_vocab()
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in language_model.tokenizer")
     return FlamingoTokenizer(
-        image_id=vocabulary[tokens.image],
-        end_of_chunk_id=vocabulary[tokens.end_of_chunk],
+        image_id=vocab[tokens.image],
+        end_of_chunk_id=vocab[tokens.end_of_chunk],
         bos_id=eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_id=eos,
         pad_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

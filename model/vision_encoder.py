@@ -1,8 +1,4 @@
-"""A frozen open_clip or timm image tower, as a source of features.
-
-Shape suffixes: M media, F frames, S features of a frame, V width of the tower, C channels, Y and X pixels, P patches of
-all media.
-"""
+"""Turn pixels into features with a frozen image tower of open_clip or timm."""
 
 from __future__ import annotations
 
@@ -18,61 +14,69 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
-from model.tower_patches import Grid, features_of_patches, patch_size_of
+from model.tower_patches import Grid, encode_patches, find_patch_size
 
 _TIMM = "timm:"
 
 
 class VisionEncoder(nn.Module):
-    """[media, frames, 3, height, width] pixels -> [media, frames, features, width].
+    """Encode pixels [M, F, 3, Y, X] to features [M, F, S, V].
 
-    Only what leads to the chosen features is kept of the tower: no text tower, pooling, projection or later block. It
-    is always in evaluation mode and builds no graph. Attributes: ``features`` of a frame and their ``width``, ``flops``
-    of a frame, ``image_size`` in pixels, ``mean`` and ``std`` of the input normalization (for pixels in 0..1),
-    ``patch_size`` in pixels where the tower also takes media of any shape as patches, else None.
+    Only the modules that lead to the chosen features are kept: no text tower, pooling, projection or later block. The
+    tower is always in evaluation mode and builds no graph.
+
+    Attributes:
+        config: Settings of the tower.
+        image_size: Side of the square input in pixels.
+        mean: Mean of the input normalization, for pixels in 0..1.
+        std: Standard deviation of the input normalization.
+        patch_size: Side of a patch in pixels, where the tower also takes media of any shape as patches; else None.
+        num_features: Features of a frame (S).
+        dim: Dim of a feature (V).
+        flops: Floating-point operations of a frame.
     """
 
     def __init__(self, tower: Any, config: VisionEncoderConfig) -> None:
-        """tower: open_clip's ``visual``; it is cut down in place.
+        """Cut ``tower``, open_clip's ``visual``, down in place and freeze it.
 
         Raises:
-            ValueError: the tower cannot give the features that ``config`` asks for.
+            ValueError: The tower cannot give the features that ``config`` asks for.
         """
         super().__init__()
         self.config = config
         size = tower.image_size
         self.image_size: int = int(size[0]) if isinstance(size, tuple | list) else int(size)
-        preprocess = _preprocessing(tower)
+        preprocess = _read_preprocessing(tower)
         self.mean: tuple[float, ...] = tuple(preprocess["mean"])
         self.std: tuple[float, ...] = tuple(preprocess["std"])
-        # The float32 bit patterns stand in an integer buffer: casting the model to bf16 (Module.to, DeepSpeed) would
-        # otherwise round the statistics too.
+        # An integer buffer holds the float32 bit patterns. Casting the model to bf16 (Module.to, DeepSpeed) would round
+        # a float buffer.
         self.statistics_bits: Tensor  # [2, 3]: mean and std
         statistics = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")
         self.register_buffer("statistics_bits", statistics.view(torch.int32), persistent=False)
-        self.patch_size = patch_size_of(tower)
-        self.tower: nn.Module = _features_only(tower, config)
+        self.patch_size = find_patch_size(tower)
+        self.tower: nn.Module = _keep_features(tower, config)
         self.requires_grad_(False)
         self.train(False)
-        self.features, self.width, self.flops = self._probe()
+        self.num_features, self.dim, self.flops = self._probe()
 
     def train(self, mode: bool = True) -> VisionEncoder:
-        """Stays in evaluation mode: a frozen tower has no dropout and no batch statistics."""
+        """Stay in evaluation mode: a frozen tower has no dropout and no batch statistics."""
         return super().train(False)
 
     def forward(self, pixels: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
-        """Features of every frame.
+        """Return the features of every frame, in the tower's type, without a graph.
 
         Args:
-            pixels: uint8, or floating point in 0..1, [M, F, 3, Y, X]; or, with ``grids``, the patches of media of any
-                shape, [P, 3, patch_size, patch_size]: medium after medium, frame after frame, row after row.
-            grids: frames, rows and columns of each medium.
+            pixels: uint8, or floating point in 0..1, [M, F, 3, Y, X]. With ``grids`` the patches of media of any shape,
+                [P, 3, patch_size, patch_size]: medium after medium, frame after frame, row after row.
+            grids: Frames, rows and columns of patches of each medium.
 
         Returns:
-            [M, F, S, V], or [P, V] with ``grids``, in the tower's type, without a graph.
+            [M, F, S, V]. With ``grids`` one feature for each patch, [S, V].
 
         Raises:
-            ValueError: pixels of another rank or size; patches for a tower that takes none.
+            ValueError: Pixels have another number of dimensions or size, or the tower takes no patches.
         """
         if grids is not None:
             return self._encode_patches(pixels, grids)
@@ -86,56 +90,59 @@ class VisionEncoder(nn.Module):
         with torch.no_grad():
             return self._encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
-    def normalize(self, pixels_BCYX: Tensor) -> Tensor:
-        """uint8, or floating point in 0..1 -> what the tower was trained on, float32."""
-        scale = 1.0 if pixels_BCYX.is_floating_point() else 255.0
-        mean, std = self.statistics_bits.view(torch.float32)[..., None, None].unbind()
-        return (pixels_BCYX.float() / scale - mean) / std
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return pixels [..., 3, Y, X] as the tower was trained on them, float32.
 
-    def _encode(self, pixels_BCYX: Tensor) -> Tensor:
+        Args:
+            pixels: uint8, or floating point in 0..1.
+        """
+        scale = 1.0 if pixels.is_floating_point() else 255.0
+        mean, std = self.statistics_bits.view(torch.float32)[..., None, None].unbind()
+        return (pixels.float() / scale - mean) / std
+
+    def _encode(self, pixels_ICYX: Tensor) -> Tensor:
         dtype = next(self.tower.parameters()).dtype
-        features_BVyx = self.tower(self.normalize(pixels_BCYX).to(dtype))
-        return features_BVyx.flatten(2).transpose(1, 2).contiguous()
+        features_IVYX = self.tower(self.normalize(pixels_ICYX).to(dtype))
+        return features_IVYX.flatten(2).transpose(1, 2).contiguous()
 
     @torch.no_grad()
-    def _encode_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def _encode_patches(self, patches_PCyx: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.patch_size is None:
             raise ValueError(f"the tower {self.config.name!r} takes squares only, no patches")
-        number = sum(frames * rows * columns for frames, rows, columns in grids)
-        if patches.shape != (number, 3, self.patch_size, self.patch_size):
-            raise ValueError(
-                f"patches have shape {list(patches.shape)}; expected {[number, 3, self.patch_size, self.patch_size]}"
-            )
+        number = sum(num_frames * rows * columns for num_frames, rows, columns in grids)
+        expected = [number, 3, self.patch_size, self.patch_size]
+        if list(patches_PCyx.shape) != expected:
+            raise ValueError(f"patches have shape {list(patches_PCyx.shape)}; expected {expected}")
         dtype = next(self.tower.parameters()).dtype
-        features_PV: Tensor = self.tower(self.normalize(patches).to(dtype), grids)
-        return features_PV
+        features_SV: Tensor = self.tower(self.normalize(patches_PCyx).to(dtype), grids)
+        return features_SV
 
     def _probe(self) -> tuple[int, int, int]:
-        """Features of a frame, their width and the FLOPs, from a run without data: no table of architectures needed.
+        """Return the number of features of a frame, their dim and the FLOPs, from a run on the meta device.
 
-        Only here, before anything partitions the parameters.
+        It runs once, at construction, because partitioned parameters could not be read later.
         """
         state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         pixels = torch.zeros(1, 1, 3, self.image_size, self.image_size, dtype=torch.uint8, device="meta")
         try:
             with FlopCounterMode(display=False) as counter:
-                _, _, features, width = torch.func.functional_call(self, state, (pixels,)).shape
+                _, _, num_features, dim = torch.func.functional_call(self, state, (pixels,)).shape
         except RuntimeError as error:
             raise ValueError(
                 f"the tower {self.config.name!r} gives no features with vision.feature_block "
                 f"{self.config.feature_block} and vision.feature_norm {self.config.feature_norm} at {self.image_size} "
                 f"pixels: {error}"
             ) from error
-        return features, width, counter.get_total_flops()
+        return num_features, dim, counter.get_total_flops()
 
 
 def build_tower(config: VisionEncoderConfig) -> nn.Module:
-    """open_clip's ``visual`` for a config, with its weights; see ``VisionEncoderConfig``.
+    """Build open_clip's ``visual`` for a config, with its weights.
 
-    Weights are read from safetensors, or by torch.load with ``weights_only=True``: never through pickle.
+    Weights are read from safetensors, or by torch.load with ``weights_only=True``, never through pickle.
 
     Raises:
-        ValueError: an unknown name, a file that is not safetensors, or no weights where the config asks for some.
+        ValueError: The name is unknown, a file is not safetensors, or weights that the config asks for are missing.
     """
     device = str(torch.get_default_device())
     if config.name.startswith(_TIMM):
@@ -163,11 +170,11 @@ def build_tower(config: VisionEncoderConfig) -> nn.Module:
 
 
 def _build_timm(config: VisionEncoderConfig) -> nn.Module:
-    """``pretrained``: a safetensors file with the trunk's weights, or "timm" for those that timm has for the name."""
+    """Build a timm tower; ``pretrained`` is a safetensors file of the trunk, or "timm" for timm's own weights."""
     name = config.name.removeprefix(_TIMM)
     from_timm = config.pretrained == "timm"
     try:
-        # Without a projection open_clip passes the pooling on; without a pooling the trunk ends in its feature map.
+        # Without projection and pooling the trunk ends in its feature map.
         tower = TimmModel(name, embed_dim=0, pool="", proj="none", pretrained=from_timm)
     except RuntimeError as error:
         raise ValueError(f"vision.name {config.name!r}: {error}") from error
@@ -187,19 +194,19 @@ def _require_safetensors(path: str) -> None:
         raise ValueError(f"vision.pretrained {path!r} is neither a known tag nor a .safetensors file")
 
 
-def _preprocessing(tower: Any) -> dict[str, Any]:
-    """Mean and standard deviation, which open_clip attaches to the tower."""
+def _read_preprocessing(tower: Any) -> dict[str, Any]:
+    """Return mean and standard deviation, which open_clip attaches to the tower."""
     preprocess: dict[str, Any] = getattr(tower, "preprocess_cfg", None) or {}
     if "mean" not in preprocess or "std" not in preprocess:
         raise ValueError("the tower has no preprocess_cfg with mean and std: build it with open_clip.create_model")
     return preprocess
 
 
-def _features_only(tower: Any, config: VisionEncoderConfig) -> nn.Module:
-    """The tower without unused parts, whose ``forward`` gives the feature map [B, V, y, x], or features of patches.
+def _keep_features(tower: Any, config: VisionEncoderConfig) -> nn.Module:
+    """Cut unused parts off the tower, and let its ``forward`` return the feature map [I, V, Y, X] or patches' features.
 
-    ``forward`` is bound to ``forward_intermediates``, so that the module is entered through its call: ZeRO-3 gathers
-    the parameters that a module owns itself (class and position embeddings) only then.
+    ``forward`` is bound to ``forward_intermediates``, so that the module is entered through its call. Only then does
+    ZeRO-3 gather the parameters that a module owns itself (class and position embeddings).
     """
     if isinstance(tower, TimmModel):
         tower = tower.trunk
@@ -218,21 +225,21 @@ def _features_only(tower: Any, config: VisionEncoderConfig) -> nn.Module:
             raise ValueError(f"vision.feature_block {block}: the tower has no such block ({error})") from error
         block = -1
     tower.forward = functools.partial(
-        _features,
+        _extract_features,
         functools.partial(extract, indices=[block], stop_early=True, intermediates_only=True),
-        functools.partial(features_of_patches, tower, block=block, feature_norm=config.feature_norm),
+        functools.partial(encode_patches, tower, block=block, feature_norm=config.feature_norm),
     )
     return cast(nn.Module, tower)
 
 
-def _features(
+def _extract_features(
     extract: Callable[[Tensor], Any],
-    of_patches: Callable[[Tensor, Sequence[Grid]], Tensor],
+    encode: Callable[[Tensor, Sequence[Grid]], Tensor],
     pixels: Tensor,
     grids: Sequence[Grid] | None = None,
 ) -> Tensor:
     if grids is not None:
-        return of_patches(pixels, grids)
+        return encode(pixels, grids)
     found = extract(pixels)
     maps = found["image_intermediates"] if isinstance(found, dict) else found
     features: Tensor = maps[-1]

@@ -1,4 +1,4 @@
-"""What holds for all tests: nothing is downloaded, GPU tests wait for a GPU, several processes come last."""
+"""Rules for all tests: no downloads, no GPU tests without a GPU, tests with several processes last."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import os
 
 import pytest
 
-# A test that reaches for the hub is a test that fails on a machine without network.
+# With these, a test that wants to download fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--kills``: how often the stress test of checkpoints kills a process (5 in CI, 100 for a release)."""
-    parser.addoption("--kills", type=int, default=5)
+    """Add ``--kills``."""
+    parser.addoption("--kills", type=int, default=5, help="kills in the stress test of checkpoints (100 for a release)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests without a GPU, and put ``distributed`` ones after all others."""
+    """Skip ``gpu`` tests without a GPU; mark ``distributed`` tests as slow and put them last."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -26,4 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if item.get_closest_marker("distributed") and not item.get_closest_marker("smoke"):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("distributed") is not None)

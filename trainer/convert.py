@@ -1,11 +1,12 @@
-"""``python -m trainer.convert {folder,mmc4,obelics} --output FOLDER ...``: other layouts to indexed shards.
+"""Convert other layouts to indexed shards: ``python -m trainer.convert {folder,mmc4,obelics} --output FOLDER ...``.
 
-    folder IMAGES [--captions FILE]   images with .txt captions beside them, or a csv or jsonl that names both
-    mmc4 JSONL... --images FOLDER     MMC4's documents and their images
-    obelics PARQUET... [--images FOLDER]   rows with texts and images, in which order they stand
+    folder IMAGES [--captions FILE]        images with .txt captions beside them, or a table that names both: .csv,
+                                           .tsv, .jsonl, a .json array or COCO's captions
+    mmc4 JSONL... [--images FOLDER]        MMC4's documents (.jsonl or .jsonl.zip) and their images
+    obelics PARQUET... [--images FOLDER]   rows with texts and images in the order of the document
 
-The result is ``FOLDER/manifest.npz`` beside its shards. Inputs that give no sample stand in ``FOLDER/refused.json``
-with their reasons. The exit code is 1 when nothing was written, and 2 for wrong arguments.
+The command writes shards and ``FOLDER/manifest.npz``. Inputs that give no sample are listed in ``FOLDER/refused.json``
+with their reasons. The exit code is 1 if no manifest was written, and 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -18,27 +19,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.data.conversion.layouts import (
-    Refused,
-    Result,
-    folder_pairs,
-    mmc4_documents,
-    obelics_documents,
-    table_pairs,
-)
+from trainer.data.conversion.common import Refused, Result
+from trainer.data.conversion.from_folder import CAPTION_COLUMNS, IMAGE_COLUMNS, folder_pairs, table_pairs
+from trainer.data.conversion.from_mmc4 import mmc4_documents
+from trainer.data.conversion.from_obelics import obelics_documents
 from trainer.data.errors import ShardError
 from trainer.data.shards.writer import IndexedShardWriter
 from trainer.runtime.files import write_atomically
 
-_LISTED = 10_000  # refused inputs that are listed one by one
+_LISTED_INPUTS = 10_000  # refused inputs in the report; the others are only counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return convert(_results(arguments), arguments.output, arguments.samples_per_shard)
-    except (ValueError, FileNotFoundError) as error:
+        return convert(_read(arguments), arguments.output, arguments.samples_per_shard)
+    except FileNotFoundError as error:
+        print(f"trainer.convert: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"trainer.convert: {error}", file=sys.stderr)
         return 2
     except (ShardError, OSError) as error:
@@ -47,7 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(results: Iterable[Result], output: Path, samples_per_shard: int = 1000) -> int:
-    """Writes samples to shards; returns 0, or 1 when there were none. Raises ValueError, ShardError."""
+    """Write samples to shards, with manifest and report.
+
+    Args:
+        results: Samples and refused inputs of one layout.
+        output: Folder of the shards.
+        samples_per_shard: Most samples of a shard.
+
+    Returns:
+        The exit code: 1 if there was no sample.
+
+    Raises:
+        ValueError: The folder has a manifest already.
+        ShardError: A shard does not read as it was written.
+    """
     refused: list[Refused] = []
     reasons: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
@@ -56,24 +69,28 @@ def convert(results: Iterable[Result], output: Path, samples_per_shard: int = 10
         for result in results:
             if isinstance(result, Refused):
                 reasons[result.reason] += 1
-                if len(refused) < _LISTED:
+                if len(refused) < _LISTED_INPUTS:
                     refused.append(result)
                 continue
             writer.write(f"{samples:09d}", result.members)
             samples += 1
-            dropped.update(result.dropped)
+            dropped.update(result.dropped_images)
         manifest = writer.close()
     if reasons:
         report = json.dumps([asdict(one) for one in refused], indent=1, ensure_ascii=True)
         write_atomically(output / "refused.json", report.encode())
         print(f"{reasons.total():,} refused ({_listed(reasons)}): see {output / 'refused.json'}", file=sys.stderr)
+        # Names come from the data: !a keeps control characters and broken UTF-8 off the terminal.
+        for one in {one.reason: one for one in reversed(refused)}.values():
+            print(f"  {one.where!a}: {one.reason}: {one.detail!a}", file=sys.stderr)
     if dropped:
         print(f"{dropped.total():,} images left out of their documents ({_listed(dropped)})", file=sys.stderr)
     if manifest is None:
         print("no samples: no manifest written", file=sys.stderr)
         return 1
     print(
-        f"{manifest.path}: {len(manifest):,} shards, {manifest.total_samples:,} samples, sha256 {manifest.sha256[:12]}"
+        f"{manifest.path}: {len(manifest):,} shards beside it, {manifest.total_samples:,} samples, content sha256 "
+        f"{manifest.content_sha256[:12]}"
     )
     return 0
 
@@ -82,10 +99,9 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
 
 
-def _results(arguments: argparse.Namespace) -> Iterable[Result]:
-    for folder in (arguments.images,):
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is no folder")
+def _read(arguments: argparse.Namespace) -> Iterable[Result]:
+    if arguments.images is not None and not arguments.images.is_dir():
+        raise ValueError(f"{arguments.images} is not a folder")
     if arguments.layout == "mmc4":
         return mmc4_documents(arguments.tables, arguments.images)
     if arguments.layout == "obelics":
@@ -103,17 +119,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     layouts = parser.add_subparsers(dest="layout", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where shards and manifest go")
-    common.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N")
+    common.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder to write shards and manifest to"
+    )
+    common.add_argument(
+        "--samples-per-shard",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="most samples of a shard (default: %(default)s)",
+    )
     folder = layouts.add_parser("folder", parents=[common], help="images with captions")
-    folder.add_argument("images", type=Path, metavar="IMAGES", help="the folder")
-    folder.add_argument("--captions", type=Path, metavar="FILE", help="a .csv or .jsonl instead of .txt files")
-    folder.add_argument("--image-column", default="image", metavar="NAME", help="path below IMAGES")
-    folder.add_argument("--caption-column", default="caption", metavar="NAME")
+    folder.add_argument("images", type=Path, metavar="IMAGES", help="folder of the images")
+    folder.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="table of captions: .csv, .tsv, .jsonl, .json (default: a .txt file beside each image)",
+    )
+    folder.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help=f"column of the table with the path below IMAGES (default: the first of {', '.join(IMAGE_COLUMNS)})",
+    )
+    folder.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help=f"column of the table with the caption (default: the first of {', '.join(CAPTION_COLUMNS)})",
+    )
     for name, kind in (("mmc4", "JSONL"), ("obelics", "PARQUET")):
         documents = layouts.add_parser(name, parents=[common], help=f"interleaved documents from {kind.lower()}")
-        documents.add_argument("tables", type=Path, nargs="+", metavar=kind)
-        documents.add_argument("--images", type=Path, metavar="FOLDER", help="where images that are files lie")
+        documents.add_argument("tables", type=Path, nargs="+", metavar=kind, help="files of documents")
+        documents.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="folder of images that the documents name by file"
+        )
     return parser
 
 

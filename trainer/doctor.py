@@ -1,12 +1,13 @@
-"""What this machine can and cannot do: ``python -m trainer.doctor [CONFIG.yaml [--section.key VALUE ...]]``.
+"""Report what this machine can do: ``python -m trainer.doctor [CONFIG.yaml [--section.key VALUE ...]]``.
 
-One line a finding, each with a verdict and, where something is missing, what it is needed for. Exits with 0 when
-training is possible here, 1 when something required is missing, 2 when the given configuration is wrong.
+Each line is a finding: a verdict, the thing, and what it is needed for. With a configuration, the report also says
+whether it is valid here and which numbers of processes fit.
+
+Exit codes: 0 training is possible here; 1 something required is missing; 2 the configuration is wrong.
 """
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -21,19 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.cross_checks import allowed_world_sizes, check_optimizer_available
+from trainer.config.batch_sizes import possible_world_sizes
+from trainer.config.checks.missing_libraries import nvme_obstacle, optimizer_obstacle
 from trainer.config.loader import load_config, schema_of
 from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
 from trainer.errors import ConfigError
 
-PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+# Absent where the project is installed without its clone.
+PROJECT, DISTRIBUTION = Path(__file__).resolve().parents[1] / "pyproject.toml", "flamingo-trainer"
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. verdict: "missing" prevents training at all, "absent" prevents what ``detail`` says."""
+    """Describe one line of the report.
+
+    Attributes:
+        verdict: "ok"; "absent" if only a feature is unavailable; "missing" if training is impossible without it.
+        name: Thing that was looked for.
+        detail: What was found, or what it is needed for.
+    """
 
     verdict: Literal["ok", "absent", "missing"]
     name: str
@@ -41,10 +50,10 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; prints the findings and returns the exit code."""
+    """Print the findings and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
+        print(__doc__.replace("``", ""))
         return 0
     findings: list[Finding] = []
     for title, check in CHECKS:
@@ -53,15 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             findings.append(finding)
             print(f"  {finding.verdict:<8} {finding.name:<28} {finding.detail}", flush=True)
     missing = [finding.name for finding in findings if finding.verdict == "missing"]
-    config_is_right = _check_config(arguments) if arguments else True
+    config_is_valid = _check_config(arguments) if arguments else True
     print(f"\n{'Training is NOT possible here: ' + ', '.join(missing) if missing else 'Training is possible here.'}")
     if missing:
         return 1
-    return 0 if config_is_right else ConfigError.exit_code
+    return 0 if config_is_valid else ConfigError.exit_code
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A doctor that dies of the illness is no use: what a check raises is a finding."""
+    """Run a check, and turn an exception in it into a finding."""
     try:
         yield from check()
     except Exception as error:  # noqa: BLE001
@@ -79,10 +88,18 @@ def _check_python() -> Iterator[Finding]:
         )
 
 
+def _requirements() -> list[str]:
+    """Return what the project needs: from the clone's pyproject.toml, or from the installed package."""
+    if PROJECT.is_file():
+        return list(tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"])
+    texts = importlib.metadata.requires(DISTRIBUTION) or []
+    return [text for text in texts if "extra ==" not in text.partition(";")[2]]
+
+
 def _check_packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
-    requirements = [Requirement(text) for text in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]]
+    requirements = [Requirement(text) for text in _requirements()]
     fine = []
     for requirement in requirements:
         try:
@@ -94,8 +111,8 @@ def _check_packages() -> Iterator[Finding]:
             fine.append(f"{requirement.name} {version}")
         else:
             yield Finding("missing", requirement.name, f"{version} is installed, {requirement.specifier} is needed")
-    named = [text for text in fine if text.split()[0] in ("torch", "deepspeed", "transformers", "open_clip_torch")]
-    yield Finding("ok", f"{len(fine)} of {len(requirements)} packages", ", ".join(named))
+    shown = [text for text in fine if text.split()[0] in ("torch", "deepspeed", "transformers", "open_clip_torch")]
+    yield Finding("ok", f"{len(fine)} of {len(requirements)} packages", ", ".join(shown))
     import torchvision
 
     yield Finding("ok", "torchvision", f"{torchvision.__version__} loads with this torch")
@@ -105,9 +122,14 @@ def _check_devices() -> Iterator[Finding]:
     import psutil
     import torch
 
+    from trainer.runtime.cpu_matmul import why_onednn_is_not_faster
+
     memory = psutil.virtual_memory()
     memory_text = f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} GiB free"
     yield Finding("ok", "CPU", f"{len(os.sched_getaffinity(0))} cores usable, {memory_text}")
+    reason = why_onednn_is_not_faster()
+    library = "oneDNN" if reason is None else f"torch's own choice: {reason}"
+    yield Finding("ok", "CPU matrix products", f"{library} (training.cpu_matmul auto)")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         bf16 = "bfloat16" if gpu.major >= 8 else "no bfloat16: set training.dtype to float32"
@@ -115,10 +137,10 @@ def _check_devices() -> Iterator[Finding]:
         yield Finding("ok", f"GPU {index}", detail)
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        reason = (
+        obstacle = (
             f"torch is built for CUDA {built}; no device or driver found" if built else "torch is built without CUDA"
         )
-        yield Finding("absent", "GPU", f"{reason}; small models train on the CPU (DS_ACCELERATOR=cpu)")
+        yield Finding("absent", "GPU", f"{obstacle}; small models train on the CPU (DS_ACCELERATOR=cpu)")
     disk = shutil.disk_usage(".")
     yield Finding("ok", "disk here", f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f} GiB")
     shared = Path("/dev/shm")
@@ -131,8 +153,8 @@ def _check_devices() -> Iterator[Finding]:
 
 def _check_compilers() -> Iterator[Finding]:
     compiler = os.environ.get("CXX", "g++").split()[0]
-    yield _program(compiler, ["--version"], "compiles the CPU ops and DeepSpeed's; without it: plain torch, adamw")
-    yield _program("nvcc", ["--version"], "compiles the CUDA ops; without it: plain torch on the GPU", line=-1)
+    yield _program(compiler, ["--version"], "compiles the CPU ops and DeepSpeed's; otherwise plain torch and adamw")
+    yield _program("nvcc", ["--version"], "compiles the CUDA ops; otherwise plain torch on the GPU", line=-1)
     has_ninja = shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None
     yield Finding("ok" if has_ninja else "absent", "ninja", "builds DeepSpeed's ops")
 
@@ -142,7 +164,7 @@ def _check_launchers() -> Iterator[Finding]:
     found = shutil.which("deepspeed") or (str(beside) if beside.is_file() else None)
     verdict: Literal["ok", "absent"] = "ok" if found else "absent"
     yield Finding(
-        verdict, "deepspeed launcher", "several processes on this machine, and pdsh, mpirun or srun elsewhere"
+        verdict, "deepspeed launcher", "starts several processes here, and on other nodes with pdsh, mpirun or srun"
     )
     for name, purpose in (
         ("ssh", "reaches other nodes"),
@@ -156,7 +178,7 @@ def _check_launchers() -> Iterator[Finding]:
 
 def _check_mpi4py() -> Finding:
     purpose = "trainer.index under mpirun, deepspeed --launcher openmpi"
-    # In a process of its own: a broken MPI library may end the process it is loaded into.
+    # A broken MPI library may end the process that loads it.
     program = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode == 0:
@@ -175,15 +197,13 @@ def _check_ops() -> Iterator[Finding]:
 def _check_optimizers() -> Iterator[Finding]:
     yield Finding("ok", "adamw", "torch's fused AdamW (default)")
     for name, purpose in (("cpu_adam", "faster with offloaded optimizer state"), ("apex_fused_adam", "GPU only")):
-        reason = check_optimizer_available(name)
+        reason = optimizer_obstacle(name)
         yield Finding("absent" if reason else "ok", name, reason or purpose)
 
 
 def _check_storage() -> Iterator[Finding]:
-    has_library = ctypes.util.find_library("aio") is not None
-    has_header = any(Path(folder, "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include"))
-    detail = "offload to nvme" if has_library and has_header else "offload to nvme needs it: apt install libaio-dev"
-    yield Finding("ok" if has_library and has_header else "absent", "libaio", detail)
+    obstacle = nvme_obstacle()
+    yield Finding("absent" if obstacle else "ok", "offload to nvme", obstacle or "libaio and a compiler are here")
     for name, purpose in (("tensorboard", "logging.tensorboard"), ("wandb", "logging.wandb_project")):
         found = importlib.util.find_spec(name) is not None
         yield Finding("ok" if found else "absent", name, purpose if found else f"{purpose}: pip install {name}")
@@ -196,7 +216,7 @@ CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Compilers", _check_compilers),
     ("Launchers", _check_launchers),
     ("Fused ops", _check_ops),
-    ("Optimisers", _check_optimizers),
+    ("Optimizers", _check_optimizers),
     ("Storage and logging", _check_storage),
 )
 
@@ -221,7 +241,7 @@ def _check_config(arguments: list[str]) -> bool:
         return False
     print(f"  ok       {schema.__name__}")
     if isinstance(config, RunConfig):
-        print(f"  ok       numbers of processes that fit: {', '.join(map(str, allowed_world_sizes(config)))}")
+        print(f"  ok       numbers of processes that fit: {', '.join(map(str, possible_world_sizes(config)))}")
     return True
 
 

@@ -1,6 +1,6 @@
-"""What the training entry points share: parse, join the processes, train, export, turn errors into exit codes.
+"""Run a training entry point: read the settings, join the processes, train, export, turn errors into exit codes.
 
-Nothing heavy is imported before the configuration is known to be good, so that its errors come at once.
+Nothing heavy is imported before the configuration is known to be good, so its errors come at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
-from trainer.config.loader import check_world_size, config_to_yaml, parse_arguments
+from trainer.config.command_line import parse_arguments
+from trainer.config.loader import check_world_size, config_to_yaml
 from trainer.config.run_config import RunConfig
 from trainer.errors import ConfigError, TrainerError
+from trainer.runtime.console import lasting_console
+from trainer.runtime.run_folder import RunFolder
+from trainer.runtime.stop_signals import EXIT_STOPPED, StoppedError, handling, stop_at_once, write_to_terminal
 
 if TYPE_CHECKING:
     from trainer.loop import Task
@@ -26,45 +30,75 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=RunConfig)
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION = 0, 1, 2
-COMPLETE = "complete"
-# Errors whose message says all that a user needs; anything else is a defect and keeps its traceback.
+# The messages of these errors say all that a user needs; any other error is a defect and keeps its traceback.
 _USER_ERRORS = (TrainerError, ValueError, OSError)
 
 _log = logging.getLogger("trainer")
 
 
 @dataclass(frozen=True)
-class Tools(Generic[Config]):
-    """What differs between the trainers. export writes ``run_dir/export`` from the last checkpoint, on rank 0."""
+class Recipe(Generic[Config]):
+    """Say what one of the trainers does.
+
+    Attributes:
+        build_task: Builds what is trained; every rank calls it.
+        export: Writes the export folder from the last checkpoint; rank 0 calls it.
+    """
 
     build_task: Callable[[Config, World], Task]
     export: Callable[[Config, Path], None]
 
 
-def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callable[[], Tools[Config]]) -> int:
+def run_training(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], Recipe[Config]]) -> int:
     """Run a training entry point and return its exit code.
 
-    0: the run is complete (one that was complete already is left as it is). 2: the configuration is wrong; all its
-    errors were printed before anything was loaded. 75: it was asked to stop and saved a checkpoint: start it again.
-    124: a process hung; stacks of all are in ``run_dir/stacks``. 1: it failed.
+    Args:
+        schema: Dataclass of the settings.
+        argv: Command line; None takes the process's own.
+        recipe: Imports and returns the recipe, once the configuration is known to be good.
+
+    Returns:
+        0 when the run is complete; a run that was complete before is left as it is. 1 when it failed. 2 when the
+        configuration is wrong. 75 when it was asked to stop and saved a checkpoint, or had nothing to save yet. 124
+        when a process hung.
     """
+    with lasting_console(), handling(stop_at_once):
+        try:
+            return _run(schema, argv, recipe)
+        except StoppedError as stopped:
+            if _is_first_process():
+                write_to_terminal(f"{stopped}; start the same command again")
+            exit_now(EXIT_STOPPED)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], Recipe[Config]]) -> int:
     config = parse_arguments(schema, argv)
+    folder = RunFolder(config.run_dir)
     if is_complete(config):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{config.run_dir} is complete: {config.training.steps} updates, exported to {export_folder(config)}")
+        if _is_first_process():
+            print(f"{config.run_dir} is complete: {config.training.steps} steps, exported to {folder.export}")
         return EXIT_OK
 
     from trainer.resilience.watchdog import enable_flight_recorder
     from trainer.runtime import distributed
 
-    enable_flight_recorder(config.run_dir)
-    world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
+    enable_flight_recorder(folder)
+    try:
+        world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
+    except TrainerError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     _configure_logging(world)
     try:
         check_world_size(config, world.size)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(config.run_dir, world), _failures_noted(config.run_dir, world):
-            _train_and_export(config, world, tools())
+        with distributed.failing_together(world):
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, world), _failures_recorded(folder, world):
+            _train_and_export(config, world, recipe())
     except ConfigError as error:
         if world.is_main:
             print(error, file=sys.stderr)
@@ -78,25 +112,21 @@ def run_training(schema: type[Config], argv: Sequence[str] | None, tools: Callab
 
 
 @contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """The run folder is this job's; all ranks fail together when it is another's."""
-    from trainer.resilience.run_lock import RunLockedError, run_lock
-    from trainer.runtime.distributed import raise_together
+def _locked(folder: RunFolder, world: World) -> Iterator[None]:
+    """Hold the lock of the run folder; all ranks fail together when another job holds it."""
+    from trainer.resilience.run_lock import run_lock
+    from trainer.runtime.distributed import failing_together
 
     with ExitStack() as stack:
-        error: Exception | None = None
-        if world.is_main:
-            try:
-                stack.enter_context(run_lock(run_dir))
-            except (OSError, RunLockedError) as caught:
-                error = caught
-        raise_together(error, world)
+        with failing_together(world):
+            if world.is_main:
+                stack.enter_context(run_lock(folder))
         yield
 
 
 @contextmanager
-def _failures_noted(run_dir: Path, world: World) -> Iterator[None]:
-    """A process that fails says so in events.jsonl, for whoever looks later and for ``trainer.supervise``."""
+def _failures_recorded(folder: RunFolder, world: World) -> Iterator[None]:
+    """Write an error of this process to events.jsonl, for people and for ``trainer.supervise``."""
     from trainer.resilience.events import EventLog
     from trainer.resilience.preemption import PreemptedError
 
@@ -105,50 +135,42 @@ def _failures_noted(run_dir: Path, world: World) -> Iterator[None]:
     except PreemptedError:
         raise
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        with suppress(OSError):  # of a full disk, that error itself is the one to be told
-            EventLog(run_dir).write("failed", rank=world.rank, host=os.uname().nodename, error=message[:1000])
+        message = f"{type(error).__name__}: {error}"[:1000]
+        EventLog(folder).write("failed", rank=world.rank, host=os.uname().nodename, error=message)
         raise
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process with an exit code, without tearing the interpreter down.
 
-    Everything that a run writes is closed by now. What is left are threads of torch and DeepSpeed; one that asks for
-    the interpreter's lock while the interpreter ends aborts the process, and a complete run would look like a failed.
+    Everything that a run writes is closed by now. Threads of torch and DeepSpeed remain. One of them that asks for the
+    interpreter's lock while the interpreter ends would abort the process, and a complete run would look like a failure.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a console that is gone does not change the exit code
+            stream.flush()
     os._exit(code)
 
 
-def _train_and_export(config: Config, world: World, tools: Tools[Config]) -> None:
+def _train_and_export(config: Config, world: World, recipe: Recipe[Config]) -> None:
     from trainer.loop import train
-    from trainer.runtime.device_memory import exhaustion_explained
-    from trainer.runtime.distributed import raise_together
+    from trainer.runtime.device_memory import explain_out_of_memory
+    from trainer.runtime.distributed import failing_together
     from trainer.runtime.files import write_atomically
 
-    with exhaustion_explained():
-        train(tools.build_task(config, world), config, world)
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            tools.export(config, export_folder(config))
-            write_atomically(config.run_dir / COMPLETE, _identity(config))
-        except OSError as caught:
-            error = caught
-    raise_together(error, world)
-
-
-def export_folder(config: RunConfig) -> Path:
-    """Where a complete run leaves what it made."""
-    return config.run_dir / "export"
+    with explain_out_of_memory():
+        train(recipe.build_task(config, world), config, world)
+    folder = RunFolder(config.run_dir)
+    with failing_together(world):
+        if world.is_main:
+            recipe.export(config, folder.export)
+            write_atomically(folder.complete, _identity(config))
 
 
 def is_complete(config: RunConfig) -> bool:
-    """Whether this very configuration was trained to its end and exported."""
-    marker = config.run_dir / COMPLETE
+    """Return whether this very configuration was trained to its end and exported."""
+    marker = RunFolder(config.run_dir).complete
     return marker.is_file() and marker.read_text(encoding="utf-8") == _identity(config)
 
 
@@ -164,7 +186,7 @@ def _configure_logging(world: World) -> None:
 
 def quiet_libraries() -> None:
     """Let libraries log only what a user has to act on."""
-    for noisy in ("DeepSpeed", "transformers", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # open_clip speaks through the root logger, and warns of random weights where they are wanted.
+    for name in ("DeepSpeed", "transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # open_clip logs through the root logger, and warns of random weights where they are wanted.
     logging.getLogger().addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)

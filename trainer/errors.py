@@ -1,7 +1,6 @@
-"""What can go wrong by somebody's choice or somebody's data, as opposed to a bug.
+"""Define the errors that a user's settings or data cause, as opposed to bugs.
 
-Everything here is raised with a message that names what to change. Entry points print the message without a traceback
-and exit with ``exit_code``.
+Every message names the thing to change. Entry points print the message without a traceback and exit with ``exit_code``.
 """
 
 from __future__ import annotations
@@ -11,19 +10,24 @@ from dataclasses import dataclass
 
 
 class TrainerError(Exception):
-    """The base of every error that a user can do something about."""
+    """Report an error that a user can mend; the base of all others.
+
+    Attributes:
+        exit_code: Exit code of an entry point that ends with this error.
+    """
 
     exit_code: int = 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One wrong setting.
+    """Describe one wrong setting.
 
-    path: where it is, dotted as on the command line ("data.sources.0.batch_size"); "" for the whole file.
-    message: what is wrong and what to write instead.
-    source: the file and line ("configs/debug.yaml:12") or "command line", where known.
-    related: other settings that the message depends on.
+    Attributes:
+        path: Dotted name, as on the command line ("data.sources.0.batch_size"); "" for the whole file.
+        message: What is wrong and what to write instead.
+        source: File and line ("configs/debug.yaml:12") or "command line"; "" if unknown.
+        related: Other settings that the message depends on.
     """
 
     path: str
@@ -32,12 +36,16 @@ class Problem:
     related: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = ": ".join(part for part in (self.source, self.path) if part)
-        return f"{where}: {self.message}" if where else self.message
+        place = ": ".join(part for part in (self.source, self.path) if part)
+        return f"{place}: {self.message}" if place else self.message
 
 
 class ConfigError(TrainerError, ValueError):
-    """Every wrong setting of a run at once (``problems``); entry points exit with 2."""
+    """Report every wrong setting of a run at once.
+
+    Attributes:
+        problems: The wrong settings.
+    """
 
     exit_code = 2
 

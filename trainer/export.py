@@ -1,6 +1,6 @@
 """Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--output FOLDER]``.
 
-Everything written is safetensors and json. Trained weights are the optimizer's float32 ones, whatever was trained in.
+It writes safetensors and json. Trained weights are the optimizer's float32 copies, whatever ``training.dtype`` is.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.checkpoint.catalog import find_checkpoint, read_state
-from trainer.checkpoint.training_state import CheckpointError, TrainingState
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
-from trainer.loop import checkpoint_folder
+from trainer.runtime.run_folder import RunFolder
 
 
 def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState]:
-    """The trainable tensors of a run's newest good checkpoint, whole and in float32 on CPU, and its state.
+    """Read the trainable tensors of the newest good checkpoint, whole and in float32 on the CPU, and its state.
 
-    Raises: CheckpointError when the run has none.
+    Raises:
+        CheckpointError: The run has no complete checkpoint.
     """
-    checkpoint = find_checkpoint(checkpoint_folder(config))
+    checkpoint = find_checkpoint(RunFolder(config.run_dir).checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{config.run_dir} has no complete checkpoint yet")
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # progress of its parts
@@ -42,7 +44,7 @@ def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState
 
 
 def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
-    """Trained weights, configuration, tokenizer and the frozen weights' digests, for ``model.pretrained``."""
+    """Write trained weights, configuration, tokenizer and digests of the frozen weights, for ``model.pretrained``."""
     from model.factory import build_tokenizer
     from model.pretrained import save_pretrained
 
@@ -62,7 +64,7 @@ def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
 
 
 def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
-    """A Hugging Face folder: config, weights, tokenizer."""
+    """Write a Hugging Face folder: config, weights, tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from trainer.tasks.language_model import CausalLanguageModel, load_run_tokenizer, model_settings
@@ -78,12 +80,12 @@ def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
 
 
 def export_contrastive(config: ContrastiveRunConfig, output: Path) -> None:
-    """A folder that open_clip loads as ``local-dir:``: its config and both towers' weights."""
-    from trainer.tasks.contrastive import architecture_folder, open_clip_weights
+    """Write a folder that open_clip loads as ``local-dir:``: config and weights of both towers."""
+    from trainer.tasks.contrastive import open_clip_weights
 
     weights, _ = trained_weights(config)
     with _whole_or_not(output) as folder:
-        shutil.copytree(architecture_folder(config), folder, dirs_exist_ok=True)
+        shutil.copytree(RunFolder(config.run_dir).architecture, folder, dirs_exist_ok=True)
         save_file(open_clip_weights(weights), folder / "open_clip_model.safetensors")
 
 
@@ -96,7 +98,7 @@ _KINDS: dict[str, tuple[type[RunConfig], Callable[[Any, Path], None]]] = {
 
 @contextmanager
 def _whole_or_not(output: Path) -> Iterator[Path]:
-    """A folder that takes its name only when it is complete, in place of an older one."""
+    """Give a temporary folder that takes the name ``output`` when it is complete, in place of an older one."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -109,17 +111,17 @@ def _whole_or_not(output: Path) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Export a run and return the exit code."""
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="a run folder, of any of the three trainers")
+    parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export)")
     arguments = parser.parse_args(argv)
-    path = arguments.run_dir / "config.yaml"
+    run_folder = RunFolder(arguments.run_dir)
     try:
-        kind = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
+        kind = yaml.safe_load(run_folder.config.read_text(encoding="utf-8"))["task"]
         schema, export = _KINDS[kind]
-        output = arguments.output or arguments.run_dir / "export"
-        export(load_config(path, [], schema, check_files=False), output)
+        output = arguments.output or run_folder.export
+        export(load_config(run_folder.config, [], schema, check_files=False), output)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"trainer.export: {error}", file=sys.stderr)
         return 1

@@ -1,11 +1,11 @@
-"""What the data are, as text, and what a Flamingo is fed, as a page with its images.
+"""Show shards and batches: as text, or as a page with the images and tokens of a batch.
 
-    python -m trainer.inspect MANIFEST [--samples N]               shards, and the first samples' members
+    python -m trainer.inspect MANIFEST [--samples N]               shards and first samples
     python -m trainer.inspect CONFIG.yaml --step T [--section.key VALUE ...]   the samples of global batch T
-    python -m trainer.inspect CONFIG.yaml --step T --html FILE [--rows N]      its images, tokens and what they see
+    python -m trainer.inspect CONFIG.yaml --step T --html FILE [--rows N]      its images, and the tokens that see them
 
-Steps count updates from 0. Nothing is trained or changed; the second form reads the run's configuration like the
-trainers do, and says the same for any number of processes.
+Steps are counted from 0. Nothing is trained or changed. The output for a configuration is the same for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import yaml
 from trainer.config.data_config import DataConfig
 from trainer.config.loader import load_config, schema_of
 from trainer.config.run_config import FlamingoRunConfig, RunConfig
+from trainer.data.batch import BatchFormat
 from trainer.data.errors import DataError
 from trainer.data.shards.manifest import Manifest, load_manifest
 from trainer.data.shards.reader import ShardReader
-from trainer.data.shards.storage import StorageSettings
+from trainer.data.shards.storage_settings import StorageSettings
 from trainer.data.stream.contact_sheet import contact_sheet
 from trainer.data.stream.micro_batches import MicroBatches
 from trainer.data.stream.step_plan import build_orders, plan_step
@@ -36,12 +37,12 @@ _SHOWN_SHARDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 1 for data that cannot be read, 2 for a wrong configuration."""
+    """Run the command, and return its exit code: 1 for data that cannot be read, 2 for a wrong configuration."""
     arguments, overrides = _parser().parse_known_args(argv)
     path: Path = arguments.path
     try:
         if path.suffix in (".yaml", ".yml"):
-            config = _config_of(path, overrides)
+            config = _load_run_config(path, overrides)
             if arguments.html is not None:
                 write_contact_sheet(config, arguments.step, arguments.html, arguments.rows)
             lines = describe_step(config.data, arguments.step)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _config_of(path: Path, overrides: Sequence[str]) -> RunConfig:
+def _load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     schema = schema_of(values if isinstance(values, dict) else {})
     if not issubclass(schema, RunConfig):
@@ -72,7 +73,15 @@ def _config_of(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def describe_manifest(manifest: Manifest, samples: int) -> Iterator[str]:
-    """Shards of a manifest and its first samples. Raises ShardError."""
+    """Yield lines about the shards of a manifest and its first samples.
+
+    Args:
+        manifest: Manifest to describe.
+        samples: Number of samples.
+
+    Raises:
+        ShardError: A shard cannot be read.
+    """
     size = int(manifest.shard_bytes.sum()) / 1e9
     yield f"{manifest.path}: {len(manifest):,} shards, {manifest.total_samples:,} samples, {size:.3f} GB"
     yield f"sha256 {manifest.sha256}"
@@ -87,9 +96,15 @@ def describe_manifest(manifest: Manifest, samples: int) -> Iterator[str]:
 
 
 def describe_step(data: DataConfig, step: int) -> Iterator[str]:
-    """The samples of global batch ``step`` in the order of the lanes, source after source.
+    """Yield lines about the samples of global batch ``step``, by source and lane.
 
-    Raises ValueError (settings) and ShardError.
+    Args:
+        data: Settings of the data.
+        step: Step counted from 0.
+
+    Raises:
+        ValueError: Settings do not fit one another.
+        ShardError: A shard cannot be read.
     """
     plans = plan_step(data, 1)
     manifests = [load_manifest(source.manifest) for source in data.sources]
@@ -97,13 +112,13 @@ def describe_step(data: DataConfig, step: int) -> Iterator[str]:
         if plan.source.packing:
             yield (
                 f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} packed rows from "
-                f"{order.num_lanes} lanes; which samples share a row depends on their tokens: --html shows them"
+                f"{order.num_lanes} lanes; their tokens decide which samples share a row: --html shows them"
             )
             continue
         reader = ShardReader(manifest, storage=StorageSettings.of(data))
         yield (
-            f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} sequences from {order.num_lanes} "
-            f"lanes, samples {step * plan.samples_per_step:,} and on of {order.samples:,} an epoch"
+            f"{order.name} ({plan.source.type}): step {step}, {plan.source.batch_size} rows from {order.num_lanes} "
+            f"lanes, from sample {step * plan.samples_per_step:,} on; an epoch has {order.samples:,}"
         )
         for lane, locations in enumerate(order.samples_of(step)):
             for place in locations:
@@ -113,14 +128,25 @@ def describe_step(data: DataConfig, step: int) -> Iterator[str]:
 
 
 def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> None:
-    """Global batch ``step`` as one HTML page; rows: at most so many of each source.
+    """Write global batch ``step`` as one HTML page.
 
-    Loads the tower, for its input size and mean color, and the tokenizer. The texts of packed sources are gone through
-    from the start of the run. Raises ValueError (settings), ShardError and TooManyBadSamplesError.
+    This loads the vision tower, for its input size and mean color, and the tokenizer. Packed sources are read from the
+    start of the run, because the samples of a packed row depend on those before it.
+
+    Args:
+        config: Configuration of a Flamingo run.
+        step: Step counted from 0.
+        path: HTML file to write.
+        rows: Most rows to show of each source.
+
+    Raises:
+        ValueError: Settings do not fit one another, or the configuration is not one of ``trainer.train``.
+        ShardError: A shard cannot be read.
+        TooManyBadSamplesError: A sample and all of its substitutes were rejected.
     """
     if not isinstance(config, FlamingoRunConfig):
         raise ValueError("--html shows the batches of trainer.train; this is the configuration of another trainer")
-    # Heavy imports, which text output does without.
+    # These imports take seconds, and text output does not need them.
     from model.factory import build_tokenizer
     from model.vision_encoder import VisionEncoder, build_tower
     from trainer.tasks.row_builders import flamingo_builders
@@ -131,19 +157,17 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
         config.data,
         flamingo_builders(config.data, tokenizer, encoder),
         [load_manifest(source.manifest) for source in config.data.sources],
-        pad_id=tokenizer.pad_id,
-        media_shape=(1, 3, encoder.image_size, encoder.image_size),
-        patch_size=encoder.patch_size,
+        BatchFormat(tokenizer.pad_id, encoder.image_size, encoder.patch_size),
         rank=0,
         world_size=1,
     )
-    each = micro_batches.micro_batches_per_step
-    made = [micro_batches[index] for index in range(step * each, (step + 1) * each)]
+    num_micro_batches = micro_batches.micro_batches_per_step
     batches = []
-    for one in made:
-        if isinstance(one, DataError):
-            raise one
-        batches.append(one.batch)
+    for index in range(step * num_micro_batches, (step + 1) * num_micro_batches):
+        micro_batch = micro_batches[index]
+        if isinstance(micro_batch, DataError):
+            raise micro_batch
+        batches.append(micro_batch.batch)
     page = contact_sheet(
         batches,
         lambda token: tokenizer.tokenizer.decode([token], skip_special_tokens=False),
@@ -155,7 +179,7 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
 
 
 def describe_sample(key: str, members: Mapping[str, bytes]) -> str:
-    """Key and members on one line: texts quoted (with whatever they contain escaped), the rest by size."""
+    """Return the key and the members on one line: texts quoted and escaped, other members by size."""
     parts = []
     for extension, content in sorted(members.items()):
         if extension in _TEXT_EXTENSIONS:
@@ -169,13 +193,21 @@ def describe_sample(key: str, members: Mapping[str, bytes]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.inspect", description="what the data are, as text", allow_abbrev=False
+        prog="python -m trainer.inspect", description="show shards and batches", allow_abbrev=False
     )
-    parser.add_argument("path", type=Path, metavar="MANIFEST|CONFIG.yaml")
-    parser.add_argument("--step", type=int, default=0, metavar="T", help="of a configuration: which global batch")
-    parser.add_argument("--samples", type=int, default=5, metavar="N", help="of a manifest: how many samples")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="of a configuration: write a page with its images")
-    parser.add_argument("--rows", type=int, default=32, metavar="N", help="of that page: rows of each source")
+    parser.add_argument("path", type=Path, metavar="MANIFEST|CONFIG.yaml", help="what to show")
+    parser.add_argument(
+        "--step", type=int, default=0, metavar="T", help="global batch of a configuration (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=5, metavar="N", help="samples shown of a manifest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="page to write with the images of a configuration's batch"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=32, metavar="N", help="rows of each source on that page (default: %(default)s)"
+    )
     return parser
 
 

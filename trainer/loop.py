@@ -1,7 +1,8 @@
-"""The training loop, to be read from top to bottom.
+"""Train from the newest checkpoint to the last step. Read this file from top to bottom.
 
-One update visits every source, accumulates its lambda-weighted gradient, clips once and steps once (paper, section
-3.3). The loss is normalized over the global batch, so neither the number of processes nor of micro-steps changes it.
+A step visits every source, accumulates the weighted gradient, clips it once and steps the optimizer once (paper,
+section 3.3). The loss is normalized over the global batch, so neither the number of processes nor that of micro-batches
+changes it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,181 +19,229 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoint.changed_settings import changed_settings
+from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.load import check_fits, restore, resume_point
-from trainer.checkpoint.rewind import drop_checkpoints, has_checkpoint
+from trainer.checkpoint.rewind import drop_stale_checkpoints, has_checkpoint
 from trainer.checkpoint.save import Checkpoints
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import config_to_yaml
 from trainer.config.run_config import RunConfig
-from trainer.data.batch import Batch
-from trainer.data.samples.row_builder import Builder
-from trainer.data.stream.bad_sample_limit import BadSampleLimit
-from trainer.data.stream.loader import StepLoader, Update
+from trainer.data.batch import Batch, BatchFormat
+from trainer.data.samples.rows import RowBuilder
+from trainer.data.stream.loader import StepBatches, StepLoader
 from trainer.data.stream.packing import LanePositions
 from trainer.data.stream.step_totals import StepTotals, step_totals
 from trainer.data.stream.stream_state import check_data_state, merge_lane_positions, saved_lane_positions
 from trainer.deepspeed_engine.engine import Engine, StepResult
 from trainer.deepspeed_engine.optimizer import learning_rate_factor
-from trainer.metrics.ledger import LedgerWriter
-from trainer.metrics.profiler_trace import ProfilerTrace
-from trainer.metrics.sinks import MetricsWriter
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Operations, Utilization, UtilizationMeter
+from trainer.observers import StepObserver, StepReport, run_observers
 from trainer.resilience.events import EventLog
+from trainer.resilience.pending_error import PendingError
 from trainer.resilience.preemption import PreemptedError, Preemption
-from trainer.resilience.stability import RewindError, Stability, add_window, is_stale, known_windows
-from trainer.resilience.stragglers import Stragglers
+from trainer.resilience.skipped_windows import add_window, is_stale, known_windows
+from trainer.resilience.stability import RewindError, Stability
 from trainer.resilience.watchdog import Watchdog
-from trainer.runtime.distributed import World, gather_objects, sum_over_ranks
+from trainer.runtime.distributed import World, failing_together, gather_objects, sum_by_name
 from trainer.runtime.files import write_atomically
+from trainer.runtime.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: everything that differs between Flamingo, the language model and the contrastive towers.
+    """Describe what is trained: all that differs between Flamingo, the language model and the contrastive towers.
 
-    module: ``module(**batch.inputs)`` returns an object with ``loss``, summed over this rank's units.
-    builders: for each source, what makes a sequence of a sample.
-    pad_id, media_shape, patch_size: for collating; media_shape is [1, 3, height, width] of a dummy medium (sources of
-        videos have more frames, by their own setting), patch_size the tower's, for sources with ``image_tokens``.
-    operations: floating-point operations of a batch, and peak_tflops of a device, for the metrics; None: not known.
-    unit: what ``token_mean`` counts: trained tokens, or sequences where the loss is one of whole sequences.
-    deepspeed: the json for DeepSpeed. model: the model's settings, kept in every checkpoint and compared at resume.
-    frozen: a digest of every tensor that no checkpoint holds; empty when everything is trained.
+    Attributes:
+        module: ``module(**batch.inputs)`` returns an object with ``loss``, summed over the units of this rank.
+        builders: Row builder of each source, by name.
+        batch_format: What the module takes.
+        deepspeed: DeepSpeed's json.
+        model: Settings of the model, kept in every checkpoint and compared at resume.
+        frozen: Digest of every tensor that no checkpoint holds, by name.
+        unit: What ``token_mean`` counts: trained tokens, or documents where the loss is one of whole documents.
+        operations: Counts the floating-point operations of a batch; None leaves them out of the metrics.
+        peak_tflops: Peak of a device in 10^12 operations per second; None where it is not known.
     """
 
     module: nn.Module
-    builders: Mapping[str, Builder]
-    pad_id: int
-    media_shape: tuple[int, int, int, int]
+    builders: Mapping[str, RowBuilder]
+    batch_format: BatchFormat
     deepspeed: dict[str, Any]
     model: Mapping[str, Any]
     frozen: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["token", "document"] = "token"
-    patch_size: int | None = None
     operations: Callable[[Batch], Operations] | None = None
     peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays from the start of a process to its end, however often training goes back to a checkpoint."""
+    """Hold what lives from the start of the process to its end, however often training goes back to a checkpoint."""
 
     task: Task
     config: RunConfig
     world: World
+    folder: RunFolder
     engine: Engine
+    meter: UtilizationMeter
     preemption: Preemption
     watchdog: Watchdog
     events: EventLog
+    records: PendingError
+    observers: Sequence[StepObserver]
+
+    @property
+    def sources(self) -> list[str]:
+        return [source.name for source in self.config.data.sources]
+
+    def learning_rate_factor(self, step_index: int) -> float:
+        return learning_rate_factor(step_index, self.config.training.steps, self.config.schedule)
 
 
-def train(task: Task, config: RunConfig, world: World) -> None:
+def train(task: Task, config: RunConfig, world: World, observers: Sequence[StepObserver] = ()) -> None:
     """Train to ``config.training.steps``, from the newest good checkpoint of ``config.run_dir`` if there is one.
 
-    Raises: CheckpointError when that checkpoint does not fit; ValueError for data that do not; TrainingDivergedError;
-    PreemptedError after a signal, with a checkpoint of the update it came in.
+    Args:
+        task: What to train.
+        config: Settings of the run.
+        world: Processes of the run.
+        observers: Observers beside the run's own; they are not closed at a rewind.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the run.
+        RecordError: metrics.jsonl or a ledger cannot be written; other ranks raise RankFailedError.
+        ValueError: The data do not fit.
+        TrainingDivergedError: Too many steps were skipped, or the run went back too often.
+        PreemptedError: A signal asked to stop; a checkpoint of the last step was saved.
     """
     torch.manual_seed(config.training.seed + world.rank)
-    engine = Engine(task.module, config.optimizer, task.deepspeed, world)
-    events, preemption = EventLog(config.run_dir, world.is_main), Preemption(world)
-    watchdog = Watchdog(config.run_dir, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
-    run = _Run(task, config, world, engine, preemption, watchdog, events)
-    with preemption.listening(), watchdog.watching():
+    folder, preemption = RunFolder(config.run_dir), Preemption(world)
+    engine = Engine(task.module, config.optimizer, task.deepspeed, world, config.training.cpu_matmul)
+    events = EventLog(folder, world.is_main)
+    watchdog = Watchdog(folder, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
+    meter = UtilizationMeter(world, task.peak_tflops)
+    records = PendingError(world)
+    run = _Run(task, config, world, folder, engine, meter, preemption, watchdog, events, records, observers)
+    with preemption.listening(), watchdog.watching(), ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(closing(observer))
         while True:
             try:
                 return _train_from_checkpoint(run)
             except RewindError as rewind:  # from here on as after a kill
-                add_window(config.run_dir, rewind.window, world)
+                add_window(folder, rewind.window, world)
                 events.write("rewind", rewind.window.last, first=rewind.window.first, last=rewind.window.last)
+                for observer in observers:
+                    observer.rewind(rewind.window)
 
 
 def _train_from_checkpoint(run: _Run) -> None:
-    """Resume, then train. Raises: RewindError after a spike of the loss, to be started again; others as ``train``."""
-    task, config, world, engine, watchdog = run.task, run.config, run.world, run.engine, run.watchdog
+    """Resume, then train to the last step; raises RewindError after a spike of the loss."""
+    config, world, engine, watchdog = run.config, run.world, run.engine, run.watchdog
     watchdog.starting()
-    folder, windows = checkpoint_folder(config), known_windows(config.run_dir, world)
-    drop_checkpoints(folder, lambda state: is_stale(state.step, state.stability, windows), world)
+    windows = known_windows(run.folder, world)
+    drop_stale_checkpoints(run.folder.checkpoints, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(run)
-    lane_positions = saved_lane_positions(state.data)
-    loader = step_loader(task, config, world, state.step, config.training.steps, lane_positions)
-    if state.step:
-        check_data_state(state.data, loader.state(state.step))
-    if world.is_main:
-        write_atomically(config.run_dir / "config.yaml", config_to_yaml(config))
-    checkpoints = Checkpoints(folder, config.checkpoint, world, engine.shard_sizes())
+    positions = saved_lane_positions(state.data)
+    with failing_together(world):
+        loader = step_loader(run.task, config, world, state.step, config.training.steps, positions)
+        if state.step:
+            check_data_state(state.data, loader.state(state.step))
+        if world.is_main:
+            write_atomically(run.folder.config, config_to_yaml(config))
+    checkpoints = Checkpoints(run.folder.checkpoints, config.checkpoint, world, engine.shard_sizes())
 
     def can_go_back(step: int) -> bool:
         watchdog.alive("looking for a checkpoint to go back to", slow=True)
-        checkpoints.wait()  # one that is being written counts, and none is when the run goes back
-        return has_checkpoint(folder, step, world)
+        checkpoints.wait()  # one that is being written counts, and none may be when the run goes back
+        return has_checkpoint(run.folder.checkpoints, step, world)
 
-    stability = Stability(config, windows, state.stability, can_go_back, run.events)
-    limit, stragglers = BadSampleLimit(config.data), Stragglers(config.resilience.stragglers, world, run.events)
-    meter = UtilizationMeter(world, task.peak_tflops)
-    with (
-        MetricsWriter(config.run_dir, config.logging, config.training.steps, world.is_main, state.step) as writer,
-        closing(LedgerWriter(config.run_dir, world.rank, state.step, world.size)) as ledger,
-        closing(ProfilerTrace(config.run_dir, config.logging.profile_steps, world.is_main)) as trace,
-    ):
-        for update, data_seconds in _timed(loader):
-            done = update.step + 1
-            watchdog.alive(f"update {done}")
-            trace.begin(done)
-            if (why := stability.skip_reason(done)) is not None:
-                writer.write(_passed_over(done, why, config, data_seconds))
-                stop = run.preemption.agreed()
+    stability = Stability(config, windows=windows, saved=state.stability, can_go_back=can_go_back, events=run.events)
+    with ExitStack() as stack:
+        with failing_together(world):
+            built = run_observers(
+                config, world, resume_step=state.step, stability=stability, events=run.events, records=run.records
+            )
+            own = [stack.enter_context(closing(observer)) for observer in built]
+        observers = [*own, *run.observers]
+        for batches, data_seconds in _timed(loader):
+            step = batches.step + 1
+            watchdog.alive(f"step {step}")
+            skip_reason = stability.skip_reason(step)
+            for observer in observers:
+                observer.begin(step, engine, skip_reason)
+            if skip_reason is None:
+                report = _train_step(run, batches, data_seconds)
             else:
-                start = time.perf_counter()
-                totals = step_totals(update.micro_batches, _sources(config), data_seconds, world)
-                result, losses = _run_step(engine, update, totals, task, config)
-                step_seconds = time.perf_counter() - start + data_seconds
-                # Everything that the ranks tell one another after an update, at once.
-                own = meter.own(step_seconds, map(task.operations, update.micro_batches) if task.operations else ())
-                asked, *summed = sum_over_ranks([run.preemption.asked, *losses, *own], world)
-                stop, speed = asked > 0, meter.unpack(summed[len(losses) :])
-                if config.data.ledger and result.applied:
-                    ledger.write(done, [sample for batch in update.micro_batches for sample in batch.samples])
-                metrics = _metrics(update, result, summed[: len(losses)], totals, task, config, speed)
-                writer.write(metrics)
-                stability.record(done, result.applied, metrics.loss, metrics.grad_norm)
-                limit.record(totals.samples, totals.replaced)
-            trace.end(done)
+                report = _skip_step(run, step, skip_reason, data_seconds)
+            for observer in observers:
+                observer.end(report)
+            if report.record_failed:
+                _end_with_record_error(run, checkpoints)
             checkpoints.poll()
-            if stop or done % config.checkpoint.every == 0 or done == config.training.steps:
-                watchdog.alive(f"the checkpoint of update {done}", slow=True)
-                data = _data_state(loader, done, world)
-                state = TrainingState(done, world.size, data, task.frozen, task.model, stability.state())
-                checkpoints.save(state, config_to_yaml(config), engine.save)
-            if stop and done < config.training.steps:
+            is_last = step == config.training.steps
+            if report.stop_requested or step % config.checkpoint.every == 0 or is_last:
+                watchdog.alive(f"the checkpoint of step {step}", slow=True)
+                run.records.raise_everywhere()  # no checkpoint may hold a step that is not recorded
+                saved = _training_state(run, step, loader, stability)
+                checkpoints.save(saved, config_to_yaml(config), engine.save)
+            if report.stop_requested and not is_last:
                 checkpoints.wait()
-                run.events.write("preempted", done)
-                raise PreemptedError(f"asked to stop: saved update {done} of {config.training.steps}; start it again")
-            stragglers.record(done, data_seconds)
-            watchdog.updated(done)
+                run.events.write("preempted", step)
+                raise PreemptedError(f"asked to stop: saved step {step} of {config.training.steps}; start it again")
+            watchdog.step_done(step)
         watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()
 
 
-def checkpoint_folder(config: RunConfig) -> Path:
-    """Where a run keeps its checkpoints."""
-    return config.run_dir / "checkpoints"
+def _end_with_record_error(run: _Run, checkpoints: Checkpoints) -> None:
+    """Raise on all ranks; the checkpoint being written is completed before, if that is possible."""
+    run.watchdog.alive("the checkpoint before the end", slow=True)
+    with suppress(CheckpointError):
+        checkpoints.wait()
+    run.records.raise_everywhere()
 
 
 def _resume(run: _Run) -> TrainingState:
-    """The state to go on from, with the engine's tensors restored; step 0 in a new run."""
-    task, config, world = run.task, run.config, run.world
-    found = resume_point(checkpoint_folder(config), world)
+    """Restore the engine's tensors and return the state to go on from; step 0 in a new run."""
+    task, world = run.task, run.world
+    found = resume_point(run.folder.checkpoints, world)
     if found is None:
         return TrainingState(0, world.size, {}, task.frozen, task.model)
     checkpoint, state = found
-    check_fits(state, model=task.model, frozen=task.frozen)
-    restore(checkpoint, state, run.engine.load, run.engine.load_universal, world)
+    check_fits(state, model=task.model, frozen=task.frozen, layout=run.engine.layout)
+    restore(checkpoint, state, run.engine, world)
     run.events.write("resumed", state.step, world_size=world.size)
-    _log.info("resumed %s at update %d of %d", checkpoint, state.step, config.training.steps)
+    _log.info("resumed %s at step %d of %d", checkpoint, state.step, run.config.training.steps)
+    _report_changed_settings(run, checkpoint, state.step)
     return state
+
+
+def _report_changed_settings(run: _Run, checkpoint: Path, step: int) -> None:
+    """Tell which settings differ from those of the checkpoint; this run's hold. A collective."""
+    changed: Mapping[str, tuple[Any, Any]] = {}
+    with failing_together(run.world):
+        if run.world.is_main:
+            changed = changed_settings(checkpoint, config_to_yaml(run.config))
+    if changed:
+        settings = {name: {"old": old, "new": new} for name, (old, new) in changed.items()}
+        run.events.write("settings_changed", step, settings=settings)
+        text = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        _log.info("settings that differ from the checkpoint's: %s", text)
+
+
+def _training_state(run: _Run, step: int, loader: StepLoader, stability: Stability) -> TrainingState:
+    """Describe the run after ``step`` steps. A collective where sources are packed: each rank knows its own lanes."""
+    positions = None
+    if loader.lane_positions:
+        positions = merge_lane_positions(gather_objects(loader.lane_positions, run.world))
+    data = loader.state(step, positions)
+    task, engine = run.task, run.engine
+    return TrainingState(step, run.world.size, data, task.frozen, task.model, stability.state(), engine.layout)
 
 
 def step_loader(
@@ -203,16 +252,24 @@ def step_loader(
     stop_step: int,
     lane_positions: Mapping[str, LanePositions] | None = None,
 ) -> StepLoader:
-    """This rank's part of the updates from start_step up to stop_step (exclusive).
+    """Build this rank's loader of the steps from ``start_step`` up to ``stop_step`` (exclusive).
 
-    lane_positions: of packed sources before start_step. Raises: ValueError and ShardError as ``StepLoader`` does.
+    Args:
+        task: What is trained.
+        config: Settings of the run.
+        world: Processes of the run.
+        start_step: First step, counted from 0.
+        stop_step: Step after the last one.
+        lane_positions: Positions of packed lanes before ``start_step``, by source.
+
+    Raises:
+        ValueError: Settings do not fit.
+        ShardError: Shards are missing, have changed or are damaged.
     """
     return StepLoader(
         config.data,
         task.builders,
-        pad_id=task.pad_id,
-        media_shape=task.media_shape,
-        patch_size=task.patch_size,
+        task.batch_format,
         rank=world.rank,
         world_size=world.size,
         start_step=start_step,
@@ -222,89 +279,109 @@ def step_loader(
     )
 
 
-def _passed_over(step: int, why: str, config: RunConfig, data_seconds: float) -> StepMetrics:
-    """What metrics.jsonl says of an update whose data are not trained on."""
-    nothing = float("nan")
-    losses = {source.name: nothing for source in config.data.sources}
-    samples = dict.fromkeys(losses, 0)
-    lr = config.optimizer.lr * learning_rate_factor(step - 1, config.training.steps, config.schedule)
-    return StepMetrics(
-        step, nothing, losses, nothing, lr, samples, 0, data_seconds, data_seconds, step_skipped=True, skip_reason=why
-    )
-
-
-def _data_state(loader: StepLoader, step: int, world: World) -> dict[str, Any]:
-    """The place in the data after ``step`` updates. A collective where sources are packed: each rank has its lanes."""
-    lanes = merge_lane_positions(gather_objects(loader.lane_positions, world)) if loader.lane_positions else None
-    return loader.state(step, lanes)
-
-
-def _timed(loader: StepLoader) -> Iterator[tuple[Update, float]]:
-    """Each update with the seconds that training waited for it."""
+def _timed(loader: StepLoader) -> Iterator[tuple[StepBatches, float]]:
+    """Yield each step with the seconds that training waited for it."""
     iterator = iter(loader)
     while True:
         start = time.perf_counter()
-        update = next(iterator, None)
-        if update is None:
+        batches = next(iterator, None)
+        if batches is None:
             return
-        yield update, time.perf_counter() - start
+        yield batches, time.perf_counter() - start
 
 
-def _run_step(
-    engine: Engine, update: Update, totals: StepTotals, task: Task, config: RunConfig
-) -> tuple[StepResult, list[float]]:
-    """Forward and backward of all micro-batches, then one step. Returns this rank's summed loss of each source."""
-    normalizers = _normalizers(totals, task, config)
-    weights = {source.name: source.weight for source in config.data.sources}
+def _train_step(run: _Run, batches: StepBatches, data_seconds: float) -> StepReport:
+    """Train on one global batch."""
+    start = time.perf_counter()
+    totals = step_totals(batches.micro_batches, run.sources, data_seconds, run.world)
+    normalizers = _normalizers(totals, run.task, run.config)
+    result, losses = _accumulate_and_step(run, batches, normalizers)
+    step_seconds = time.perf_counter() - start + data_seconds
+    operations = map(run.task.operations, batches.micro_batches) if run.task.operations else ()
+    # Everything that the ranks tell one another after a step, in one all-reduce.
+    values = _flags(run) | {f"loss/{name}": loss for name, loss in losses.items()}
+    summed = sum_by_name(values | run.meter.pack(step_seconds, operations), run.world)
+    losses = {name: summed[f"loss/{name}"] / normalizers[name] for name in losses}
+    metrics = _step_metrics(run, batches.step, result, losses, totals, run.meter.unpack(summed))
+    samples = [sample for batch in batches.micro_batches for sample in batch.samples] if result.applied else []
+    return StepReport(metrics, totals, samples, data_seconds, summed["stop"] > 0, summed["record failed"] > 0)
+
+
+def _flags(run: _Run) -> dict[str, float]:
+    """Return what this rank tells the others after a step: whether it was asked to stop, or could not record a step."""
+    return {"stop": float(run.preemption.requested), "record failed": float(run.records.exists)}
+
+
+def _accumulate_and_step(
+    run: _Run, batches: StepBatches, normalizers: Mapping[str, int]
+) -> tuple[StepResult, dict[str, float]]:
+    """Run forward and backward of all micro-batches, then step; also returns this rank's summed loss by source."""
+    weights = {source.name: source.weight for source in run.config.data.sources}
     summed: dict[str, Tensor] = {}
-    for batch in update.micro_batches:
+    for number, batch in enumerate(batches.micro_batches, start=1):
         scale = weights[batch.source] / normalizers[batch.source]
-        loss = engine.forward_backward(batch.to(engine.world.device).inputs, scale)
+        inputs, is_last = batch.to(run.world.device).inputs, number == len(batches.micro_batches)
+        loss = run.engine.forward_backward(inputs, scale, is_last=is_last)
         summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
-    result = engine.step(learning_rate_factor(update.step, config.training.steps, config.schedule))
-    return result, [float(summed[source]) for source in _sources(config)]
-
-
-def _sources(config: RunConfig) -> list[str]:
-    return [source.name for source in config.data.sources]
+    result = run.engine.step(run.learning_rate_factor(batches.step))
+    return result, {name: float(summed[name]) for name in run.sources}
 
 
 def _normalizers(totals: StepTotals, task: Task, config: RunConfig) -> dict[str, int]:
-    """What each source's summed loss is divided by: its trained tokens, or its sequences, in the global batch."""
+    """Return the divisor of each source's summed loss: its trained tokens, or its documents, in the global batch."""
     per_document = task.unit == "document" or config.training.loss_normalization == "token_sum"
     counts = totals.documents if per_document else totals.trained_tokens
     # A global batch without one trained token has the loss 0, not 0 / 0.
     return {source: max(1, count) for source, count in counts.items()}
 
 
-def _metrics(
-    update: Update,
+def _step_metrics(
+    run: _Run,
+    step_index: int,
     result: StepResult,
-    summed_losses: list[float],
+    losses: dict[str, float],
     totals: StepTotals,
-    task: Task,
-    config: RunConfig,
-    speed: Utilization,
+    utilization: Utilization,
 ) -> StepMetrics:
-    """What metrics.jsonl says of an update. summed_losses: of each source, over all ranks."""
-    normalizers = _normalizers(totals, task, config)
-    losses = {name: loss / normalizers[name] for name, loss in zip(_sources(config), summed_losses, strict=True)}
-    reasons: Counter[str] = Counter()
+    replaced, dropped = Counter[str](), Counter[str]()
     for (_, reason), count in totals.replaced.items():
-        reasons[reason] += count
+        replaced[reason] += count
+    for (_, reason), count in totals.dropped_images.items():
+        dropped[reason] += count
     return StepMetrics(
-        step=update.step + 1,
-        loss=sum(source.weight * losses[source.name] for source in config.data.sources),
+        step=step_index + 1,
+        loss=sum(source.weight * losses[source.name] for source in run.config.data.sources),
         losses=losses,
         grad_norm=result.grad_norm,
-        lr=config.optimizer.lr * learning_rate_factor(update.step, config.training.steps, config.schedule),
+        lr=run.config.optimizer.lr * run.learning_rate_factor(step_index),
         samples=totals.documents,
         tokens=totals.tokens,
         padding=totals.padding,
         images=totals.images,
-        replaced=reasons,
-        step_seconds=speed.step_seconds,
+        replaced=replaced,
+        dropped_images=dropped,
+        step_seconds=utilization.step_seconds,
         data_seconds=totals.data_seconds,
         step_skipped=not result.applied,
-        speed=speed,
+        utilization=utilization,
     )
+
+
+def _skip_step(run: _Run, step: int, skip_reason: str, data_seconds: float) -> StepReport:
+    """Pass over the data of a step without training on them."""
+    nan = float("nan")
+    metrics = StepMetrics(
+        step=step,
+        loss=nan,
+        losses=dict.fromkeys(run.sources, nan),
+        grad_norm=nan,
+        lr=run.config.optimizer.lr * run.learning_rate_factor(step - 1),
+        samples=dict.fromkeys(run.sources, 0),
+        tokens=0,
+        step_seconds=data_seconds,
+        data_seconds=data_seconds,
+        step_skipped=True,
+        skip_reason=skip_reason,
+    )
+    flags = sum_by_name(_flags(run), run.world)
+    return StepReport(metrics, None, [], data_seconds, flags["stop"] > 0, flags["record failed"] > 0)

@@ -1,9 +1,11 @@
-"""Whether the nodes of a job can train together: ``python -m trainer.preflight --hostfile H [CONFIG.yaml ...]``.
+"""Check that the nodes of a job can train together: ``python -m trainer.preflight --hostfile H [CONFIG.yaml ...]``.
 
-Over ssh it asks each node for its versions, its code, its GPUs, its clock and whether it can write the run folder, then
-lets all of them join for a short all-reduce. Under Slurm, where ssh may be closed, it does the same as a job step:
-``srun --ntasks-per-node=1 python -m trainer.preflight [CONFIG.yaml ...]``. Prints a verdict a node. Exit codes: 0 all
-are ready, 1 some are not (it says what to do), 2 the hostfile or the configuration is wrong.
+It asks each node over ssh for its versions, code, GPUs and clock, and whether it can write the run folder. Then all
+nodes join for a short all-reduce. Under Slurm, where ssh may be closed, the same checks run as a job step:
+``srun --ntasks-per-node=1 python -m trainer.preflight [CONFIG.yaml ...]``. It prints a verdict for each node.
+
+Exit codes: 0 all nodes are ready; 1 some are not, and the output says what to do; 2 the hostfile or the configuration
+is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from pathlib import Path
 from trainer.config.loader import load_config, schema_of
 from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
-from trainer.entry import leave
+from trainer.entry import exit_now
 from trainer.errors import TrainerError
-from trainer.resilience.hosts import Host, master_address, read_hostfile, ssh_command, unreachable
+from trainer.resilience.hostfile import Host, read_hostfile
 from trainer.resilience.node_checks import (
     MIN_FREE_GIB,
     ROOT,
@@ -36,15 +38,17 @@ from trainer.resilience.node_checks import (
     folder_problems,
     node_problems,
     node_report,
-    table,
+    verdict_table,
 )
+from trainer.resilience.ssh import master_address, ssh_command, unreachable_hosts
+from trainer.runtime.launch_environment import job_step
 
 _REACH_SECONDS, _REPORT_SECONDS, _NETWORK_SECONDS = 20.0, 120.0, 180.0
-_MARK = "preflight-answer "  # before the answer: a login may print anything
+_MARK = "preflight-answer "  # precedes the answer: a login shell may print other lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the checks and return the exit code."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
         run_dir = arguments.run_dir or _run_dir(rest)
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_dir(rest: Sequence[str]) -> Path | None:
-    """The run folder of the configuration and its overrides, if one was given."""
+    """Return the run folder of the configuration and its overrides, if one was given."""
     if not rest:
         return None
     path = Path(rest[0])
@@ -69,13 +73,18 @@ def _run_dir(rest: Sequence[str]) -> Path | None:
 
 @dataclass(frozen=True)
 class _Ssh:
-    """How a command runs on a node: in the clone, with the same Python and the job's environment."""
+    """Run commands on nodes, in this clone and with the same Python.
+
+    Attributes:
+        arguments: Options of every ssh call.
+        environment: NAME=VALUE pairs to set on the node.
+    """
 
     arguments: list[str]
     environment: list[str]
 
     def ask(self, host: Host, options: Sequence[str], timeout_seconds: float) -> tuple[str, str]:
-        """The answer of ``trainer.preflight --answer`` on a node, or why there is none."""
+        """Return a node's answer to ``trainer.preflight --answer`` and "", or "" and the reason for its silence."""
         python = [sys.executable, "-m", "trainer.preflight", "--answer", *options]
         command = f"cd {shlex.quote(str(ROOT))} && env {shlex.join([*self.environment, *python])}"
         call = ssh_command(host, self.arguments, _REACH_SECONDS, command)
@@ -97,7 +106,7 @@ def _over_ssh(arguments: argparse.Namespace, run_dir: Path | None) -> int:
     if "DS_ACCELERATOR" in os.environ:
         environment.append(f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}")
     ssh = _Ssh(shlex.split(arguments.ssh_args), environment)
-    silent = unreachable(hosts, ssh.arguments, _REACH_SECONDS)
+    silent = unreachable_hosts(hosts, ssh.arguments, _REACH_SECONDS)
     problems = {name: [f"ssh does not reach it: {why}; check `ssh {name} true`"] for name, why in silent.items()}
     reports: dict[str, NodeReport] = {}
     reached = [host for host in hosts if host.name not in silent]
@@ -122,7 +131,7 @@ def _over_ssh(arguments: argparse.Namespace, run_dir: Path | None) -> int:
 
 
 def _report_of(ssh: _Ssh, run_dir: Path | None, host: Host) -> tuple[NodeReport | None, str]:
-    """A node's report under its name in the hostfile, with its clock compared to this machine's."""
+    """Return a node's report, with its name in the hostfile and its clock skew against this machine."""
     text, why = ssh.ask(host, ["--run-dir", str(run_dir)] if run_dir else [], _REPORT_SECONDS)
     if not text:
         return None, why
@@ -133,7 +142,7 @@ def _report_of(ssh: _Ssh, run_dir: Path | None, host: Host) -> tuple[NodeReport 
 def _network(
     ssh: _Ssh, hosts: Sequence[Host], run_dir: Path | None, master: str, port: int
 ) -> tuple[NetworkReport | None, dict[str, list[str]]]:
-    """The joint check, one process a node: its report, or what is wrong with which node."""
+    """Run the joint check with one process per node; return its report, or the problems of each node."""
     token = uuid.uuid4().hex
     common = ["--token", token, "--size", str(len(hosts)), "--master-address", master, "--master-port", str(port)]
     common += ["--run-dir", str(run_dir)] if run_dir else []
@@ -157,7 +166,7 @@ def _network(
 
 
 def _answer(arguments: argparse.Namespace, run_dir: Path | None) -> int:
-    """On a node, for the machine that asks over ssh."""
+    """Print this node's report for the machine that asks over ssh."""
     answer: NodeReport | NetworkReport
     if arguments.rank is None:
         answer = node_report(run_dir)
@@ -171,15 +180,22 @@ def _answer(arguments: argparse.Namespace, run_dir: Path | None) -> int:
 
 
 def _as_job_step(arguments: argparse.Namespace, run_dir: Path | None) -> int:
-    """Under srun, one process a node: all report to rank 0, whose verdict is everyone's exit code."""
-    if "SLURM_PROCID" not in os.environ:
-        print("preflight: name the nodes with --hostfile, or start it with srun --ntasks-per-node=1", file=sys.stderr)
+    """Run under srun with one process per node: all report to rank 0, which prints the verdict."""
+    step = job_step(os.environ)
+    if step is None:
+        print("preflight: give --hostfile, or start it with srun --ntasks-per-node=1", file=sys.stderr)
         return 2
     from trainer.resilience.network_checks import gather_reports, join, network_report
 
-    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    master = os.environ.get("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
-    join(rank, size, master, arguments.master_port)
+    rank, size = step
+    master = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    try:
+        join(rank, size, master, arguments.master_port)
+    except RuntimeError as error:
+        port, reason = arguments.master_port, str(error).partition("\n")[0]
+        raise TrainerError(
+            f"preflight: no connection with {master}:{port}: {reason}; check firewalls, and that the port is free"
+        ) from None
     report = replace(node_report(run_dir), name=os.environ["SLURMD_NODENAME"])
     reports = {one.name: one for one in gather_reports(report)}
     names = list(reports)
@@ -203,26 +219,48 @@ def _verdict(
     problems: dict[str, list[str]],
     network: NetworkReport | None,
 ) -> int:
-    print(table(names, reports, problems, network), flush=True)
+    print(verdict_table(names, reports, problems, network), flush=True)
     return int(any(problems.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer.preflight", description=__doc__.split("\n")[0])
-    parser.add_argument("--hostfile", type=Path, help="the nodes, as for launch_scripts/multinode.sh")
-    parser.add_argument("--ssh-args", default="", help='for every ssh call, for example "-p 2222"')
-    parser.add_argument("--environment", type=Path, help="NAME=VALUE lines to set on the nodes")
-    parser.add_argument("--master-address", default="", help="of the first node; found by itself otherwise")
-    parser.add_argument("--master-port", type=int, default=29500)
-    parser.add_argument("--min-free-gib", type=float, default=MIN_FREE_GIB, help="free space wanted in the run folder")
-    for name in ("--answer", "--run-dir", "--token", "--size", "--rank", "--name"):  # between the nodes
-        kind = {"--run-dir": Path, "--size": int, "--rank": int}.get(name, str)
-        if name == "--answer":
-            parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-        else:
-            parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.preflight",
+        usage="%(prog)s [options] [CONFIG.yaml [--section.key VALUE ...]]",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="nodes, as for launch_scripts/multinode.sh (default: under srun)"
+    )
+    parser.add_argument(
+        "--ssh-args", default="", metavar="WORDS", help='options of every ssh call, such as "-p 2222" (default: none)'
+    )
+    parser.add_argument(
+        "--environment", type=Path, metavar="FILE", help="NAME=VALUE lines to set on the nodes (default: none)"
+    )
+    parser.add_argument(
+        "--master-address", default="", metavar="IP", help="address of the first node (default: its own answer)"
+    )
+    parser.add_argument(
+        "--master-port",
+        type=int,
+        default=29500,
+        metavar="PORT",
+        help="port of the first node for the all-reduce (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-free-gib",
+        type=float,
+        default=MIN_FREE_GIB,
+        metavar="GIB",
+        help="free space required in the run folder, in GiB (default: %(default)s)",
+    )
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # this and the rest: between nodes
+    for name, kind in (("--run-dir", Path), ("--token", str), ("--size", int), ("--rank", int), ("--name", str)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    leave(main())  # torch's threads can abort an interpreter that ends in the ordinary way
+    exit_now(main())  # torch's threads can abort an interpreter that exits normally

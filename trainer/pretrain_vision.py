@@ -2,7 +2,7 @@
 
 ``[deepspeed ... --module] trainer.pretrain_vision CONFIG.yaml [--section.key VALUE ...]``
 
-It resumes by itself from the run folder's newest good checkpoint. The result is ``run_dir/export``:
+It resumes from the newest good checkpoint in the run folder. The result is ``run_dir/export``:
 a folder that open_clip, and ``model.vision.name``, take as ``local-dir:FOLDER``.
 """
 
@@ -11,21 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.config.run_config import ContrastiveRunConfig
-from trainer.entry import Tools, leave, run_training
+from trainer.entry import Recipe, exit_now, run_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 only when the run is complete)."""
-    return run_training(ContrastiveRunConfig, argv, _tools)
+    """Train and return the exit code, which is 0 only when the run is complete."""
+    return run_training(ContrastiveRunConfig, argv, _recipe)
 
 
-def _tools() -> Tools[ContrastiveRunConfig]:
-    # Imported only now: a wrong configuration is reported before torch and the libraries around it are loaded.
+def _recipe() -> Recipe[ContrastiveRunConfig]:
+    # Imported here, so that a wrong configuration is reported before torch is loaded.
     from trainer.export import export_contrastive
     from trainer.tasks.contrastive import build_contrastive_task
 
-    return Tools(build_contrastive_task, export_contrastive)
+    return Recipe(build_contrastive_task, export_contrastive)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -1,13 +1,14 @@
-"""Keep a run going without anybody at night: start it, and start it again when it fails or loses a node.
+"""Run a job until it is complete, and restart it when it fails or loses a node.
 
 ``python -m trainer.supervise [--processes N | --hostfile FILE] [--restarts N --within MINUTES] -- CONFIG [overrides]``
 
-After a failure the job starts again from its newest good checkpoint. With a hostfile it runs on the nodes that answer,
-in the largest number of processes that the batch sizes allow; a node that comes back is used at the next start, and
-one that fails alone twice is left out. The same error twice at the same update is a bug, and ends it.
-SIGTERM, SIGUSR1 or Ctrl-C asks the job to save and end.
-Exit codes: 0 the run is complete; 75 it was asked to end: start it again; 2 the configuration or the hostfile is wrong;
-1 it gave up, and said why.
+After a failure, the job restarts from its newest good checkpoint. With a hostfile, it runs on the nodes that answer, in
+the largest number of processes that the batch sizes allow. A node that returns is used at the next start. A node that
+alone fails twice is left out. The same error twice at the same step is a bug and ends the job. SIGTERM, SIGUSR1,
+SIGHUP or Ctrl-C asks the job to save and end; a second Ctrl-C ends it at once.
+
+Exit codes: 0 the run is complete; 75 it was asked to end and can be started again; 2 the configuration or the hostfile
+is wrong; 1 it gave up and printed the reason.
 """
 
 from __future__ import annotations
@@ -27,34 +28,30 @@ from types import FrameType
 
 import psutil
 
-from trainer.config.cross_checks import allowed_world_sizes
+from trainer.config.batch_sizes import possible_world_sizes
 from trainer.config.loader import load_config, schema_of
 from trainer.config.run_config import RunConfig
 from trainer.config.yaml_file import read_yaml
 from trainer.entry import EXIT_CONFIGURATION, EXIT_FAILED, EXIT_OK, is_complete
 from trainer.errors import TrainerError
 from trainer.resilience.events import EventLog
-from trainer.resilience.hosts import Host, read_hostfile, unreachable, write_hostfile
+from trainer.resilience.hostfile import Host, read_hostfile, write_hostfile
 from trainer.resilience.restarts import RestartPolicy, choose_hosts, read_events, read_failure, steps_done
+from trainer.resilience.ssh import unreachable_hosts
+from trainer.runtime.console import lasting_console
+from trainer.runtime.run_folder import RunFolder
+from trainer.runtime.stop_signals import EXIT_STOPPED, handling
 
-EXIT_ASKED_TO_END = 75
 _WAIT_FOR_NODES_SECONDS = 30.0
 _ROOT = Path(__file__).parents[1]
 _IMPATIENT_SSH = "-o ConnectTimeout=3 -o ServerAliveInterval=3 -o ServerAliveCountMax=2".split()
 _POLL_SECONDS, _PROBE_SECONDS, _PROBE_TIMEOUT_SECONDS = 0.5, 5.0, 5.0
+_SAME_CTRL_C_SECONDS = 1.0  # a wrapper passes on what the terminal has sent already
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    nodes = parser.add_mutually_exclusive_group()
-    nodes.add_argument("--processes", type=int, default=1, help="processes on this machine (default: 1)")
-    nodes.add_argument("--hostfile", type=Path, help="nodes to run on, through launch_scripts/multinode.sh")
-    parser.add_argument("--restarts", type=int, default=10, help="restarts after failures (default: 10) ...")
-    parser.add_argument("--within", type=float, default=60, help="... in that many minutes (default: 60)")
-    parser.add_argument("--module", default="trainer.train", help="the trainer (default: trainer.train)")
-    parser.add_argument("run", nargs="+", metavar="CONFIG [overrides]", help="after --, as for the trainer")
-    options = parser.parse_args(argv)
+    """Supervise the run that a command line names, and return the exit code."""
+    options = _parser().parse_args(argv)
     path, *overrides = options.run
     try:
         config: RunConfig = load_config(Path(path), overrides, schema_of(read_yaml(Path(path)).values))
@@ -64,16 +61,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     config.run_dir.mkdir(parents=True, exist_ok=True)
     policy = RestartPolicy(options.restarts, 60 * options.within)
-    with tempfile.TemporaryDirectory() as scratch:
+    with lasting_console(), tempfile.TemporaryDirectory() as scratch:
         supervisor = Supervisor(config, policy, hosts, options.processes, options.module, options.run, Path(scratch))
-        return supervisor.run()
+        with handling(supervisor.on_signal):
+            return supervisor.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.supervise",
+        usage="%(prog)s [options] -- CONFIG.yaml [--section.key VALUE ...]",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    nodes = parser.add_mutually_exclusive_group()
+    nodes.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)"
+    )
+    nodes.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="nodes to run on, through launch_scripts/multinode.sh"
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=10, metavar="N", help="most restarts within --within (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=60,
+        metavar="MINUTES",
+        help="minutes in which --restarts failures end the job (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--module", default="trainer.train", metavar="NAME", help="trainer to start (default: %(default)s)"
+    )
+    parser.add_argument("run", nargs="+", metavar="CONFIG.yaml", help="arguments of the trainer, after --")
+    return parser
 
 
 class Supervisor:
-    """One run and the jobs that it takes.
+    """Start the jobs of one run, one after another.
 
-    hosts: of the hostfile, empty on one machine with ``processes``. arguments: CONFIG and overrides. scratch: a folder
-    for hostfiles of what is left of the nodes.
+    Args:
+        config: Settings of the run.
+        policy: When to stop restarting.
+        hosts: Hosts of the hostfile; none runs ``processes`` on this machine.
+        processes: Processes on this machine.
+        module: Trainer to start.
+        arguments: CONFIG and overrides for the trainer.
+        scratch: Folder for the hostfile of the nodes in use.
     """
 
     def __init__(
@@ -89,73 +124,84 @@ class Supervisor:
         self._config, self._policy, self._hosts, self._processes = config, policy, hosts, processes
         self._module, self._arguments, self._scratch = module, arguments, scratch
         self._ssh_arguments = shlex.split(os.environ.get("SSH_ARGS", ""))
-        self._events = EventLog(config.run_dir)
-        self._asked = 0
-        self._lost: frozenset[str] = frozenset()  # nodes that the job now running, or the last one, lost
+        self._folder = RunFolder(config.run_dir)
+        self._events = EventLog(self._folder)
+        self._requests: list[int] = []  # signals that asked to stop
+        self._interrupted_at: float | None = None
+        self._ends = False  # whether the job is to end without saving
+        self._lost: frozenset[str] = frozenset()  # nodes that the current job, or the last one, lost
         self._trained: set[str] = set()  # nodes on which the last job trained
         self._job: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """Until the run is complete, or there is a reason to stop; returns the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """Start jobs until the run is complete or there is a reason to stop; return the exit code."""
         while not is_complete(self._config):
-            before = len(read_events(self._config.run_dir))
+            if self._requests:
+                return EXIT_STOPPED
+            before = len(read_events(self._folder))
             code = self._attempt()
             if is_complete(self._config):
                 break
-            preempted = any(event["event"] == "preempted" for event in read_events(self._config.run_dir)[before:])
-            if self._asked:
-                return EXIT_ASKED_TO_END
+            preempted = any(event["event"] == "preempted" for event in read_events(self._folder)[before:])
+            if self._requests:
+                return EXIT_STOPPED
             if code == EXIT_CONFIGURATION:
                 return EXIT_CONFIGURATION
             if preempted:
                 self._say("asked to end and saved; starting again at once")
                 continue
-            failure = read_failure(self._config.run_dir, before)
-            why = self._policy.why_stop(failure, time.monotonic())
-            if why is not None:
-                self._events.write("gave_up", failure.step, why=why)
-                self._say(f"gave up: {why}")
+            failure = read_failure(self._folder, before)
+            reason = self._policy.reason_to_stop(failure, time.monotonic())
+            if reason is not None:
+                self._events.write("gave_up", failure.step, reason=reason)
+                self._say(f"gave up: {reason}")
                 return EXIT_FAILED
             self._events.write("restart", failure.step, exit_code=code, errors=sorted(failure.errors))
-            self._say(f"the job ended with code {code} after update {failure.step}; starting again")
+            self._say(f"the job ended with code {code} after step {failure.step}; starting again")
         self._say(f"{self._config.run_dir} is complete")
         return EXIT_OK
 
     def _attempt(self) -> int:
-        """One job from start to end; its launcher's exit code."""
+        """Run one job from start to end and return its launcher's exit code."""
         try:
             command, hosts = self._command()
         except TrainerError as error:
             self._say(str(error))
-            time.sleep(_WAIT_FOR_NODES_SECONDS)
+            deadline = time.monotonic() + _WAIT_FOR_NODES_SECONDS
+            while time.monotonic() < deadline and not self._requests:
+                time.sleep(_POLL_SECONDS)
             return error.exit_code
         environment = {**os.environ, "TRAINER": self._module, "MASTER_PORT": str(_free_port())}
-        # Of options given twice ssh takes the first: multinode.sh would wait longer for a node that is gone.
+        # ssh takes the first of repeated options; multinode.sh sets longer waits for a lost node.
         environment["SSH_ARGS"] = shlex.join([*self._ssh_arguments, *_IMPATIENT_SSH])
         names = {host.name for host in hosts}
         if hosts and names <= self._trained:
             environment["PREFLIGHT"] = "0"  # these nodes trained together a moment ago
-        # A session of its own: a terminal's Ctrl-C comes to the supervisor only, which asks the ranks in order.
+        # In a new session, the job gets no Ctrl-C of the terminal; the supervisor asks the ranks to save instead.
         self._job = subprocess.Popen(command, cwd=None if not hosts else _ROOT, env=environment, start_new_session=True)
-        before = steps_done(self._config.run_dir)
+        before = steps_done(self._folder)
         self._watch(hosts)
-        self._trained = names if steps_done(self._config.run_dir) > before else set()
+        self._trained = names if steps_done(self._folder) > before else set()
         return self._job.returncode
 
     def _watch(self, hosts: Sequence[Host]) -> None:
-        """Until the job has ended, and end it when one of its nodes is gone."""
+        """Wait for the end of the job, and end it if one of its nodes is lost."""
         assert self._job is not None
         begun, silent_before = time.monotonic(), frozenset[str]()
+        passed_on = 0
         while self._job.poll() is None:
+            if self._ends:
+                self._end_job()
+            elif passed_on < len(self._requests):
+                passed_on = len(self._requests)
+                self._ask_to_end()
             time.sleep(_POLL_SECONDS)
             if not hosts or self._lost or time.monotonic() - begun < _PROBE_SECONDS:
                 continue
-            # Counted from its beginning: a probe that had to wait for an answer is repeated at once.
+            # The interval counts from the start of a probe, so a probe that waited for an answer is repeated at once.
             begun = time.monotonic()
-            silent = frozenset(unreachable(hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS))
-            self._lost = silent & silent_before  # twice, so that one lost packet ends no job
+            silent = frozenset(unreachable_hosts(hosts, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS))
+            self._lost = silent & silent_before  # two probes in a row: one lost packet must not end the job
             silent_before = silent
             if self._lost:
                 self._events.write("node_lost", hosts=sorted(self._lost))
@@ -163,21 +209,27 @@ class Supervisor:
                 self._end_job()
 
     def _command(self) -> tuple[list[str], tuple[Host, ...]]:
-        """What to start, and on which hosts. Raises: TrainerError when no world size is left."""
+        """Return the command to start and its hosts.
+
+        Raises:
+            TrainerError: The nodes that answer allow no number of processes.
+        """
         if not self._hosts:
             launcher = str(Path(sys.executable).with_name("deepspeed"))
-            where = ["--num_accelerators", str(self._processes), "--master_port", str(_free_port())]
-            return [launcher, *where, "--module", self._module, *self._arguments], ()
-        # Who was lost a moment ago is not asked again, which would take the longest; at the next start it is.
+            options = ["--num_accelerators", str(self._processes), "--master_port", str(_free_port())]
+            return [launcher, *options, "--module", self._module, *self._arguments], ()
+        # Do not probe nodes lost a moment ago: they would take longest to answer. The next start probes them.
         silent = dict.fromkeys(self._lost, "just lost")
         others = [host for host in self._hosts if host.name not in silent]
-        silent |= unreachable(others, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS)
+        silent |= unreachable_hosts(others, self._ssh_arguments, _PROBE_TIMEOUT_SECONDS)
         self._lost = frozenset()
-        sizes = allowed_world_sizes(self._config)
+        sizes = possible_world_sizes(self._config)
         hosts = choose_hosts(self._hosts, silent.keys(), self._policy.suspects, sizes)
         if not hosts:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in silent.items()) or "none is missing"
-            raise TrainerError(f"no world size of {sizes} can be made of the nodes that answer ({reasons})")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in silent.items()) or "none"
+            raise TrainerError(
+                f"the nodes that answer fit none of the possible numbers of processes {sizes} (missing: {reasons})"
+            )
         names = [host.name for host in hosts]
         left_out = sorted({host.name for host in self._hosts} - set(names))
         self._events.write("start", hosts=names, processes=sum(host.slots for host in hosts), left_out=left_out)
@@ -185,19 +237,26 @@ class Supervisor:
         write_hostfile(hostfile, hosts)
         return [str(_ROOT / "launch_scripts" / "multinode.sh"), str(hostfile), *self._arguments], hosts
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked += 1
-        if self._job is None or self._job.poll() is not None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal that asks to stop; ``run`` passes it on to the job."""
+        self._requests.append(number)
+        if number != signal.SIGINT:
             return
-        if self._asked > 1:
-            self._end_job()
-        elif self._hosts:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > _SAME_CTRL_C_SECONDS:
+            self._ends = True
+
+    def _ask_to_end(self) -> None:
+        assert self._job is not None
+        if self._hosts:
             self._job.send_signal(signal.SIGUSR1)
         elif ranks := self._ranks():
             for rank in ranks:
                 _send(rank, signal.SIGUSR1)
         else:
-            self._end_job()  # nothing was started yet that could be saved
+            self._end_job()  # no rank has started, so there is nothing to save
 
     def _ranks(self) -> list[psutil.Process]:
         assert self._job is not None
@@ -205,7 +264,7 @@ class Supervisor:
         return [child for child in children if any(word.startswith("--local_rank=") for word in _command_line(child))]
 
     def _end_job(self) -> None:
-        """Now, without saving."""
+        """End the job at once, without saving."""
         assert self._job is not None
         if self._hosts:
             self._job.send_signal(signal.SIGUSR2)

@@ -1,7 +1,7 @@
-// Forward and backward of one group, written once for all instruction sets and both kinds of arithmetic.
+// Computes forward and backward of one group, for all instruction sets and both kinds of arithmetic.
 //
-// A tile of up to 64 query rows meets the keys in blocks of 64. All scores of the tile are kept, so the softmax is
-// the exact one of a whole row and the backward needs no statistics of the forward.
+// A tile of up to 64 query rows attends to the keys in blocks of 64. All scores of the tile are kept, so the softmax
+// of a whole row is exact, and the backward needs no statistics of the forward.
 
 template <class Operands, class Stored>
 struct Attention {
@@ -34,7 +34,7 @@ struct Attention {
     return left >= kBlockKeys ? kBlockKeys : (left + 15) / 16 * 16;
   }
 
-  // The blocks that any row of the tile sees.
+  // Range of blocks that some row of the tile sees.
   struct Range {
     int64_t begin, end;
   };
@@ -95,7 +95,7 @@ struct Attention {
 
   static float log_sum(RowSum sum) { return sum.largest + __builtin_logf(sum.total); }
 
-  // The softmax weights of one row.
+  // Computes the softmax weights of one row.
   static void softmax_row(const Group& group, float* scores, int64_t row, int64_t r, Range blocks) {
     const Vec inverse = splat(1.0f / exponentials_of_row(group, scores, row, r, blocks).total);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
@@ -166,8 +166,8 @@ struct Attention {
     }
   }
 
-  // Scores of one row to weights and, in `grads`, gradients of the weights to gradients of the scores. Returns the
-  // sum of weight * gradient, which is this row's part of the gradient of out_scale.
+  // Turns the scores of one row into weights and, in `grads`, gradients of the weights into gradients of the scores.
+  // Returns the sum of weight * gradient, which is this row's part of the gradient of out_scale.
   static float row_gradients(const Group& group, float* scores, float* grads, int64_t row, int64_t r, Range blocks) {
     if (blocks.end - blocks.begin == 1 && sees_block(group, row, blocks.begin)) {
       const int64_t at = (blocks.begin * kTileRows + r) * kBlockKeys;
@@ -189,7 +189,7 @@ struct Attention {
     return mean;
   }
 
-  // The same for a row that sees one whole block, in registers.
+  // Does the same in registers, for a row that sees one whole block.
   static float row_gradients_of_block(float* scores, float* grads, float scale) {
     constexpr int kVectors = kBlockKeys / kLanes;
     Vec weights[kVectors], largest = splat(-3.0e38f), sums = {}, products = {};

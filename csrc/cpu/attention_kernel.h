@@ -1,11 +1,11 @@
-// What one CPU task computes: a group of query rows against a list of keys, for one head.
+// Declares one CPU task: the attention of a group of query rows to a list of keys, for one head.
 //
-// Both ops reduce to this. Masked cross-attention: the rows that see a run of media against its latents, each row
-// with its own range of keys. Resampler attention: the latent queries of a medium against its features and latents.
+// Both ops reduce to it. In masked cross-attention a group is the rows that see a run of media, and its keys are the
+// latents of the run; each row has its own range of keys. In resampler attention a group is the latent queries of a
+// medium, and its keys are the features and latents of the medium.
 //
-// This header is included by files that are compiled for different instruction sets, so it holds only plain structs
-// and functions: an inline function of the standard library compiled for AVX-512 could be the copy that the linker
-// keeps for everyone.
+// Files compiled for different instruction sets include this header, so it holds only plain structs and functions.
+// The linker could keep the AVX-512 copy of an inline function of the standard library for every processor.
 #pragma once
 #include <stdint.h>
 
@@ -18,7 +18,7 @@ constexpr int64_t kTileRows = 64;   // query rows computed together
 enum class Storage : int { kFloat32 = 0, kBFloat16 = 1 };
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// Keys that lie at one stride in memory. Strides are in elements; gradients are contiguous per key.
+// Keys at one stride in memory. Strides are in elements; the gradient of a key is contiguous.
 struct KeySegment {
   const void* k;
   const void* v;
@@ -57,7 +57,7 @@ struct Group {
   int64_t block_count() const { return (key_count() + kBlockKeys - 1) / kBlockKeys; }
 };
 
-// Bytes of scratch memory, aligned to 64, that a task needs. Upper bounds for every kernel set.
+// Return the bytes of scratch memory, aligned to 64, that a task needs: upper bounds for every kernel set.
 int64_t forward_scratch_bytes(const Group& group);
 int64_t backward_scratch_bytes(const Group& group);
 
@@ -76,7 +76,7 @@ extern const KernelSet kAvx512Kernels;
 extern const KernelSet kAvx512Bf16Kernels;
 #endif
 
-// The fastest set that this processor runs, or the one that was selected for a test.
+// Returns the fastest set that this processor runs, or the one that a test selected.
 const KernelSet& kernels();
 Isa best_isa();
 Isa selected_isa();

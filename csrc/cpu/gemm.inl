@@ -1,4 +1,4 @@
-// C [M, N] = A [M, K] * B [K, N] (+ C), in registers of kRows x (kVectors * kLanes).
+// Computes C [M, N] = A [M, K] * B [K, N] (+ C) in registers of kRows x (kVectors * kLanes).
 //
 // An element of A and B is a float, or a pair of bfloat16 that lie next to each other along K (then K counts pairs
 // and `multiply_add` is the processor's dot product of pairs). C is always float. A may be read in any order; the

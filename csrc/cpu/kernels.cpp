@@ -1,4 +1,4 @@
-// Which kernels run on this processor, and how much scratch memory they need.
+// Chooses the kernels for this processor, and bounds their scratch memory.
 #include "attention_kernel.h"
 
 namespace flamingo {
@@ -23,8 +23,8 @@ Isa& selection() {
   return isa;
 }
 
-// Packed operands are never larger than float32; every array of the kernels is rounded up to 64 bytes, which a
-// multiple of 64 values is anyway.
+// Packed operands are never larger than float32. Every array of the kernels is rounded up to 64 bytes; a multiple of
+// 64 values needs no rounding.
 constexpr int64_t kFloat = sizeof(float);
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA.
+// Compiles the kernels for AVX2 with FMA.
 #include "attention_kernel.h"
 
 #if defined(FLAMINGO_X86_KERNELS)

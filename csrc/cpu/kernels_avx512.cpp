@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, BW, DQ, VL).
+// Compiles the kernels for AVX-512 (F, BW, DQ, VL).
 #include "attention_kernel.h"
 
 #if defined(FLAMINGO_X86_KERNELS)

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with bfloat16 products: tensors of bfloat16 are multiplied as they are, two terms of a sum
-// an instruction, and summed in float32.
+// Compiles the kernels for AVX-512 with bfloat16 products. An instruction multiplies two pairs of bfloat16 values and
+// adds both products to a float32 sum.
 #include "attention_kernel.h"
 
 #if defined(FLAMINGO_X86_KERNELS)

@@ -1,4 +1,4 @@
-// The kernels for any processor: 128-bit vectors, which every 64-bit x86 and ARM processor has.
+// Compiles the kernels for any processor, with 128-bit vectors, which every 64-bit x86 and ARM processor has.
 #include "attention_kernel.h"
 
 #define FLAMINGO_LANES 4

@@ -1,11 +1,11 @@
-// The CPU library: the schemas of all ops (the CUDA library only adds implementations) and the choice of kernels.
+// Defines the CPU library: the schemas of all ops (the CUDA library only adds implementations) and test functions.
 #include "../include/tensors.h"
 #include "attention_kernel.h"
 #include "run.h"
 
 namespace flamingo {
 
-// level: an Isa to use from now on, or -1. Returns the one in use. For tests of every instruction set.
+// Returns the instruction set in use, after setting it to the Isa `level` unless that is -1. Tests need it.
 int64_t cpu_isa(int64_t level) {
   if (level >= 0) {
     STD_TORCH_CHECK(level <= static_cast<int64_t>(cpu::best_isa()), "this processor does not run instruction set ",
@@ -15,7 +15,7 @@ int64_t cpu_isa(int64_t level) {
   return static_cast<int64_t>(cpu::selected_isa());
 }
 
-// Gives back the scratch memory that the calling thread keeps between calls and returns its size. For measurements.
+// Frees the scratch memory that the calling thread keeps between calls, and returns its size. Measurements need it.
 int64_t release_cpu_scratch() { return cpu::scratch_of_this_thread().release(); }
 
 STABLE_TORCH_LIBRARY(flamingo, m) {

@@ -1,8 +1,8 @@
-// flamingo::masked_cross_attention on the CPU.
+// Implements flamingo::masked_cross_attention on the CPU.
 //
-// Media that some row sees together form a component: its keys are the latents of those media, its rows all rows
-// that see any of them, and a task is one component and one head. Components share neither rows nor keys, so no
-// gradient is written twice. With one medium a row, every medium is a component of its own.
+// Media that some row sees together form a component. Its keys are the latents of those media, and its rows are all
+// rows that see any of them. A task is one component and one head. Components share neither rows nor keys, so no
+// gradient is written twice. Where each row sees one medium, every medium is a component.
 #include <algorithm>
 #include <numeric>
 #include <tuple>
@@ -73,7 +73,7 @@ Plan make_plan(const Tensor& media_index, const std::optional<Tensor>& first_med
   return plan;
 }
 
-// Everything of a group but the outputs.
+// Fills all fields of a group except the outputs.
 Group make_group(const Plan& plan, const Component& component, const Tensor& q, const Tensor& k, const Tensor& v,
                  int64_t head, float scale, float out_scale) {
   Group group = {};
@@ -98,7 +98,7 @@ Group make_group(const Plan& plan, const Component& component, const Tensor& q, 
   return group;
 }
 
-// Latents of consecutive media must lie at one stride; they do in a contiguous tensor and in a slice of a fused one.
+// Latents of consecutive media must be at one stride, as in a contiguous tensor and in a slice of a fused one.
 Tensor with_uniform_rows(const Tensor& x) {
   return x.stride(0) == x.size(1) * x.stride(1) ? x : torch::stable::contiguous(x);
 }

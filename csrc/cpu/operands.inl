@@ -1,8 +1,8 @@
-// How the operands of the products are laid out, for the two kinds of arithmetic.
+// Lays out the operands of the products, for the two kinds of arithmetic.
 //
-// Multiplication sums over the rows of B. `transposed` turns keys into columns, `stacked` keeps one key (or query
-// row) a row, and `weights` are softmax weights or their gradients: as A they are read along a row ("by row") or
-// down a column ("by column").
+// A product sums over the rows of B. `transposed` turns keys into columns. `stacked` keeps one key (or query row) in
+// a row. `weights` are softmax weights or their gradients; as A they are read along a row ("by row") or down a column
+// ("by column").
 
 template <class Element>
 static inline const Element* key_row(const Group& group, int64_t key, bool values) {

@@ -1,4 +1,4 @@
-// Operands as pairs of bfloat16: an element holds two values that are neighbors along the summed dimension.
+// Lays out operands as pairs of bfloat16: an element holds two values that are neighbors along the summed dimension.
 struct PairOperands {
   typedef uint32_t Element;
   static constexpr int64_t kDepth = 2;

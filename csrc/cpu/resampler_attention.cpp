@@ -1,4 +1,4 @@
-// flamingo::resampler_attention on the CPU: a task is one medium and one head, its keys are two segments.
+// Implements flamingo::resampler_attention on the CPU. A task is one medium and one head; its keys are two segments.
 #include <tuple>
 
 #include "run.h"
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> resampler_attention(const Tensor& q, const Tensor& k_
   return std::make_tuple(out, lse);
 }
 
-// The output and lse of the forward are what the CUDA kernels need; here the softmax is recomputed whole.
+// Only the CUDA kernels need the output and lse of the forward; here the softmax is recomputed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resampler_attention_backward(
     const Tensor& grad, const Tensor& /*out*/, const Tensor& /*lse*/, const Tensor& q, const Tensor& k_features,
     const Tensor& v_features, const Tensor& k_latents, const Tensor& v_latents, const Tensor& cu_media,

@@ -1,4 +1,4 @@
-// From tensors to tasks: pointers of one head, scratch memory, and the threads of torch.
+// Turns tensors into tasks: pointers of one head, scratch memory, and the threads of torch.
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -19,13 +19,13 @@ inline Storage storage_of(const Tensor& x) {
   return float32 ? Storage::kFloat32 : Storage::kBFloat16;
 }
 
-// Address of x[first, ..., head, 0] where the strides of the leading dimensions are `stride` elements.
+// Returns the address of x[first, ..., head, 0] where the strides of the leading dimensions are `stride` elements.
 inline char* at(const Tensor& x, int64_t first, int64_t stride, int64_t head) {
   const int64_t elements = first * stride + head * x.stride(x.dim() - 2);
   return static_cast<char*>(x.data_ptr()) + elements * (x.scalar_type() == ScalarType::Float ? 4 : 2);
 }
 
-// An index tensor of either width as int64.
+// Returns an int32 or int64 index tensor as int64.
 inline std::vector<int64_t> values_of(const Tensor& index) {
   const int64_t count = index.numel();
   std::vector<int64_t> values(count);
@@ -39,8 +39,8 @@ inline std::vector<int64_t> values_of(const Tensor& index) {
   return values;
 }
 
-// Scratch memory of one thread, kept for its next task and its next call: fresh memory costs a page fault for every
-// 4 KiB. What is larger than kKept is given back.
+// Scratch memory of one thread. The thread keeps up to kKept bytes for its next task and its next call, because fresh
+// memory costs a page fault for every 4 KiB.
 class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
@@ -59,7 +59,7 @@ class Scratch {
     if (capacity_ > kKept) release();
   }
 
-  // Returns how much it was.
+  // Returns the number of bytes.
   int64_t release() {
     std::free(memory_);
     memory_ = nullptr;
@@ -78,7 +78,7 @@ inline Scratch& scratch_of_this_thread() {
 }
 
 // Runs task(i, scratch) for every i on torch's threads. Tasks differ in size, so a thread takes the next one when it
-// is done; each writes its own outputs, so the result does not depend on who does what.
+// is done. Each task writes its own outputs, so the result does not depend on the assignment to threads.
 inline void run_tasks(int64_t count, const std::function<int64_t(int64_t)>& scratch_bytes,
                       const std::function<void(int64_t, void*)>& task) {
   std::atomic<int64_t> next{0};

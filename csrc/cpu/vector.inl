@@ -1,5 +1,5 @@
-// Vectors of floats in the compiler's portable notation: the including file sets the width and the instruction set.
-// Expects: FLAMINGO_LANES (floats of a vector), an open namespace of that instruction set.
+// Defines vectors of floats in the compiler's portable notation. The including file sets their size and the
+// instruction set: it defines FLAMINGO_LANES (floats of a vector) and opens a namespace of that instruction set.
 
 typedef float Vec __attribute__((vector_size(FLAMINGO_LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(FLAMINGO_LANES * 4)));
@@ -16,7 +16,7 @@ static inline void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) 
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 
-// x with its lanes moved by `distance`, around the end.
+// Returns x with its lanes rotated by `distance`.
 template <int distance>
 static inline Vec rotate(Vec x) {
   Vec rotated = {};
@@ -43,8 +43,8 @@ static inline VecInt lane_numbers() {
   return numbers;
 }
 
-// e^x for x <= 0, relative error below 2e-7: 2^n from the exponent bits, 2^f by a polynomial on [-0.5, 0.5]. NaN
-// stays NaN.
+// Returns e^x for x <= 0 with a relative error below 2e-7: 2^n from the exponent bits, times 2^f by a polynomial on
+// [-0.5, 0.5]. NaN stays NaN.
 static inline Vec exp_nonpositive(Vec x) {
   const Vec t = maximum(splat(-87.0f), x) * splat(1.44269504f);
   const Vec round = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
@@ -61,7 +61,7 @@ static inline Vec exp_nonpositive(Vec x) {
   return p * reinterpret_cast<Vec>(exponent);
 }
 
-// bfloat16 is the upper half of a float32; rounding to nearest even, NaN stays NaN.
+// bfloat16 is the upper half of a float32. Rounding is to nearest even; NaN stays NaN.
 static inline float to_float(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;

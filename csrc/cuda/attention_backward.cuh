@@ -1,10 +1,10 @@
-// Backward of both ops. With P the softmax weights of a row, dP = dO V^T and delta = sum(P dP):
+// Computes the backward of both ops. P are the softmax weights of a row, dP = dO V^T, delta = sum(P dP). Then
 //   dV = P^T dO,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,
-// all times out_scale, whose own gradient is the sum of delta: that of the output before it was scaled, so it is
+// all times out_scale. The gradient of out_scale is the sum of delta, from the output before it was scaled, so it is
 // right when out_scale is 0.
 //
-// Two kernels, and no atomics: `backward_rows` owns query rows and meets their keys, `backward_keys` owns keys and
-// meets their rows. Where one of them sees everything it needs, it writes all gradients and the other does not run:
+// There are two kernels, without atomics. `backward_rows` owns query rows and visits their keys; `backward_keys` owns
+// keys and visits their rows. Where one of them visits everything, it writes all gradients and the other does not run:
 //   - resampler with up to 64 latents: backward_rows also writes dK and dV, since a block of keys has no other rows;
 //   - one medium of up to 64 latents a row: backward_keys also writes dQ, since a row has no other keys, and
 //     computes the softmax itself.
@@ -24,7 +24,7 @@ constexpr int backward_shared_bytes() {
   return (6 * Tile<kWidth>::kSize + 2 * Tile<64>::kSize) * static_cast<int>(sizeof(uint16_t));
 }
 
-// Scores to weights and dP to dS, in place. Weights of unseen keys come out 0: their scores are minus infinity.
+// Turns scores into weights and dP into dS, in place. Scores of unseen keys are minus infinity, so their weights are 0.
 FLAMINGO_DEVICE void weights_and_gradients(float (&s)[8][4], float (&dp)[8][4], const RowStatistics& statistics,
                                            float scale) {
   constexpr float kLog2E = 1.4426950408889634f;
@@ -39,7 +39,7 @@ FLAMINGO_DEVICE void weights_and_gradients(float (&s)[8][4], float (&dp)[8][4], 
     }
 }
 
-// delta = sum(O dO) of one row, by the four lanes that hold it.
+// Computes delta = sum(O dO) of one row, with the four lanes that hold it.
 template <Type kType, int kWidth>
 FLAMINGO_DEVICE float delta_of_row(const uint16_t* o, const uint16_t* grad, bool exists) {
   float total = 0.0f;
@@ -66,7 +66,7 @@ FLAMINGO_DEVICE RowStatistics saved_statistics(const Params& p, const Rows& rows
           delta_of_row<kType, kWidth>(o + 8 * stride, grad + 8 * p.grad_row, second)};
 }
 
-// Running statistics over a first pass: the softmax, and the sum of exponential * dP that becomes delta.
+// Running statistics of a first pass: those of the softmax, and the sum of exponential * dP that becomes delta.
 FLAMINGO_DEVICE void update_statistics(Softmax& state, float (&delta)[1][4], float (&s)[8][4], const float (&dp)[8][4],
                                        float log2_scale) {
   update_softmax(state, s, delta, log2_scale);
@@ -82,7 +82,7 @@ FLAMINGO_DEVICE void update_statistics(Softmax& state, float (&delta)[1][4], flo
 FLAMINGO_DEVICE RowStatistics finish_statistics(const Softmax& state, const float (&delta)[1][4], float scale) {
   const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
   const float delta_first = sum_of_row(delta[0][0]), delta_second = sum_of_row(delta[0][2]);
-  // A row without keys: any finite lse, since all of its scores are minus infinity.
+  // A row without keys may have any finite lse, since all of its scores are minus infinity.
   return {sum_first > 0.0f ? state.max_first * scale + natural_log(sum_first) : 0.0f,
           sum_second > 0.0f ? state.max_second * scale + natural_log(sum_second) : 0.0f,
           sum_first > 0.0f ? delta_first / sum_first : 0.0f, sum_second > 0.0f ? delta_second / sum_second : 0.0f};
@@ -127,7 +127,7 @@ backward_rows(const typename Problem::Params p) {
       scores(s, dp, block, keys);
       update_statistics(state, delta, s, dp, p.scale * 1.4426950408889634f);
     });
-    barrier();  // nobody reads the last keys any more: the second pass overwrites them
+    barrier();  // no warp reads the last keys any more, which the second pass overwrites
     statistics = finish_statistics(state, delta, p.scale);
     const int block = block_y() * ((p.rows + kTile - 1) / kTile) + block_x();
     store_partial(p.partial + static_cast<int64_t>(block) * 4, statistics.delta_first + statistics.delta_second);
@@ -151,7 +151,7 @@ backward_rows(const typename Problem::Params p) {
     if constexpr (kWritesKeys) {
       store_weights<kType>(weights, s);
       store_weights<kType>(weights + Tile<64>::kSize, dp);
-      barrier();  // weights of all rows are there
+      barrier();  // the weights of all rows are written
       const Keys out = Problem::keys(p, rows, forget(block), head);
       const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
       float sum[kWidth / 8][4];
@@ -168,14 +168,14 @@ backward_rows(const typename Problem::Params p) {
   store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, exists_first, exists_second);
 }
 
-// Where the rows of a key block are: `tile` counts from the first row that may see it.
+// Locates the rows of a key block: `tile` counts from the first row that may see it.
 template <int kWidth>
 FLAMINGO_DEVICE Rows rows_from(const Range& range, int tile) {
   const int first = range.begin + tile * kTile;
   return {first, min(kTile, range.end - first)};
 }
 
-// The same as weights_and_gradients for rows whose keys are all in this tile, so that no statistics are needed.
+// Does the work of weights_and_gradients for rows whose keys are all in this tile, so that no statistics are needed.
 // Returns the sum of delta over the two rows.
 FLAMINGO_DEVICE float softmax_and_gradients(float (&s)[8][4], float (&dp)[8][4], float scale) {
   Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
@@ -204,8 +204,8 @@ FLAMINGO_DEVICE RowStatistics stored_statistics(const Params& p, const Rows& row
           second ? p.delta[at + 8 * p.heads] : 0.0f};
 }
 
-// Rows `range` against the keys of one block. kWritesRows: no row sees another block, dQ is written here.
-// `some_rows` tells Problem::keys the medium.
+// Computes the gradients of one key block from the rows `range`. With kWritesRows no row sees another block, and dQ is
+// written here. `some_rows` tells Problem::keys the medium.
 template <Type kType, int kWidth, class Problem, bool kWritesRows>
 FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block, int head,
                                        const Range& range) {
@@ -235,7 +235,7 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
     const uint16_t* queries = stages + (tile & 1) * 2 * kSize;
     const uint16_t* grads = queries + kSize;
     wait_copies<0>();
-    barrier();  // this tile is there for everyone, and nobody reads the other stage or the weights any more
+    barrier();  // all warps can read this tile, and no warp reads the other stage or the weights any more
     if (tile + 1 < tiles) copy_rows(stages + (~tile & 1) * 2 * kSize, tile + 1);
     commit_copies();
     const Rows rows = rows_from<kWidth>(range, tile);
@@ -256,7 +256,7 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
       const float scaled = out_factor(p) * p.scale;
       store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, sees_first, sees_second);
     }
-    barrier();  // weights of all rows are there
+    barrier();  // the weights of all rows are written
     accumulate_keys<kType, kWidth>(dv, weights, grads);
     accumulate_keys<kType, kWidth>(dk, weights + Tile<64>::kSize, queries);
   }

@@ -1,5 +1,5 @@
-// Forward of both ops: a block owns 64 query rows of one head and meets their keys 64 at a time, with a running
-// maximum and sum. While one block of keys is used, the next is on its way.
+// Computes the forward of both ops. A thread block owns 64 query rows of one head and visits their keys 64 at a time,
+// with a running maximum and sum. While one block of keys is used, the next is being copied.
 #pragma once
 #include "problem.cuh"
 
@@ -28,7 +28,7 @@ FLAMINGO_DEVICE void mask_scores(float (&s)[8][4], int valid_keys, bool sees_fir
     }
 }
 
-// A row that has seen nothing has the maximum minus infinity; exponents are then taken relative to 0.
+// The maximum of a row that has seen no key is minus infinity. Its exponents are taken relative to 0.
 FLAMINGO_DEVICE float exponent_base(float maximum) { return maximum == minus_infinity() ? 0.0f : maximum; }
 
 FLAMINGO_DEVICE void max_of_scores(const float (&s)[8][4], float& first, float& second) {
@@ -41,7 +41,7 @@ FLAMINGO_DEVICE void max_of_scores(const float (&s)[8][4], float& first, float& 
   second = max_of_row(second);
 }
 
-// Turns scores into exponentials relative to the new maxima and rescales what was summed before.
+// Turns scores into exponentials relative to the new maxima, and rescales the earlier sums.
 // `log2_scale`: scale of the scores times log2(e).
 template <int kColumns>
 FLAMINGO_DEVICE void update_softmax(Softmax& state, float (&s)[8][4], float (&sum)[kColumns][4], float log2_scale) {
@@ -72,7 +72,7 @@ FLAMINGO_DEVICE void update_softmax(Softmax& state, float (&s)[8][4], float (&su
     }
 }
 
-// tanh(gate), or 1; read where it is used, to keep no register for it.
+// Returns tanh(gate), or 1. It is read where it is used, so that no register holds it.
 FLAMINGO_DEVICE float out_factor(const AttentionParams& p) { return p.out_scale ? *p.out_scale : 1.0f; }
 
 template <int kWidth>
@@ -81,8 +81,8 @@ FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
   copy_tile<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
 }
 
-// The key blocks of a row tile one after the other, `use(block, keys tile)`. While one is used, the next is on its
-// way into the other of two stages. Copies that were started before also have arrived at the first use.
+// Calls `use(block, keys tile)` for the key blocks of a row tile, one after the other. While one is used, the next is
+// copied into the other of two stages. Copies that were started before have arrived, too, at the first use.
 template <int kWidth, class Problem, class Use>
 FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks, int head,
                                     uint16_t* stages, Use use) {
@@ -91,7 +91,7 @@ FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Row
   for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = (block - blocks.begin) & 1;
     wait_copies<0>();
-    barrier();  // this block is there for everyone, and nobody reads the other stage any more
+    barrier();  // all warps can read this block, and no warp reads the other stage any more
     if (block + 1 < blocks.end)
       copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, head));
     commit_copies();

@@ -1,4 +1,4 @@
-// From tensors to the arguments of the kernels.
+// Turns tensors into the arguments of the kernels.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,7 +15,7 @@ inline Type type_of(const Tensor& q) {
   return bfloat16 ? Type::kBFloat16 : Type::kFloat16;
 }
 
-// The launches for the type and width of q: `Launches<type, width>::*` chosen at run time.
+// Returns the launch for the type and head_dim of q: `Launches<type, width>::*` chosen at run time.
 template <template <Type, int> class Launches, class Function>
 int with_launches(const Tensor& q, Function function) {
   const Type type = type_of(q);
@@ -29,14 +29,14 @@ int with_launches(const Tensor& q, Function function) {
   return bfloat16 ? function(Launches<Type::kBFloat16, 128>()) : function(Launches<Type::kFloat16, 128>());
 }
 
-// The tensor, copied if its rows do not start at multiples of 16 bytes, which the copies of the kernels need.
+// Returns the tensor, copied if its rows do not start at multiples of 16 bytes, which the kernels' copies need.
 inline Tensor with_aligned_rows(const Tensor& x) {
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(x.dim() - 1) == 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) aligned = aligned && (x.stride(d) % 8 == 0 || x.size(d) == 1);
   return aligned ? x : torch::stable::contiguous(x);
 }
 
-// The same, with the leading two dimensions at one stride, so that they can be numbered together.
+// Does the same, with the leading two dimensions at one stride, so that they can be numbered together.
 inline Tensor with_uniform_rows(const Tensor& x) {
   const bool uniform = x.size(0) == 1 || x.stride(0) == x.size(1) * x.stride(1);
   return with_aligned_rows(uniform ? x : torch::stable::contiguous(x));

@@ -1,5 +1,5 @@
-// How the kernels of one head width and type are launched: grids, shared memory, and which backward is taken.
-// Nothing waits for the device: grids depend on shapes only.
+// Launches the kernels of one head_dim and type: sets grids and shared memory, and chooses the backward. Grids depend
+// on shapes only, so nothing waits for the device.
 #pragma once
 #include "launch.h"
 #include "masked_cross_attention.cuh"

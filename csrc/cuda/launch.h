@@ -1,4 +1,4 @@
-// Launches of one op for one head width and type; each is defined in a file of its own, so that they compile apart.
+// Declares the launches of one op for one head_dim and type. Each has its own file, so that they compile in parallel.
 #pragma once
 #include "params.h"
 

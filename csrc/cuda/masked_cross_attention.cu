@@ -1,4 +1,4 @@
-// flamingo::masked_cross_attention on CUDA.
+// Binds flamingo::masked_cross_attention on CUDA.
 #include <cuda_runtime.h>
 
 #include "binding.h"

@@ -1,4 +1,4 @@
-// Kernels of flamingo::masked_cross_attention beyond the shared ones.
+// Defines the kernels that only flamingo::masked_cross_attention needs.
 #pragma once
 #include "attention_backward.cuh"
 
@@ -7,8 +7,8 @@ namespace cuda {
 
 constexpr int kPlanThreads = 1024;
 
-// Which rows see each medium: the smallest range that holds them. One block; the result does not depend on the order
-// of the threads, since only smallest and largest row numbers are kept.
+// Finds the smallest range that holds the rows that see each medium. It is one thread block. Only the smallest and the
+// largest row number are kept, so the result does not depend on the order of the threads.
 template <class Params>
 FLAMINGO_KERNEL(kPlanThreads)
 plan_rows(const Params p) {
@@ -32,7 +32,7 @@ plan_rows(const Params p) {
   }
 }
 
-// Gradients of rows that see no medium are zero; no block of keys would write them.
+// Clears the gradients of rows that see no medium, which no block of keys would write.
 template <int kWidth>
 FLAMINGO_DEVICE void clear_blind_rows(const CrossAttentionParams& p, int tile, int head) {
   const Rows rows = CrossAttention<kWidth>::row_tile(p, tile);
@@ -44,7 +44,7 @@ FLAMINGO_DEVICE void clear_blind_rows(const CrossAttentionParams& p, int tile, i
   }
 }
 
-// One block of keys a thread block. kWritesRows: the blocks after the last key block clear the rows that see nothing.
+// Gives one block of keys to a thread block. With kWritesRows the blocks after the last one clear the blind rows.
 template <Type kType, int kWidth, bool kWritesRows>
 FLAMINGO_KERNEL(kThreads)
 cross_attention_backward_keys(const CrossAttentionParams p) {

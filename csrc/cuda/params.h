@@ -1,4 +1,4 @@
-// Arguments of the kernels: plain structs that the bindings fill and the kernels read.
+// Defines the arguments of the kernels: plain structs that the bindings fill and the kernels read.
 //
 // 16-bit tensors are pointers to uint16_t whatever their type. Strides are in elements; the last dimension is
 // contiguous, rows start at multiples of 16 bytes. Outputs are contiguous.
@@ -13,7 +13,7 @@ enum class Type { kBFloat16, kFloat16 };
 constexpr int kThreads = 128;  // of a block: four warps of sixteen rows (or keys) each
 constexpr int kTile = 64;      // query rows, or keys, handled together
 
-struct Index {  // an index tensor of either width
+struct Index {  // an index tensor of int32 or int64
   const void* data;
   int wide;  // int64 if not 0, else int32
 };
@@ -48,7 +48,7 @@ struct CrossAttentionParams : AttentionParams {
   int* row_end;
 };
 
-// Whether a row meets one block of keys only: then one kernel computes the whole backward.
+// Returns whether a row attends to one block of keys only. Then one kernel computes the whole backward.
 inline bool one_block_a_row(const CrossAttentionParams& p) {
   return p.first_media.data == nullptr && p.latents <= kTile;
 }

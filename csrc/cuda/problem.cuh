@@ -1,4 +1,4 @@
-// What distinguishes the two ops for a kernel: where the keys of a block lie, and which rows see them.
+// Describes the two ops to the kernels: where the keys of a block are, and which rows see them.
 #pragma once
 #include "tile.cuh"
 
@@ -33,7 +33,7 @@ struct Visible {  // key blocks that the two rows of a thread see
   FLAMINGO_DEVICE bool sees_second(int block) const { return second.begin <= block && block < second.end; }
 };
 
-// Masked cross-attention: key block b is block b % blocks of medium b / blocks, each row sees a run of media.
+// Masked cross-attention: key block b is block b % blocks of medium b / blocks. Each row sees a run of media.
 template <int kWidth>
 struct CrossAttention {
   typedef CrossAttentionParams Params;
@@ -58,7 +58,7 @@ struct CrossAttention {
     return {blocks_of_row(p, rows, fragment_row()), blocks_of_row(p, rows, fragment_row() + 8)};
   }
 
-  // All blocks that some row of the tile sees.
+  // Range of the blocks that some row of the tile sees.
   static FLAMINGO_DEVICE Range blocks_of_tile(const Params& p, const Rows& rows) {
     const Range a = blocks_of_row(p, rows, lane_number()), b = blocks_of_row(p, rows, lane_number() + 32);
     const int none = 0x7fffffff;
@@ -79,7 +79,7 @@ struct CrossAttention {
             min(kTile, p.latents - first)};
   }
 
-  // The rows among which those lie that see a block.
+  // Range that holds the rows that see a block.
   static FLAMINGO_DEVICE Range rows_of_block(const Params& p, int block) {
     const int medium = block / blocks_of_medium(p);
     return {p.row_begin[medium], p.row_end[medium]};
@@ -143,8 +143,8 @@ struct ResamplerAttention {
   }
 };
 
-// One of the key blocks of all media: features of medium m start at slot cu_media[m] / 64 + m, which leaves room for
-// a last block that is not full; then come the latents. A slot may be empty (valid <= 0).
+// Locates one of the key blocks of all media. Features of medium m start at slot cu_media[m] / 64 + m, which leaves
+// room for a last block that is not full; the latents follow. A slot may be empty (valid <= 0).
 struct Slot {
   int medium, block;
   bool exists;

@@ -1,8 +1,8 @@
-// The instructions that the kernels are made of, under one name each. Compiled without nvcc, with FLAMINGO_EMULATOR,
-// the same names come from the emulator, so the kernels themselves run on a CPU in the tests.
+// Wraps each instruction of the kernels in a function. With FLAMINGO_EMULATOR and without nvcc the emulator defines the
+// same names, so that the tests run the kernels on a CPU.
 //
-// All of them exist from sm_80 on: at 64 latents a medium both attentions are bound by memory, and nothing is gained
-// by the matrix instructions of a later architecture.
+// All of them exist from sm_80 on. At 64 latents a medium memory limits both attentions, so the matrix instructions of
+// later architectures would gain nothing.
 #pragma once
 #include <stdint.h>
 
@@ -39,7 +39,7 @@ FLAMINGO_DEVICE void copy_16_async(void* shared, const void* global, bool valid)
 }
 FLAMINGO_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
 
-// Waits until at most `pending` of this thread's committed groups are still on their way.
+// Waits until at most `pending` of this thread's committed groups are still being copied.
 template <int pending>
 FLAMINGO_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending));
@@ -47,7 +47,7 @@ FLAMINGO_DEVICE void wait_copies() {
 
 FLAMINGO_DEVICE void barrier() { __syncthreads(); }
 
-// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 FLAMINGO_DEVICE void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -93,7 +93,7 @@ FLAMINGO_DEVICE float unpack(uint16_t x) {
   return value;
 }
 
-// The value of the lane whose number differs in the bits of `mask`.
+// Returns the value of the lane whose number differs in the bits of `mask`.
 FLAMINGO_DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FLAMINGO_DEVICE uint32_t exchange(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FLAMINGO_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
@@ -107,8 +107,8 @@ FLAMINGO_DEVICE float power_of_two(float x) {
 }
 FLAMINGO_DEVICE float natural_log(float x) { return __logf(x); }
 
-// x, which the compiler must not connect with what it knows of x: what follows is computed again instead of being
-// kept in a register since the last time.
+// Returns x, and hides from the compiler that it is x. Expressions of it are then computed again instead of occupying
+// registers since their last use.
 FLAMINGO_DEVICE int forget(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,4 +1,4 @@
-// flamingo::resampler_attention on CUDA.
+// Binds flamingo::resampler_attention on CUDA.
 #include <cuda_runtime.h>
 
 #include <tuple>
@@ -9,7 +9,7 @@ namespace flamingo {
 namespace cuda {
 namespace {
 
-// The inputs as the kernels read them; holds the copies of those that had to be copied.
+// Holds the inputs as the kernels read them, and the copies of inputs that had to be copied.
 struct Inputs {
   Tensor q, k_features, v_features, k_latents, v_latents;
 

@@ -1,11 +1,11 @@
-// Kernels of flamingo::resampler_attention beyond the shared ones.
+// Defines the kernel that only flamingo::resampler_attention needs.
 #pragma once
 #include "attention_backward.cuh"
 
 namespace flamingo {
 namespace cuda {
 
-// Gradients of the keys where a medium has more than 64 latents, after backward_rows.
+// Computes the gradients of the keys after backward_rows, where a medium has more than 64 latents.
 template <Type kType, int kWidth>
 FLAMINGO_KERNEL(kThreads)
 resampler_backward_keys(const ResamplerParams p) {

@@ -1,4 +1,4 @@
-// Tiles of 64 rows in shared memory and their products. Four warps share a tile; a warp computes sixteen of its rows.
+// Handles tiles of 64 rows in shared memory, and their products. Four warps share a tile; each computes sixteen rows.
 //
 // A fragment of accumulators, float[columns / 8][4], holds for lane l the columns 8 n + 2 (l % 4) + {0, 1} of row
 // l / 4 (elements 0, 1) and of row l / 4 + 8 (elements 2, 3).
@@ -10,12 +10,11 @@ namespace cuda {
 
 FLAMINGO_DEVICE int lane_number() { return thread_number() & 31; }
 FLAMINGO_DEVICE int warp_number() { return thread_number() >> 5; }
-// The first of the two rows of a tile that this thread's accumulators belong to; the other is eight further.
+// Returns the first of the two rows of a tile whose accumulators this thread holds; the other is eight further.
 FLAMINGO_DEVICE int fragment_row() { return warp_number() * 16 + (lane_number() >> 2); }
 
-// Where 16-byte chunks lie: the chunks of a row are permuted by the row's number, so that eight rows of one column
-// fall into different banks. The permutation reaches up to the next multiple of eight chunks, so 96 columns take the
-// room of 128.
+// Locates 16-byte chunks. The row's number permutes the chunks of a row, so that eight rows of one column fall into
+// different banks. The permutation covers a multiple of eight chunks, so 96 columns take the room of 128.
 template <int kWidth>
 struct Tile {
   static constexpr int kPitch = kWidth == 96 ? 128 : kWidth;
@@ -43,7 +42,7 @@ FLAMINGO_DEVICE void clear(float (&x)[kColumns][4]) {
     for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
 }
 
-// s [16 rows, 64] = a b^T for this warp's rows of tile a and all rows of tile b.
+// Computes s [16 rows, 64] = a b^T for this warp's rows of tile a and all rows of tile b.
 template <Type kType, int kWidth>
 FLAMINGO_DEVICE void multiply_transposed(float (&s)[8][4], const uint16_t* a, const uint16_t* b) {
   const int lane = lane_number();
@@ -63,7 +62,7 @@ FLAMINGO_DEVICE void multiply_transposed(float (&s)[8][4], const uint16_t* a, co
   }
 }
 
-// sum [16 rows, kWidth] += w [16 rows, 64] * b [64, kWidth]; w are accumulators of this warp.
+// Computes sum [16 rows, kWidth] += w [16 rows, 64] * b [64, kWidth]; w are accumulators of this warp.
 template <Type kType, int kWidth>
 FLAMINGO_DEVICE void accumulate_rows(float (&sum)[kWidth / 8][4], const float (&w)[8][4], const uint16_t* b) {
   const int lane = lane_number();
@@ -93,7 +92,7 @@ FLAMINGO_DEVICE void store_weights(uint16_t* tile, const float (&w)[8][4]) {
   }
 }
 
-// sum [16 keys, kWidth] += w^T b for this warp's sixteen columns of w [64, 64]; b is [64, kWidth].
+// Computes sum [16 keys, kWidth] += w^T b for this warp's sixteen columns of w [64, 64]; b is [64, kWidth].
 template <Type kType, int kWidth>
 FLAMINGO_DEVICE void accumulate_keys(float (&sum)[kWidth / 8][4], const uint16_t* w, const uint16_t* b) {
   const int lane = lane_number();
@@ -112,7 +111,7 @@ FLAMINGO_DEVICE void accumulate_keys(float (&sum)[kWidth / 8][4], const uint16_t
   }
 }
 
-// Sum, or maximum, over the four lanes that hold a row.
+// Returns the sum, or maximum, over the four lanes that hold a row.
 FLAMINGO_DEVICE float sum_of_row(float x) {
   x += exchange(x, 1);
   return x + exchange(x, 2);
@@ -122,7 +121,7 @@ FLAMINGO_DEVICE float max_of_row(float x) {
   return fmaxf(x, exchange(x, 2));
 }
 
-// Lane i of four consecutive lanes gets the words i of all four.
+// Gives lane i of four consecutive lanes the words i of all four.
 FLAMINGO_DEVICE void transpose_words(uint32_t (&words)[4]) {
   const int lane = lane_number();
 #pragma unroll

@@ -1,4 +1,4 @@
-// The launches of both ops on the emulator, as C functions for tests/ops/emulator.py.
+// Launches both ops on the emulator, by C functions for tests/ops/emulator.py.
 #include "../cuda/launch.cuh"
 
 using namespace flamingo;

@@ -1,4 +1,4 @@
-// The machine behind simt.h: fibres, the scheduler, and the warp-wide instructions.
+// Implements simt.h: fibers, the scheduler, and the warp-wide instructions.
 #include "../cuda/params.h"
 #include "simt.h"
 
@@ -38,7 +38,7 @@ Machine machine;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr long kMostPasses = 2000000;  // of the scheduler in a block, before it is taken for hung
+constexpr long kMostPasses = 2000000;  // of the scheduler in a block, before the block counts as hung
 Failure pending_failure;
 bool failed = false;
 
@@ -46,7 +46,7 @@ void fiber_main() {
   machine.kernel();
   machine.fiber().done = true;
   machine.yield();
-  std::abort();  // a finished fibre is never resumed
+  std::abort();  // a finished fiber is never resumed
 }
 
 void prepare(Fiber& fiber) {
@@ -71,7 +71,7 @@ bool runnable(const Fiber& fiber) { return !fiber.done && !fiber.at_barrier; }
 
 }  // namespace
 
-// Exceptions cannot cross stacks: the reason is kept, the fibre stops, and the scheduler throws.
+// Exceptions cannot cross stacks, so the fiber keeps the reason and stops, and the scheduler throws.
 void fail(const std::string& reason) {
   if (!failed) pending_failure.reason = reason;
   failed = true;

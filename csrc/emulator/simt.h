@@ -1,11 +1,11 @@
-// Runs CUDA kernels of this project on a CPU, for tests: the names of cuda/ptx.cuh, with one fibre a thread.
+// Runs the CUDA kernels of this project on a CPU, for tests. It defines the names of cuda/ptx.cuh, with one fiber for
+// each thread.
 //
-// Warps run in random order and are interrupted at random points; shared memory starts as NaN; an asynchronous copy
+// Warps run in random order and are interrupted at random points. Shared memory starts as NaN. An asynchronous copy
 // lands at once, as late as the wait for it allows, or either by chance. A kernel that relies on an order which the
 // hardware does not promise then computes something else. For mutation tests every barrier and wait can be switched
-// off by the place in the source where it stands.
-//
-// What it cannot show: speed, bank conflicts, occupancy, and reorderings of memory accesses within a warp.
+// off by its place in the source. The emulator shows neither speed, bank conflicts and occupancy, nor reorderings of
+// memory accesses within a warp.
 #pragma once
 #include <stdint.h>
 
@@ -38,7 +38,7 @@ struct PendingCopy {
   bool valid;
 };
 
-// What a lane hands over at a warp-wide instruction, and what it gets back.
+// Input and output of a lane at a warp-wide instruction.
 struct Exchange {
   const uint16_t* row;
   uint32_t a[4], b[2];

@@ -1,4 +1,4 @@
-// What both libraries need of torch: its stable ABI only, so that one build serves torch 2.11 and later.
+// Wraps torch for both libraries: its stable ABI only, so that one build serves torch 2.11 and later.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,8 +15,8 @@ namespace flamingo {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The checks below repeat those of model/ops/checks.py for callers of torch.ops.flamingo: they keep a kernel from
-// reading outside a tensor, and name the argument.
+// The checks below repeat those of model/ops/argument_checks.py for callers of torch.ops.flamingo. They keep a kernel
+// from reading outside a tensor, and name the argument.
 inline void check_heads(const Tensor& x, const char* name, int64_t dims, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == dims, name, " must have ", dims, " dimensions, it has ", x.dim());
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, " must have the type of q");

@@ -1,1 +1,1 @@
-"""Load checkpoints of other projects."""
+"""Import checkpoints of other projects."""

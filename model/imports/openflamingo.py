@@ -1,11 +1,14 @@
-"""Import of OpenFlamingo's released checkpoints (``checkpoint.pt``), by the public names of its state dict.
+"""Import OpenFlamingo's checkpoints by the public names of its state dict.
 
-``perceiver.*`` and ``lang_encoder.gated_cross_attn_layers.N.*``, N counting the language model's blocks. The config
-that fits is ``model.presets.openflamingo``.
+The resampler's names begin with ``perceiver.``. The cross-attention before block N of the language model has two names:
+released checkpoints have ``lang_encoder.gated_cross_attn_layers.N.*``, and training writes the module that surrounds
+the block, such as ``lang_encoder.transformer.blocks.N.gated_cross_attn_layer.*``. The wrappers of DDP, FSDP and
+activation checkpointing may add parts to a name. The config that fits is ``model.presets.openflamingo``.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,76 +46,149 @@ _CROSS_ATTENTION = (
 )
 
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")  # some families have had both names
+_WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_CROSS_ATTENTION_NAME = re.compile(
+    r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|(?:\w+\.)+?(\d+)\.gated_cross_attn_layer)\.(.+)"
+)
+
+_log = logging.getLogger(__name__)
 
 
 def load_openflamingo(model: Flamingo, checkpoint: str | Path | Mapping[str, Tensor]) -> None:
     """Load a checkpoint into a model of the same shape.
 
     Args:
-        model: not partitioned; its config like ``model.presets.openflamingo``.
-        checkpoint: the file (read with ``weights_only=True``), or its state dict.
+        model: Model that is not partitioned, with a config like ``model.presets.openflamingo``.
+        checkpoint: File (read with ``weights_only=True``), or its state dict.
 
     Raises:
-        ValueError: a name that is not OpenFlamingo's, or tensors that do not fit the model.
+        ValueError: The file holds no state dict, a name is not OpenFlamingo's, or tensors do not fit the model.
     """
     state: Any = checkpoint
     if not isinstance(checkpoint, Mapping):
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    load_trained(model, openflamingo_state(model, state.get("model_state_dict", state)))
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{checkpoint} holds a {type(state).__name__} instead of OpenFlamingo's state dict")
+    load_trained(model, convert_openflamingo_state(model, state.get("model_state_dict", state)))
 
 
-def openflamingo_state(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under our names, complete for ``model``.
+def convert_openflamingo_state(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors under the names of ``model``, complete.
 
-    OpenFlamingo added ``<|endofchunk|>`` and then ``<image>`` at the end of the language model's table; their rows are
-    taken from there. Where the checkpoint has no table the rows keep their start, and so do the time embeddings (it has
-    none: they are set to 0).
+    OpenFlamingo added ``<|endofchunk|>`` and then ``<image>`` at the end of the language model's tables, from where
+    their embeddings are taken. Embeddings that the checkpoint lacks keep their start, and a warning says so. Another
+    warning says how many of the other rows differ from those of ``model``: OpenFlamingo may train them, but here they
+    are frozen. OpenFlamingo has no time embeddings, so these become 0.
+
+    Raises:
+        ValueError: A name is not OpenFlamingo's, two names of one tensor have different values, or a table is too
+            short for the added tokens.
     """
+    stripped = {_WRAPPERS.sub("", name): tensor for name, tensor in checkpoint.items()}
     order = {block: n for n, block in enumerate(model.blocks_with_cross_attention())}
     state = {"resampler.time_embeddings": torch.zeros_like(model.resampler.time_embeddings)}
-    unknown = []
-    for full_name, tensor in checkpoint.items():
-        name = full_name.removeprefix("module.")
+    unknown, contradicting = [], []
+    for name, tensor in stripped.items():
         if name.startswith("perceiver."):
             new = _rename(name.removeprefix("perceiver."), _RESAMPLER)
-        elif found := re.fullmatch(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.(.+)", name):
-            part = _rename(found[2], _CROSS_ATTENTION)
-            block = order.get(int(found[1]))
+        elif found := _CROSS_ATTENTION_NAME.fullmatch(name):
+            part = _rename(found[3], _CROSS_ATTENTION)
+            block = order.get(int(found[1] or found[2]))
             new = None if part is None or block is None else f"cross_attention.{block}.{part}"
         else:
-            continue  # the language model's own tensors, which OpenFlamingo stores beside
+            continue  # a tensor of the language model itself
         if new is None:
-            unknown.append(full_name)
-        else:
-            state[new] = tensor.reshape(1) if tensor.ndim == 0 else tensor
+            unknown.append(name)
+            continue
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        if new in state and not torch.equal(state[new], tensor):
+            contradicting.append(name)
+        state[new] = tensor
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors of the checkpoint have no place in the model: {unknown[:3]}. Check "
-            "cross_attention.every_n_layers and cross_attention.offset, and that the config is model.presets.openflamingo's"
+            "cross_attention.every_n_layers and cross_attention.offset; model.presets.openflamingo has a fitting config"
         )
-    return state | _new_rows(model, checkpoint)
+    if contradicting:
+        raise ValueError(
+            f"the checkpoint holds {len(contradicting)} tensors under two names with different values: "
+            f"{contradicting[:3]}. It was put together from several checkpoints; remove the names that are out of date"
+        )
+    return state | _added_rows(model, stripped)
 
 
-def _new_rows(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    lm, tokens = model.language_model.lm, model.tokens
-    names = {module: name for name, module in lm.named_modules()}
-    stripped = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-    inputs = stripped.get(f"lang_encoder.{names[lm.get_input_embeddings()]}.weight")
-    outputs = inputs  # tied tables are stored once
-    for name in (names[lm.get_output_embeddings()], *_OUTPUT_EMBEDDINGS):
-        outputs = stripped.get(f"lang_encoder.{name}.weight", outputs)
-    base = min(tokens.image_id, tokens.end_of_chunk_id)
-    row_of = {tokens.end_of_chunk_id: base, tokens.image_id: base + 1}
+def _added_rows(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the embeddings of the added tokens; warn of what the checkpoint lacks or what differs."""
     rows = {}
-    for side, table in (("input_rows", inputs), ("output_rows", outputs)):
-        own: nn.ModuleList = getattr(model.language_model, side)
-        for number, row in enumerate(own):
+    for side, table in _tables(model, checkpoint).items():
+        modules: nn.ModuleList = getattr(model.language_model, side)
+        for number, row in enumerate(modules):
             assert isinstance(row, InputRow | OutputRow)
-            name = f"language_model.{side}.{number}.weight"
-            start = row.weight.detach() if table is None else table[row_of[row.token_id]][None]
             if row.weight.requires_grad:
-                rows[name] = start
+                start = row.weight.detach() if table is None else table[_row_of(model, row.token_id)][None]
+                rows[f"language_model.{side}.{number}.weight"] = start
     return rows
+
+
+def _tables(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the checkpoint's input and output embeddings by the name of the model's rows, None where it lacks them."""
+    lm = model.language_model.lm
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    names = {module: name for name, module in lm.named_modules()}
+    inputs = outputs = (names[embedding],)
+    if head.weight is not embedding.weight:  # tied tables are stored once
+        outputs = (names[head], *_OUTPUT_EMBEDDINGS)
+    tables = {}
+    for side, module, known in (("input_rows", embedding, inputs), ("output_rows", head, outputs)):
+        name = next((name for one in known if (name := f"lang_encoder.{one}.weight") in checkpoint), None)
+        tables[side] = None if name is None else checkpoint[name]
+        if name is not None:
+            _check_table(model, checkpoint[name], module.weight, name)
+            continue
+        _log.warning(
+            "the checkpoint has no lang_encoder.%s.weight: the embeddings of %s and %s keep their start there. "
+            "OpenFlamingo leaves out tables that it does not train; train these two before you use the model",
+            known[0],
+            model.config.tokens.end_of_chunk,
+            model.config.tokens.image,
+        )
+    return tables
+
+
+def _row_of(model: Flamingo, token_id: int) -> int:
+    """Return an added token's row in OpenFlamingo's tables: it added ``<|endofchunk|>`` before ``<image>``."""
+    tokens = model.tokens
+    return min(tokens.image_id, tokens.end_of_chunk_id) + (0 if token_id == tokens.end_of_chunk_id else 1)
+
+
+def _check_table(model: Flamingo, table: Tensor, frozen: Tensor, name: str) -> None:
+    """Check that a table holds the added tokens; warn where its other rows are not those of the language model."""
+    last = _row_of(model, model.tokens.image_id)
+    if len(table) <= last:
+        raise ValueError(
+            f"{name} of the checkpoint has {len(table)} rows, but the added tokens are in rows "
+            f"{last - 1} and {last}: language_model.tokenizer is not the tokenizer that the checkpoint was trained with"
+        )
+    rows = min(last - 1, len(frozen))
+    # The narrower type of the two: a checkpoint in bfloat16 has rounded the rows that it did not train.
+    narrow = min(table.dtype, frozen.dtype, key=lambda dtype: dtype.itemsize)
+    ours, theirs = (one[:rows].detach().cpu().to(narrow).float() for one in (frozen, table))
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"{name} of the checkpoint has dim {theirs.shape[1]}, and the language model "
+            f"{ours.shape[1]}: language_model.name is not the model that the checkpoint was trained with"
+        )
+    different = int((ours != theirs).any(dim=1).sum())
+    if different:
+        _log.warning(
+            "%d of %d rows of %s differ from the frozen language model's, by up to %.3g. They "
+            "were trained, or language_model.name is another model. The language model's own rows are used, so "
+            "scores may differ from OpenFlamingo's",
+            different,
+            rows,
+            name,
+            float((ours - theirs).abs().max()),
+        )
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str | None:

@@ -1,8 +1,7 @@
-"""The two attentions that decide a Flamingo's speed: fused where a kernel exists, plain torch everywhere else.
+"""Compute the two attentions that decide a Flamingo's speed: fused where a kernel exists, in plain torch elsewhere.
 
-`masked_cross_attention` is what text does with media, `resampler_attention` what a perceiver resampler does with the
-features of one medium. Shape suffixes: T text rows, M media, N latents, R latent queries, S features, H heads,
-D head width.
+Text attends to media by ``masked_cross_attention``. The latents of a perceiver resampler attend to the features of
+their medium by ``resampler_attention``.
 """
 
 from __future__ import annotations
@@ -36,25 +35,26 @@ def masked_cross_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend from each text row to the latents of the media that it may see (Flamingo, section 2.4).
+    """Attend from each text token to the latents of the media that it may see (Flamingo, section 2.4).
 
     Args:
-        q: `[T, H, D]` queries of the text rows, batch and length flattened.
-        k: `[M, N, H, D]` keys, N latents of each medium; strided views (a slice of a fused projection) are fine.
-        v: `[M, N, H, D]` values.
-        media_index: `[T]` int64 or int32, the row of `k` and `v` that a text row sees; -1: none, output exactly 0.
-        gate: `[1]`; the output is multiplied by `tanh(gate)`. Valid when the output projection has no bias.
-        first_media: `[T]`; a text row sees all media `first_media[t]..media_index[t]`. None: only the last of them.
-        scale: of the scores; default `D ** -0.5`.
-        backend: "fused" or "reference" to force one; None: what `set_backend` and `FLAMINGO_OPS` say.
+        q: [T, H, K] queries of the tokens, batch and length flattened.
+        k: [M, R, H, K] keys; strided views (a slice of a fused projection) are fine.
+        v: [M, R, H, K] values.
+        media_index: [T] int64 or int32, medium that a token sees; -1 for none, which gives exactly 0.
+        gate: [1]; the output is multiplied by ``tanh(gate)``. This is valid when the output projection has no bias.
+        first_media: [T]; a token sees all media ``first_media[t]..media_index[t]``. None shows it the last of them.
+        scale: Scale of the scores; None for ``K ** -0.5``.
+        backend: "fused" or "reference" to force one; None follows ``set_backend`` and ``FLAMINGO_OPS``.
 
     Returns:
-        `[T, H, D]` in the type of `q` (of autocast, where that is on).
+        [T, H, K] in the type of ``q``, or of autocast where that is on.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others, by name. On CUDA a `media_index` out of range
-            is a device-side assertion.
-        RuntimeError: `backend="fused"` where no kernel can be used.
+        TypeError: An argument has the wrong type; the message names it.
+        ValueError: An argument does not fit the others; the message names it. On CUDA a ``media_index`` out of range is
+            a device-side assertion.
+        RuntimeError: ``backend="fused"``, and no kernel can be used.
     """
     q, k, v = autocast_inputs(q.device.type, q, k, v)
     checks.masked_cross_attention(q, k, v, media_index, gate, first_media, scale)
@@ -84,21 +84,22 @@ def resampler_attention(
     """Attend from the latents of each medium to its features and to the latents (Flamingo, section 2.2).
 
     Args:
-        q: `[M, R, H, D]` queries made from the latents of each medium.
-        k_features: `[S, H, D]` keys of the features of all media, one medium after the other.
-        v_features: `[S, H, D]` values of the features.
-        k_latents: `[M, R, H, D]` keys made from the latents; never concatenated with those of the features.
-        v_latents: `[M, R, H, D]` values made from the latents.
-        cu_media: `[M + 1]` int64 or int32; medium m owns the features `cu_media[m]:cu_media[m + 1]`.
-        scale: of the scores; default `D ** -0.5`.
-        backend: "fused" or "reference" to force one; None: what `set_backend` and `FLAMINGO_OPS` say.
+        q: [M, R, H, K] queries of the latents.
+        k_features: [S, H, K] keys of the features of all media, one medium after the other.
+        v_features: [S, H, K] values of the features.
+        k_latents: [M, R, H, K] keys of the latents; they are never concatenated with those of the features.
+        v_latents: [M, R, H, K] values of the latents.
+        cu_media: [M + 1] int64 or int32; medium m owns the features ``cu_media[m]:cu_media[m + 1]``.
+        scale: Scale of the scores; None for ``K ** -0.5``.
+        backend: "fused" or "reference" to force one; None follows ``set_backend`` and ``FLAMINGO_OPS``.
 
     Returns:
-        `[M, R, H, D]` in the type of `q` (of autocast, where that is on).
+        [M, R, H, K] in the type of ``q``, or of autocast where that is on.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others, by name.
-        RuntimeError: `backend="fused"` where no kernel can be used.
+        TypeError: An argument has the wrong type; the message names it.
+        ValueError: An argument does not fit the others; the message names it.
+        RuntimeError: ``backend="fused"``, and no kernel can be used.
     """
     q, k_features, v_features, k_latents, v_latents = autocast_inputs(
         q.device.type, q, k_features, v_features, k_latents, v_latents

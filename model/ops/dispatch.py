@@ -1,4 +1,8 @@
-"""Which backend computes an op: an argument, `set_backend`, `FLAMINGO_OPS`, or what this machine has."""
+"""Choose the backend that computes an op.
+
+An argument decides first, then ``set_backend``, then the environment variable ``FLAMINGO_OPS``, then the kernels that
+this machine has.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +17,35 @@ from model.ops import library
 BACKENDS = ("auto", "fused", "reference")
 OPS = ("masked_cross_attention", "resampler_attention")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
-CUDA_WIDTHS = (64, 96, 128)
+CUDA_HEAD_DIMS = (64, 96, 128)
 
 _configured: str | None = None
 
 
 class OpStatus(NamedTuple):
-    """One line of what `trainer.doctor` shows about the ops."""
+    """Describe one backend of one op, for ``trainer.doctor``.
+
+    Attributes:
+        op: Name of the op.
+        backend: "fused on cpu", "fused on cuda" or "reference".
+        available: Whether it can be used.
+        reason: Types that it covers, or why it is not available.
+    """
 
     op: str
-    backend: str  # "fused on cpu", "fused on cuda", "reference"
+    backend: str
     available: bool
-    reason: str  # why it is not available, or what it covers
+    reason: str
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of all ops in this process: "fused" (an error where there is none) or "reference".
+    """Choose the backend of all ops in this process.
 
-    "auto" takes the choice back: then FLAMINGO_OPS decides, or what this machine has.
+    Args:
+        name: "fused", which is an error without kernels, "reference", or "auto", which takes the choice back.
+
+    Raises:
+        ValueError: No backend has this name.
     """
     global _configured
     if name not in BACKENDS:
@@ -39,7 +54,11 @@ def set_backend(name: str) -> None:
 
 
 def get_backend() -> str:
-    """The backend in force: that of `set_backend`, else of the environment variable FLAMINGO_OPS, else "auto"."""
+    """Return the backend in force: that of ``set_backend``, else of ``FLAMINGO_OPS``, else "auto".
+
+    Raises:
+        ValueError: ``FLAMINGO_OPS`` names no backend.
+    """
     if _configured is not None:
         return _configured
     name = os.environ.get("FLAMINGO_OPS", "auto")
@@ -49,11 +68,11 @@ def get_backend() -> str:
 
 
 def use_fused(op: str, q: Tensor, backend: str | None) -> bool:
-    """Whether the fused kernel computes `op` for queries like `q`.
+    """Return whether the fused kernel computes ``op`` for queries like ``q``.
 
     Raises:
-        RuntimeError: the fused backend was asked for by name and cannot be used; says why.
-        ValueError: no backend has this name.
+        RuntimeError: The fused backend was requested by name and cannot be used; the message says why.
+        ValueError: No backend has this name.
     """
     name = get_backend() if backend is None else backend
     if name not in BACKENDS:
@@ -67,8 +86,8 @@ def use_fused(op: str, q: Tensor, backend: str | None) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def why_not_fused(device: str, dtype: torch.dtype, width: int) -> str | None:
-    """None if the kernels take this device, dtype and head width, else the reason."""
+def why_not_fused(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return None if the kernels take this device, dtype and head_dim, else the reason."""
     if device not in DTYPES:
         return f"no kernels for device {device}"
     error = library.load_errors()[device]
@@ -76,15 +95,15 @@ def why_not_fused(device: str, dtype: torch.dtype, width: int) -> str | None:
         return error
     if dtype not in DTYPES[device]:
         return f"no kernels for {dtype} on {device}"
-    if device == "cuda" and width not in CUDA_WIDTHS:
-        return f"no kernels for head width {width} on cuda"
-    if width % 16:
-        return f"the head width must be a multiple of 16, not {width}"
+    if device == "cuda" and head_dim not in CUDA_HEAD_DIMS:
+        return f"no kernels for head_dim {head_dim} on cuda"
+    if head_dim % 16:
+        return f"head_dim must be a multiple of 16, not {head_dim}"
     return None
 
 
 def status() -> list[OpStatus]:
-    """What can compute each op on this machine, and why the rest cannot."""
+    """Return every backend of every op, with the reasons why some are not available on this machine."""
     rows = []
     for op in OPS:
         for device, dtypes in DTYPES.items():

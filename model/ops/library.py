@@ -1,7 +1,7 @@
-"""Loads the libraries built from csrc/ and teaches torch about their ops: shapes, gradients, autocast.
+"""Load the libraries built from csrc/, and tell torch about their ops: shapes, gradients, autocast.
 
-Nothing is compiled here. A library that is missing or cannot be loaded leaves a reason in `load_errors`, and
-`model.ops` computes with plain torch instead.
+Nothing is compiled here. A library that is missing or cannot be loaded leaves a reason in ``load_errors``, and
+``model.ops`` computes with plain torch instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.internals import disable_autocast_key
+
 FOLDER = Path(__file__).parent
 LIBRARIES = {"cpu": "_C.abi3.so", "cuda": "_C_cuda.abi3.so"}
 BUILD_REPORT = "_build_report.json"  # written by setup.py: why a library was not built
@@ -22,7 +24,11 @@ BUILD_REPORT = "_build_report.json"  # written by setup.py: why a library was no
 
 @functools.cache
 def load_errors() -> dict[str, str | None]:
-    """Load what can be loaded, once a process. Returns, by device type, None or the reason why its ops are absent."""
+    """Load the libraries that can be loaded, once a process.
+
+    Returns:
+        None, or the reason why the ops are absent, by device type.
+    """
     errors: dict[str, str | None] = {"cpu": _load("cpu"), "cuda": None}
     if errors["cpu"] is None:
         _register()
@@ -36,7 +42,7 @@ def load_errors() -> dict[str, str | None]:
 
 
 def cpu_instruction_set(level: str | None = None) -> str:
-    """The instruction set of the CPU kernels; a test may select one that the processor has by its name."""
+    """Return the instruction set of the CPU kernels, or select ``level``, which the processor must have."""
     names = ("generic", "avx2", "avx512", "avx512_bf16")
     return names[torch.ops.flamingo.cpu_isa(-1 if level is None else names.index(level))]
 
@@ -63,7 +69,7 @@ def _build_report() -> dict[str, str]:
 
 
 def _register() -> None:
-    """Fake tensors and gradients for every op, autocast for the two forwards."""
+    """Register fake tensors and gradients for every op, and autocast for the two forwards."""
     torch.library.register_fake("flamingo::masked_cross_attention", _cross_fake)
     torch.library.register_fake("flamingo::masked_cross_attention_backward", _cross_backward_fake)
     torch.library.register_fake("flamingo::resampler_attention", _resampler_fake)
@@ -89,17 +95,11 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def autocast_inputs(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type that autocast asks for on this device; as they are where it is off."""
+    """Return the tensors in the type that autocast asks for on this device, unchanged where it is off."""
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _without_autocast(device_type: str) -> Any:
-    return torch._C._ExcludeDispatchKeyGuard(
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
-    )
 
 
 def _autocast_cross(
@@ -113,7 +113,7 @@ def _autocast_cross(
     scale: float,
 ) -> Tensor:
     q, k, v = autocast_inputs(device, q, k, v)
-    with _without_autocast(device):
+    with disable_autocast_key(device):
         return torch.ops.flamingo.masked_cross_attention(q, k, v, media_index, first_media, out_scale, scale)
 
 
@@ -128,7 +128,7 @@ def _autocast_resampler(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     inputs = autocast_inputs(device, q, k_features, v_features, k_latents, v_latents)
-    with _without_autocast(device):
+    with disable_autocast_key(device):
         return torch.ops.flamingo.resampler_attention(*inputs, cu_media, scale)
 
 
@@ -183,5 +183,5 @@ def _resampler_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tenso
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if the kernels could not read it: its last dimension must be contiguous."""
+    """Return ``x``, copied only if its last dimension is not contiguous, which the kernels need."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,11 +1,12 @@
-"""The baseline of ``trainer.benchmark openflamingo``: the same model, written plainly in the manner of OpenFlamingo.
+"""Implement the model as OpenFlamingo does: the baseline of ``trainer.benchmark openflamingo``.
 
-Rows are padded to a fixed length and documents to six images; the attentions are einsum, with a dense mask over all
-images of a row; the language model gets one table of embeddings with the new rows in it and computes the logits of all
-positions. As there, the tower runs without a graph, and blocks of the language model that need no gradient build none.
-Better than there, only the two new rows of the tables are trained, instead of whole tables whose gradient is masked.
+As in OpenFlamingo, rows are padded to a fixed length, and documents to six images. The attentions are einsums with a
+dense mask over all images of a row. The language model has one embedding table that includes the new tokens, and
+computes the logits of all positions. The tower runs without a graph, and so do blocks of the language model that need
+no gradient. One thing is better than in OpenFlamingo: only the embeddings of the two new tokens train, instead of whole
+tables with a masked gradient.
 
-Shape suffixes: B rows, L tokens, T images of a row, F frames, N features or latents of an image, D width.
+Shape letters are those of ``model``, except that M counts the images of one row, padding included.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from trainer.data.batch import IGNORED_LABEL, Row
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """vision_x: uint8 [B, T, F, 3, height, width]; the others int64 [B, L]."""
+    """Hold padded rows.
+
+    Attributes:
+        vision_x: uint8 [B, M, F, 3, height, width].
+        input_ids: int64 [B, L].
+        attention_mask: int64 [B, L].
+        labels: int64 [B, L].
+    """
 
     vision_x: Tensor
     input_ids: Tensor
@@ -32,12 +40,12 @@ class PaddedBatch:
     labels: Tensor
 
 
-def padded_batch(rows: list[Row], tokens: int, images: int, pad_id: int) -> PaddedBatch:
-    """Every row padded to that many tokens and (with black ones) images."""
-    shape = (len(rows), tokens)
+def padded_batch(rows: list[Row], num_tokens: int, num_images: int, pad_id: int) -> PaddedBatch:
+    """Pad every row to a number of tokens and, with black ones, of images."""
+    shape = (len(rows), num_tokens)
     ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED_LABEL)
-    vision_x = torch.zeros(len(rows), images, *rows[0].media[0].shape, dtype=torch.uint8)
+    vision_x = torch.zeros(len(rows), num_images, *rows[0].media[0].shape, dtype=torch.uint8)
     for number, row in enumerate(rows):
         length = len(row.input_ids)
         ids[number, :length], mask[number, :length], labels[number, :length] = row.input_ids, 1, row.labels
@@ -46,37 +54,37 @@ def padded_batch(rows: list[Row], tokens: int, images: int, pad_id: int) -> Padd
     return PaddedBatch(vision_x, ids, mask, labels)
 
 
-def feed_forward(width: int, multiplier: int) -> nn.Sequential:
-    """LayerNorm, widen, GELU, narrow."""
+def feed_forward(dim: int, ff_mult: int) -> nn.Sequential:
+    """Return LayerNorm, up projection, GELU and down projection."""
     return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, multiplier * width, bias=False),
+        nn.LayerNorm(dim),
+        nn.Linear(dim, ff_mult * dim, bias=False),
         nn.GELU(),
-        nn.Linear(multiplier * width, width, bias=False),
+        nn.Linear(ff_mult * dim, dim, bias=False),
     )
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, ..., H * K] -> [B, H, ..., K]"""
-    return x.unflatten(-1, (heads, -1)).movedim(-2, 1)
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Reshape [B, ..., H * K] to [B, H, ..., K]."""
+    return x.unflatten(-1, (num_heads, -1)).movedim(-2, 1)
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the features and the latents of their image, concatenated."""
+    """Let latents attend to the concatenated features and latents of their image."""
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, head_dim**-0.5
-        inner = heads * head_dim
-        self.norm_media, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.num_heads, self.scale = num_heads, head_dim**-0.5
+        inner = num_heads * head_dim
+        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x_BTND: Tensor, latents_BTND: Tensor) -> Tensor:
-        x, latents = self.norm_media(x_BTND), self.norm_latents(latents_BTND)
-        q = split_heads(self.to_q(latents), self.heads) * self.scale
-        k, v = (split_heads(y, self.heads) for y in self.to_kv(torch.cat((x, latents), dim=-2)).chunk(2, dim=-1))
+    def forward(self, x_BMSW: Tensor, latents_BMRW: Tensor) -> Tensor:
+        x, latents = self.norm_media(x_BMSW), self.norm_latents(latents_BMRW)
+        q = split_heads(self.to_q(latents), self.num_heads) * self.scale
+        k, v = (split_heads(y, self.num_heads) for y in self.to_kv(torch.cat((x, latents), dim=-2)).chunk(2, dim=-1))
         sim = torch.einsum("bhtid,bhtjd->bhtij", q, k)
         attention = (sim - sim.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
         out = torch.einsum("bhtij,bhtjd->bhtid", attention, v)
@@ -84,19 +92,22 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """[B, T, F, N, D] features -> [B, T, latents, D]."""
+    """Turn the features [B, M, F, S, W] of an image into its latents [B, M, R, W]."""
 
-    def __init__(self, width: int, layers: int, heads: int, head_dim: int, latents: int, frames: int) -> None:
+    def __init__(
+        self, dim: int, num_layers: int, num_heads: int, head_dim: int, num_latents: int, num_frames: int
+    ) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.empty(latents, width))
-        self.frame_embeddings = nn.Parameter(torch.empty(frames, width))
+        self.latents = nn.Parameter(torch.empty(num_latents, dim))
+        self.frame_embeddings = nn.Parameter(torch.empty(num_frames, dim))
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, heads, head_dim), feed_forward(width, 4)]) for _ in range(layers)
+            nn.ModuleList([PerceiverAttention(dim, num_heads, head_dim), feed_forward(dim, 4)])
+            for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x_BTFND: Tensor) -> Tensor:
-        x = x_BTFND + self.frame_embeddings[: x_BTFND.shape[2], None]
+    def forward(self, x_BMFSW: Tensor) -> Tensor:
+        x = x_BMFSW + self.frame_embeddings[: x_BMFSW.shape[2], None]
         x = x.flatten(2, 3)
         latents = self.latents.expand(*x.shape[:2], -1, -1)
         for attention, forward in self.layers:
@@ -106,22 +117,22 @@ class PerceiverResampler(nn.Module):
 
 
 class MaskedCrossAttention(nn.Module):
-    """Text attends to the images of its row under a dense mask: only to the last one before."""
+    """Let text attend to the images of its row, under a dense mask that leaves the last one before each token."""
 
-    def __init__(self, width: int, media_width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, media_dim: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, head_dim**-0.5
-        inner = heads * head_dim
-        self.norm = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(media_width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.num_heads, self.scale = num_heads, head_dim**-0.5
+        inner = num_heads * head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(media_dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x_BLD: Tensor, media_BTND: Tensor, text_time_BL: Tensor) -> Tensor:
-        images, latents = media_BTND.shape[1:3]
-        media_time = torch.arange(images).repeat_interleave(latents) + 1
-        q = split_heads(self.to_q(self.norm(x_BLD)), self.heads) * self.scale
-        k, v = (split_heads(y, self.heads) for y in self.to_kv(media_BTND.flatten(1, 2)).chunk(2, dim=-1))
+    def forward(self, x_BLD: Tensor, media_BMRW: Tensor, text_time_BL: Tensor) -> Tensor:
+        num_images, num_latents = media_BMRW.shape[1:3]
+        media_time = torch.arange(num_images).repeat_interleave(num_latents) + 1
+        q = split_heads(self.to_q(self.norm(x_BLD)), self.num_heads) * self.scale
+        k, v = (split_heads(y, self.num_heads) for y in self.to_kv(media_BMRW.flatten(1, 2)).chunk(2, dim=-1))
         sim = torch.einsum("bhid,bhjd->bhij", q, k)
         mask = text_time_BL[:, None, :, None] == media_time
         sim = sim.masked_fill(~mask, -torch.finfo(sim.dtype).max)
@@ -132,22 +143,22 @@ class MaskedCrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Gated attention, gated feed-forward."""
+    """Apply gated cross-attention and a gated feed-forward."""
 
-    def __init__(self, width: int, media_width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, media_dim: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.attention = MaskedCrossAttention(width, media_width, heads, head_dim)
+        self.attention = MaskedCrossAttention(dim, media_dim, num_heads, head_dim)
         self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.feed_forward = feed_forward(width, 4)
+        self.feed_forward = feed_forward(dim, 4)
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_BLD: Tensor, media_BTND: Tensor, text_time_BL: Tensor) -> Tensor:
-        x = self.attention(x_BLD, media_BTND, text_time_BL) * self.attention_gate.tanh() + x_BLD
+    def forward(self, x_BLD: Tensor, media_BMRW: Tensor, text_time_BL: Tensor) -> Tensor:
+        x = self.attention(x_BLD, media_BMRW, text_time_BL) * self.attention_gate.tanh() + x_BLD
         return self.feed_forward(x) * self.feed_forward_gate.tanh() + x
 
 
 class FlamingoLayer(nn.Module):
-    """A block of the language model after its cross-attention, conditioned from outside."""
+    """Run a block of the language model after its cross-attention, on media that the model sets."""
 
     def __init__(self, cross_attention: GatedCrossAttentionBlock | None, block: nn.Module) -> None:
         super().__init__()
@@ -162,7 +173,7 @@ class FlamingoLayer(nn.Module):
 
 
 class NewRows(nn.Module):
-    """A frozen table with trained rows for new tokens behind it."""
+    """Hold a frozen table, and trained rows for the new tokens that follow it."""
 
     def __init__(self, table: Tensor, rows: Tensor) -> None:
         super().__init__()
@@ -171,7 +182,7 @@ class NewRows(nn.Module):
 
 
 class Embedding(NewRows):
-    """Ids to rows."""
+    """Look up the embeddings of token ids."""
 
     def forward(self, ids: Tensor) -> Tensor:
         known = F.embedding(ids.clamp(max=len(self.table) - 1), self.table)
@@ -180,45 +191,50 @@ class Embedding(NewRows):
 
 
 class Head(NewRows):
-    """Hidden states to the logits of all tokens."""
+    """Turn hidden states into the logits of all tokens."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([F.linear(hidden, self.table), F.linear(hidden, self.rows)], dim=-1)
 
 
 class Baseline(nn.Module):
-    """The same model as a ``Flamingo`` around Llama, with its weights (copied, but for the frozen tower)."""
+    """The same model as a ``Flamingo`` around Llama, with copies of its weights and its own frozen tower."""
 
     def __init__(self, ours: Flamingo, lm: Any) -> None:
-        """lm: a second language model of the same configuration, as Hugging Face made it."""
+        """Build the model.
+
+        Args:
+            ours: Model to copy the weights from.
+            lm: Another language model of the same configuration, as Hugging Face builds it.
+        """
         super().__init__()
         config, text = ours.config, ours.language_model
         self.image_id = ours.tokens.image_id
         self.vision_encoder = ours.vision_encoder
-        width = ours.resampler.dim
+        media_dim = ours.resampler.dim
         sizes = config.resampler
         self.perceiver = PerceiverResampler(
-            width, sizes.num_layers, sizes.num_heads, sizes.head_dim, sizes.num_latents, sizes.num_frames
+            media_dim, sizes.num_layers, sizes.num_heads, sizes.head_dim, sizes.num_latents, sizes.num_frames
         )
         lm.load_state_dict(text.lm.state_dict())
         lm.requires_grad_(False).eval()
         inputs, outputs = (torch.cat([row.weight.data for row in rows]) for rows in (text.input_rows, text.output_rows))
         lm.set_input_embeddings(Embedding(lm.get_input_embeddings().weight.data, inputs))
         lm.lm_head = Head(lm.lm_head.weight.data, outputs)
-        lm.config.vocab_size = text.vocabulary
+        lm.config.vocab_size = text.vocab_size
         cross = ours.blocks_with_cross_attention()
         attention = config.cross_attention
         for index, block in enumerate(lm.model.layers):
             gated = None
             if index in cross:
                 assert attention.num_heads is not None
-                gated = GatedCrossAttentionBlock(text.width, width, attention.num_heads, attention.head_dim)
+                gated = GatedCrossAttentionBlock(text.dim, media_dim, attention.num_heads, attention.head_dim)
             lm.model.layers[index] = FlamingoLayer(gated, block)
         self.lm = lm
         self._copy(ours)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        """The mean loss over the labels."""
+        """Return the mean loss over the labels."""
         rows = batch.vision_x.shape[:2]
         features = self.vision_encoder(batch.vision_x.flatten(0, 1)).unflatten(0, rows)
         media = self.perceiver(features)

@@ -1,4 +1,4 @@
-"""The measurements of ``trainer.benchmark checkpoint``, in small: that they run and give rows, not what they find."""
+"""Test that the measurements of ``trainer.benchmark checkpoint`` run at a small size; their values are not checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 def measure(world: World, folder: Path) -> list[dict[str, Any]]:
     from trainer.benchmark import checkpoint
 
-    return [row.as_json() for row in checkpoint._measure(folder, world, repeats=1, width=200)]
+    return [row.as_json() for row in checkpoint.measure(folder, world, repeats=1, width=200)]
 
 
 def test_every_measurement_gives_a_row(tmp_path: Path) -> None:

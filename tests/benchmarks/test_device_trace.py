@@ -1,4 +1,4 @@
-"""What is read from a trace of a GPU, in the format that torch profiler writes."""
+"""Test what is read from a GPU's trace in the format of torch profiler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_exposed_times_and_bytes_over_the_host_link(tmp_path: Path) -> None:
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "python"}},
         event("cpu_op", "aten::mm", 0, 1000),
         event("kernel", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", 100, 100),
-        event("kernel", "void at::native::reduce_kernel<512, 1>", 150, 100),  # no collective, whatever it is called
+        event("kernel", "void at::native::reduce_kernel<512, 1>", 150, 100),  # not a collective, despite its name
         event("kernel", "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 50, 100),
         event("kernel", "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 60, 20),
         event("kernel", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 160, 190),

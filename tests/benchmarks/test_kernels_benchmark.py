@@ -1,4 +1,4 @@
-"""The kernels benchmark: its baselines compute what the ops compute, and its rows keep the promised form."""
+"""Test that the baselines of the kernels benchmark compute the ops, and that its rows have the promised keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from model.ops import library
 from trainer.benchmark import __main__ as benchmark
 from trainer.benchmark import kernels
 from trainer.benchmark.attention_baselines import CrossShape, ResamplerShape, cross_baselines, resampler_baselines
-from trainer.benchmark.measurements import Measurement
+from trainer.benchmark.result_file import Measurement
 
-CROSS, RESAMPLER = CrossShape(2, 40, 3, 2, 16, latents=4, leading_text=True), ResamplerShape(2, 5, 2, 16, latents=4)
+CROSS, RESAMPLER = (
+    CrossShape(2, 40, 3, 2, 16, num_latents=4, leading_text=True),
+    ResamplerShape(2, 5, 2, 16, num_latents=4),
+)
 KEYS = {"benchmark", "case", "measure", "unit", "value", "baseline", "baseline_value", "ratio", "target", "met"}
 
 
-def test_rivals_of_cross_attention_compute_the_same() -> None:
+def test_baselines_of_cross_attention_compute_the_same() -> None:
     q = torch.randn(80, 2, 16)
     k, v = torch.randn(2, 6, 4, 2, 16).unbind(0)
     expected = ops.masked_cross_attention(q, k, v, CROSS.media_index("cpu"), backend="reference")
@@ -27,7 +30,7 @@ def test_rivals_of_cross_attention_compute_the_same() -> None:
         torch.testing.assert_close(baseline(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rivals_of_the_resampler_compute_the_same() -> None:
+def test_baselines_of_the_resampler_compute_the_same() -> None:
     q, k_latents, v_latents = torch.randn(3, 2, 4, 2, 16).unbind(0)
     k_features, v_features = torch.randn(2, 10, 2, 16).unbind(0)
     cu_media = torch.tensor([0, 5, 10])
@@ -64,9 +67,11 @@ def test_check_fails_exactly_when_a_target_is_missed(monkeypatch: pytest.MonkeyP
 
 
 def test_every_shape_of_the_targets_is_measured_on_cuda() -> None:
-    crosses = {(shape.heads, shape.width, shape.media) for shape in kernels.CROSS_SHAPES["cuda"]}
-    assert crosses == {(heads, width, media) for heads, width in ((16, 64), (32, 128)) for media in (5, 16, 32)}
-    resamplers = {(shape.media, shape.features) for shape in kernels.RESAMPLER_SHAPES["cuda"]}
+    crosses = {(shape.num_heads, shape.head_dim, shape.num_media) for shape in kernels.CROSS_SHAPES["cuda"]}
+    assert crosses == {
+        (num_heads, head_dim, media) for num_heads, head_dim in ((16, 64), (32, 128)) for media in (5, 16, 32)
+    }
+    resamplers = {(shape.num_media, shape.num_features) for shape in kernels.RESAMPLER_SHAPES["cuda"]}
     assert resamplers == {(40, 256), (160, 1024), (320, 1024)}
 
 

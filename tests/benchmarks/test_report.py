@@ -1,4 +1,4 @@
-"""The page of measurements: what it shows, and what it refuses to show together."""
+"""Test the page of results: its plots, and the results that it refuses to plot together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from trainer.benchmark import __main__ as benchmark
-from trainer.benchmark.measurements import Measurement
-from trainer.benchmark.step_parts import PARTS
+from trainer.benchmark.part_clock import PARTS
+from trainer.benchmark.result_file import Measurement
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def step_result(path: Path, processes: int, parameters: float = 4e6, without: str = "", **header: Any) -> str:
     measures = {
-        "samples per second, all": 1.0 + processes,
+        "samples per second": 1.0 + processes,
         "peak memory of a process": parameters / 1e5,
         "peak memory of a device": 0.0,
         "parameters": parameters,
@@ -42,7 +42,7 @@ def test_a_page_with_plots_and_without_a_network(tmp_path: Path) -> None:
     assert "http" not in text
 
 
-def test_models_of_several_sizes_show_their_memory(tmp_path: Path) -> None:
+def test_memory_is_plotted_against_the_size_of_the_model(tmp_path: Path) -> None:
     sizes = {4e6: {"lm": 1}, 8e6: {"lm": 2}, 16e6: {"lm": 3}}
     results = [
         step_result(tmp_path / f"{number}.json", 1, size, config={"model": model, "run_dir": str(number)})
@@ -56,14 +56,16 @@ def test_models_of_several_sizes_show_their_memory(tmp_path: Path) -> None:
     assert "16 M parameters" in text and "of a device, 1 process" not in text
 
 
-@pytest.mark.parametrize("without", ["parameters", "samples per second, all"])
-def test_a_result_that_lacks_what_is_plotted(tmp_path: Path, without: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("without", ["parameters", "samples per second"])
+def test_a_result_without_a_plotted_measure_is_refused(
+    tmp_path: Path, without: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = step_result(tmp_path / "a.json", 1, without=without)
     assert benchmark.main(["report", result, "--html", str(tmp_path / "page.html")]) == 2
     assert f"lacks {without}" in capsys.readouterr().err
 
 
-def test_the_same_measured_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_results_of_the_same_case_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = [step_result(tmp_path / name, 2) for name in ("a.json", "b.json")]
     assert benchmark.main(["report", *results, "--html", str(tmp_path / "page.html")]) == 2
     assert "b.json: another result is of 4 M parameters on 2 processes too" in capsys.readouterr().err
@@ -91,7 +93,7 @@ HEAD = '{"benchmark": "step", "hardware": "CPU", "versions": {}}'
 
 
 @pytest.mark.parametrize("text", ["[]", "[{", "3", "null", '["a"]', f'[{HEAD}, {{"measure": "time"}}]', f"[{HEAD}, 1]"])
-def test_what_is_no_result_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_result_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(text)
     assert benchmark.main(["report", str(tmp_path / "a.json"), "--html", str(tmp_path / "page.html")]) == 2
     assert "trainer.benchmark --json wrote" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What happens to files on disks."""
+"""Damage files as faulty disks do."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def delete(path: Path) -> None:
-    """As if it had never been written."""
+    """Delete the file."""
     path.unlink()
 
 
 def truncate(path: Path) -> None:
-    """Its last byte is lost."""
+    """Remove the last byte."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def flip_a_bit(path: Path) -> None:
-    """One in its middle."""
+    """Flip a bit in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))

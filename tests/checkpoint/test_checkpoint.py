@@ -1,7 +1,8 @@
-"""Checkpoints without tensors of a model: what is found, what is refused, what is kept."""
+"""Test which checkpoints are found, refused and kept, with small tensors instead of a model."""
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import threading
@@ -17,9 +18,11 @@ from tests.checkpoint.damage import delete, flip_a_bit, truncate
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint import shard_files
 from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import LATEST, MANIFEST, tag_of
 from trainer.checkpoint.load import check_fits
 from trainer.checkpoint.save import Checkpoints, WriteTensors
-from trainer.checkpoint.training_state import LATEST, MANIFEST, CheckpointError, TrainingState, tag_of
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config.run_config import CheckpointConfig
 from trainer.runtime.distributed import World
 
@@ -32,11 +35,12 @@ def state(step: int) -> TrainingState:
 
 
 def hand_over(folder: Path, tag: str, write: WriteTensors) -> None:
-    """What ``Engine.save`` does, with a shard of 1 MB a rank."""
+    """Write a shard of 1 MB for each rank, as ``Engine.save`` does."""
     write({"weight": torch.full((250_000,), 1.0), "step": 3}, folder / tag / f"shard-{torch.distributed.get_rank()}.pt")
 
 
 def save_steps(world: World, folder: Path, steps: list[int], config: CheckpointConfig) -> list[str]:
+    """Save a checkpoint for each step and return the names of those that are kept."""
     checkpoints = Checkpoints(folder, config, world)
     for step in steps:
         checkpoints.save(state(step), "run_dir: here\n", hand_over)
@@ -45,7 +49,7 @@ def save_steps(world: World, folder: Path, steps: list[int], config: CheckpointC
 
 
 def save_with_too_small_a_disk(world: World, folder: Path, asynchronous: bool) -> tuple[str, float]:
-    """Rank 1 alone may write no more than 500 KB a file; the error, and how long it took to come."""
+    """Limit the files of rank 1 to 500 KB; return the error and the seconds until it came."""
     checkpoints = Checkpoints(folder, CheckpointConfig(asynchronous=asynchronous), world)
     checkpoints.save(state(1), "run_dir: here\n", hand_over)
     checkpoints.wait()
@@ -61,6 +65,7 @@ def save_with_too_small_a_disk(world: World, folder: Path, asynchronous: bool) -
 
 
 def save_into_a_file(world: World, folder: Path) -> str:
+    """Save where the folder of checkpoints is a file, and return the error."""
     try:
         Checkpoints(folder / "file", CheckpointConfig(), world).save(state(2), "", hand_over)
     except CheckpointError as error:
@@ -69,7 +74,11 @@ def save_into_a_file(world: World, folder: Path) -> str:
 
 
 def save_while_training(world: World, folder: Path) -> tuple[bool, float, float]:
-    """Rank 1's disk stands still until the updates after the save are done."""
+    """Stop the disk of rank 1 until the steps after the save are done.
+
+    Returns:
+        Whether ``latest`` still named the first checkpoint meanwhile, and the mean weight in both checkpoints.
+    """
     from trainer.checkpoint import save
 
     disk = threading.Event()
@@ -85,7 +94,7 @@ def save_while_training(world: World, folder: Path) -> tuple[bool, float, float]
     def hand_over_weight(folder: Path, tag: str, write: WriteTensors) -> None:
         write({"weight": weight}, folder / tag / shard)
 
-    for step in (1, 2):  # the second save has the first one's memory
+    for step in (1, 2):  # the second save reuses the memory of the first one
         disk.set()
         checkpoints.wait()
         if world.rank == 1:
@@ -113,18 +122,18 @@ def checkpoints(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
-def test_the_newest_is_found_and_reads_back(checkpoints: Path) -> None:
+def test_the_newest_checkpoint_is_found_and_reads_back(checkpoints: Path) -> None:
     found = find_checkpoint(checkpoints)
     assert found == checkpoints / tag_of(20)
     assert read_state(found) == state(20)
 
 
-def test_a_new_run_has_none(tmp_path: Path) -> None:
+def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("damage", [delete, truncate, flip_a_bit])
-def test_any_damaged_file_is_found_and_the_older_checkpoint_taken(
+def test_any_damaged_file_is_found_and_the_older_checkpoint_is_used(
     checkpoints: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     names = sorted(path.name for path in (checkpoints / tag_of(20)).iterdir())
@@ -141,14 +150,14 @@ def test_any_damaged_file_is_found_and_the_older_checkpoint_taken(
     assert "shard-0.pt" in caplog.text
 
 
-def test_no_good_checkpoint_is_an_error_and_no_new_start(checkpoints: Path) -> None:
+def test_a_run_without_a_good_checkpoint_fails_instead_of_starting_anew(checkpoints: Path) -> None:
     for step in (10, 20):
         truncate(checkpoints / tag_of(step) / "shard-0.pt")
-    with pytest.raises(CheckpointError, match="no good checkpoint"):
+    with pytest.raises(CheckpointError, match=re.escape(f"no good checkpoint in {checkpoints}")):
         find_checkpoint(checkpoints)
 
 
-def test_what_a_crash_left_half_written_is_passed_over(checkpoints: Path) -> None:
+def test_an_incomplete_checkpoint_is_ignored(checkpoints: Path) -> None:
     (checkpoints / tag_of(30)).mkdir()
     (checkpoints / tag_of(30) / "shard-0.pt").write_bytes(b"half")
     assert find_checkpoint(checkpoints) == checkpoints / tag_of(20)
@@ -158,39 +167,42 @@ def test_what_a_crash_left_half_written_is_passed_over(checkpoints: Path) -> Non
     assert find_checkpoint(checkpoints) is None, "a run that died before its first checkpoint starts anew"
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_on_one_rank_is_a_clear_error_on_all(tmp_path: Path, asynchronous: bool) -> None:
+def test_a_full_disk_on_one_rank_is_an_error_on_all_ranks(tmp_path: Path, asynchronous: bool) -> None:
     folder = tmp_path / "checkpoints"
     for message, seconds in run_distributed(save_with_too_small_a_disk, 2, folder, asynchronous):
         assert "rank 1: OSError" in message and "File too large" in message
         assert f"cannot write {folder / tag_of(2)}" in message and "start again" in message
-        assert seconds < 30, "nobody waited for a collective's timeout"
+        assert seconds < 30, "a rank waited for the timeout of a collective"
     assert (folder / LATEST).read_text() == tag_of(1)
     assert find_checkpoint(folder) == folder / tag_of(1)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     for unfinished, first, second in run_distributed(save_while_training, 2, tmp_path / "checkpoints"):
         assert unfinished, "latest moved before rank 1 had written its part"
-        assert (first, second) == (0, 3), "what was saved is what was trained at that moment"
+        assert (first, second) == (0, 3), "a checkpoint holds the weights of the moment of its save"
     assert find_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / tag_of(2)
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_error_on_all(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()  # root may write into read-only folders, but into no file as if it were one
+@pytest.mark.distributed
+def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # root may write into read-only folders, but not into a file as if it were a folder
     for message in run_distributed(save_into_a_file, 2, tmp_path):
         assert "rank 0: NotADirectoryError" in message and "make" in message and "writable" in message
 
 
-def test_retention(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_every_nth_checkpoint(tmp_path: Path) -> None:
     config = CheckpointConfig(keep_last=2, keep_every=20)
     kept = run_distributed(save_steps, 1, tmp_path / "checkpoints", [10, 20, 30, 40, 50], config)[0]
     assert kept == [tag_of(step) for step in (20, 40, 50)]
 
 
-def test_what_does_not_fit_is_refused_with_everything_that_differs() -> None:
-    check_fits(state(5), model=MODEL, frozen=FROZEN)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_all_differences() -> None:
+    check_fits(state(5), model=MODEL, frozen=FROZEN, layout={})
     with pytest.raises(CheckpointError, match=r"model\.name, model\.resampler\.num_layers"):
-        check_fits(state(5), model={"resampler": {"num_layers": 6}, "name": "large"}, frozen=FROZEN)
-    with pytest.raises(CheckpointError, match=r"other frozen weights.*lm\.weight"):
-        check_fits(state(5), model=MODEL, frozen={"lm.weight": "0" * 64})
+        check_fits(state(5), model={"resampler": {"num_layers": 6}, "name": "large"}, frozen=FROZEN, layout={})
+    with pytest.raises(CheckpointError, match=r"frozen.*lm\.weight"):
+        check_fits(state(5), model=MODEL, frozen={"lm.weight": "0" * 64}, layout={})

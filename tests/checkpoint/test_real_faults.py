@@ -1,6 +1,6 @@
-"""A disk that is really full and a mount that is really read-only: a clear error, and nothing older is touched.
+"""Test saves to a disk that is really full and to a mount that is really read-only.
 
-The file system is mounted in a namespace of its own, which the ranks enter and which ends with the test.
+The file system is mounted in its own mount namespace, which the ranks enter and which ends with the test.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from tests.checkpoint.test_checkpoint import hand_over, state
 from tests.distributed import nodes
 from tests.distributed.processes import run_distributed
 from trainer.checkpoint.catalog import find_checkpoint, problems_of
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import LATEST, tag_of
 from trainer.checkpoint.load import resume_point
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.training_state import LATEST, CheckpointError, tag_of
 from trainer.config.run_config import CheckpointConfig
 from trainer.runtime.distributed import World, barrier
 
 pytestmark = pytest.mark.distributed
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
-# Two ranks write 1 MB each: one checkpoint fits, of the next one a part.
+# Two ranks write 1 MB each: one checkpoint fits, and a part of the next one.
 _MOUNT = "mount -t tmpfs -o size=3m tmpfs {folder} && echo mounted && read -r the_end"
 _REMOUNTED = {"full": "size=3m", "read-only": "ro"}
 _REASONS = {"full": "No space left on device", "read-only": "Read-only file system"}
@@ -34,7 +35,7 @@ _REASONS = {"full": "No space left on device", "read-only": "Read-only file syst
 
 @pytest.fixture
 def namespace(tmp_path: Path) -> Iterator[int]:
-    """The process whose mount namespace has a small file system at ``tmp_path / "checkpoints"``."""
+    """Yield a process whose mount namespace has a small file system at ``tmp_path / "checkpoints"``."""
     nodes.require()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -46,7 +47,7 @@ def namespace(tmp_path: Path) -> Iterator[int]:
 
 
 def enter(process: int) -> None:
-    """Have this thread, and those that it starts, see the mounts of another process."""
+    """Let this thread, and those that it starts, see the mounts of another process."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/proc/{process}/ns/mnt") as handle:
         for failed in (libc.unshare(_CLONE_FS), libc.setns(handle.fileno(), _CLONE_NEWNS)):
@@ -54,7 +55,7 @@ def enter(process: int) -> None:
 
 
 def remount(folder: Path, options: str, world: World) -> None:
-    """With other options, between what the ranks did before and do after."""
+    """Mount the folder with other options, between two barriers."""
     barrier()
     if world.is_main:
         subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
@@ -62,7 +63,7 @@ def remount(folder: Path, options: str, world: World) -> None:
 
 
 def save_twice(world: World, folder: Path, namespace: int, fault: str) -> str:
-    """A good save, then one into the fault; what it said, when the first checkpoint is as it was."""
+    """Save once, save again into the fault, and return the error after checking that the first checkpoint is intact."""
     enter(namespace)
     checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=2), world)
     checkpoints.save(state(1), "run_dir: here\n", hand_over)
@@ -77,7 +78,7 @@ def save_twice(world: World, folder: Path, namespace: int, fault: str) -> str:
     assert list(problems_of(folder / tag_of(1))) == []
     assert resume_point(folder, world) == (folder / tag_of(1), state(1))
     assert torch.load(folder / tag_of(1) / f"shard-{world.rank}.pt")["weight"].sum() == 250_000
-    remount(folder, "rw,size=8m", world)  # what the message asks for
+    remount(folder, "rw,size=8m", world)  # as the message says
     again = Checkpoints(folder, CheckpointConfig(keep_last=2), world)
     again.save(state(2), "run_dir: here\n", hand_over)
     again.wait()
@@ -86,7 +87,9 @@ def save_twice(world: World, folder: Path, namespace: int, fault: str) -> str:
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_the_error_says_what_to_do_and_the_last_checkpoint_is_good(tmp_path: Path, namespace: int, fault: str) -> None:
+def test_the_error_names_the_remedy_and_the_last_checkpoint_stays_good(
+    tmp_path: Path, namespace: int, fault: str
+) -> None:
     folder = tmp_path / "checkpoints"
     for message in run_distributed(save_twice, 2, folder, namespace, fault):
         assert f"cannot write {folder / tag_of(2)}" in message and _REASONS[fault] in message, message

@@ -1,4 +1,4 @@
-"""A small run that is right in everything, to be made wrong in one thing a test."""
+"""Provide a valid small run, in which each test breaks one setting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WriteYaml = Callable[..., Path]
 
 
 def run_values() -> dict[str, Any]:
-    """A valid Flamingo run, but for its manifests, which do not exist."""
+    """Return the settings of a Flamingo run that are valid, except that its manifests do not exist."""
     return {
         "run_dir": "runs/test",
         "model": {"language_model": {"name": "owner/model"}},
@@ -34,7 +34,7 @@ def run_values() -> dict[str, Any]:
 
 @pytest.fixture
 def write_yaml(tmp_path: Path) -> WriteYaml:
-    """``write_yaml(values_or_text)`` -> the file's path."""
+    """Return a function that writes settings or text to a YAML file and returns its path."""
 
     def write(values: dict[str, Any] | str, name: str = "run.yaml") -> Path:
         path = tmp_path / name
@@ -47,7 +47,7 @@ def write_yaml(tmp_path: Path) -> WriteYaml:
 def problems_of(
     path: Path, overrides: list[str] | None = None, schema: type = FlamingoRunConfig, **kw: Any
 ) -> list[Problem]:
-    """Everything that loading reports; fails the test when it reports nothing."""
+    """Return all problems that loading reports; fail the test if it reports none."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides or [], schema, **{"check_files": False, **kw})
     return list(caught.value.problems)

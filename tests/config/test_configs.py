@@ -1,4 +1,4 @@
-"""Every YAML in configs/ loads, fits the cluster it names, and survives its own config.yaml."""
+"""Load every YAML in configs/, fit it to the cluster that it names, and load its resolved form again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import WriteYaml
-from trainer.config.cross_checks import allowed_world_sizes
+from trainer.config.batch_sizes import possible_world_sizes
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.loader import config_to_yaml, load_config, schema_of
 from trainer.config.run_config import FlamingoRunConfig, RunConfig
@@ -35,20 +35,20 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
 
 
-def test_the_promised_configurations_are_there() -> None:
+def test_the_promised_configurations_exist() -> None:
     names = {name_of(path) for path in CONFIGS}
     assert names >= {"debug.yaml", "flamingo-3b.yaml", "flamingo-9b.yaml", "flamingo-80b.yaml", "openflamingo-3b.yaml"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_it_loads_and_its_resolved_form_loads_as_the_same(path: Path, write_yaml: WriteYaml) -> None:
+def test_its_resolved_form_loads_to_the_same_settings(path: Path, write_yaml: WriteYaml) -> None:
     config = load(path)
     again = load(write_yaml(config_to_yaml(config)))
     assert again == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_it_fits_the_cluster_it_names(path: Path) -> None:
+def test_it_fits_the_cluster_that_it_names(path: Path) -> None:
     config = load(path)
     cluster = re.search(r"# Cluster: (\d+) x (\d+) H100 \((\d+) processes\)", path.read_text())
     if cluster is None:
@@ -57,17 +57,17 @@ def test_it_fits_the_cluster_it_names(path: Path) -> None:
     nodes, gpus, processes = map(int, cluster.groups())
     assert nodes * gpus == processes
     assert isinstance(config, RunConfig)
-    assert processes in allowed_world_sizes(config)
-    deepspeed_json(config, world_size=processes, micro_batches_per_step=4)
+    assert processes in possible_world_sizes(config)
+    deepspeed_json(config)
 
 
 @pytest.mark.parametrize("size", ["3b", "9b", "80b"])
-def test_the_papers_runs_have_the_papers_values(size: str) -> None:
-    from model.presets import preset
+def test_flamingo_runs_have_the_values_of_the_paper(size: str) -> None:
+    from model.presets import get_preset
 
     config = load(ROOT / "configs" / f"flamingo-{size}.yaml")
     assert isinstance(config, FlamingoRunConfig)
-    expected = preset(size)
+    expected = get_preset(size)
     assert config.model.resampler == expected.resampler
     assert config.model.cross_attention == expected.cross_attention
     assert config.model.language_model.architecture is None
@@ -77,15 +77,15 @@ def test_the_papers_runs_have_the_papers_values(size: str) -> None:
     assert config.training.loss_normalization == "token_sum"
 
 
-def test_openflamingo_has_openflamingos_values() -> None:
+def test_openflamingo_3b_has_the_values_of_the_preset() -> None:
     from model.presets import openflamingo
 
     config = load(ROOT / "configs" / "openflamingo-3b.yaml")
-    expected = openflamingo(config.model.language_model, every=1)
+    expected = openflamingo(config.model.language_model, every_n_layers=1)
     assert asdict(config.model) == {**asdict(expected), "preset": None}
 
 
-def test_the_towers_are_open_clips() -> None:
+def test_open_clip_has_the_towers() -> None:
     import open_clip
 
     known = set(open_clip.list_pretrained())

@@ -1,4 +1,4 @@
-"""The generated DeepSpeed json, and what a raw one may and may not say."""
+"""Test the generated DeepSpeed JSON, and which keys a raw JSON may set."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import WriteYaml, problems_of, run_values
-from trainer.config import deepspeed_json as deepspeed_config
-from trainer.config.deepspeed_json import KNOWN_KEYS, deepspeed_json
+from trainer.config.deepspeed_json import deepspeed_json
+from trainer.config.deepspeed_schema import KNOWN_KEYS, SECTION_KEYS
+from trainer.config.raw_deepspeed_json import ALIASES, OWNERS
 from trainer.config.loader import load_config
 from trainer.config.run_config import FlamingoRunConfig
-from trainer.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
-# What the YAML has to say for each example; what has a setting stands in the YAML, the tuning in the json.
+# Settings that the YAML needs beside each example JSON, because they own keys of it.
 NEEDED: dict[str, dict[str, Any]] = {
     "zero3-hpz-8": {"hpz_partition_size": 8},
     "zero3-offload-cpu": {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
@@ -31,11 +31,15 @@ def configure(write_yaml: WriteYaml, **sections: Any) -> FlamingoRunConfig:
     return load_config(write_yaml({**run_values(), **sections}), [], FlamingoRunConfig, check_files=False)
 
 
-def test_the_batch_identity_holds(write_yaml: WriteYaml) -> None:
-    values = deepspeed_json(configure(write_yaml), world_size=6, micro_batches_per_step=5)
-    assert values["gradient_accumulation_steps"] == 5
-    per_update = values["train_micro_batch_size_per_gpu"] * values["gradient_accumulation_steps"] * 6
-    assert values["train_batch_size"] == per_update
+def test_deepspeed_derives_its_batch_sizes(write_yaml: WriteYaml) -> None:
+    """The engine marks the last micro-step itself, so the JSON does not depend on the number of micro-batches."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    values = deepspeed_json(configure(write_yaml))
+    assert values["train_micro_batch_size_per_gpu"] == 1
+    assert not {"train_batch_size", "gradient_accumulation_steps"} & set(values)
+    read = DeepSpeedConfig(values)
+    assert read.gradient_accumulation_steps == read.train_batch_size == 1
 
 
 def test_every_section_reaches_the_json(write_yaml: WriteYaml) -> None:
@@ -51,7 +55,7 @@ def test_every_section_reaches_the_json(write_yaml: WriteYaml) -> None:
             "offload_optimizer": {"device": "cpu"},
         },
     )
-    values = deepspeed_json(config, world_size=2, micro_batches_per_step=2)
+    values = deepspeed_json(config)
     assert values["gradient_clipping"] == 0.5
     assert values["bf16"] == {"enabled": False}
     zero = values["zero_optimization"]
@@ -67,30 +71,31 @@ def test_every_section_reaches_the_json(write_yaml: WriteYaml) -> None:
 
 
 @pytest.mark.parametrize(("name", "forced"), [("adamw", False), ("cpu_adam", None)])
-def test_torch_adamw_may_step_offloaded_state(write_yaml: WriteYaml, name: str, forced: bool | None) -> None:
+def test_torchs_adamw_may_step_offloaded_state(write_yaml: WriteYaml, name: str, forced: bool | None) -> None:
     config = configure(write_yaml, optimizer={"name": name}, deepspeed={"offload_optimizer": {"device": "cpu"}})
-    values = deepspeed_json(config, world_size=1, micro_batches_per_step=1)
+    values = deepspeed_json(config)
     assert values.get("zero_force_ds_cpu_optimizer") is forced
 
 
-def test_bf16_gradients_are_summed_in_fp32(write_yaml: WriteYaml) -> None:
+def test_gradients_in_bfloat16_are_summed_in_float32(write_yaml: WriteYaml) -> None:
     for stage, expected in ((1, None), (2, {"grad_accum_dtype": "fp32"}), (3, {"grad_accum_dtype": "fp32"})):
         config = configure(write_yaml, deepspeed={"zero_stage": stage})
-        assert deepspeed_json(config, world_size=1, micro_batches_per_step=1).get("data_types") == expected
+        assert deepspeed_json(config).get("data_types") == expected
 
 
-def test_raw_is_merged_over(write_yaml: WriteYaml) -> None:
+def test_the_raw_json_is_merged(write_yaml: WriteYaml) -> None:
     raw = {
         "wall_clock_breakdown": True,
         "gradient_clipping": "auto",
         "bf16": {"enabled": True},
-        "train_batch_size": 12,
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7, "stage3_max_live_parameters": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
     }
     config = configure(write_yaml, deepspeed={"raw": raw})
-    values = deepspeed_json(config, world_size=4, micro_batches_per_step=3)
+    values = deepspeed_json(config)
     assert values["wall_clock_breakdown"] is True
     assert values["gradient_clipping"] == 1.0
     assert values["zero_optimization"]["stage"] == 3
@@ -101,7 +106,7 @@ def test_raw_is_merged_over(write_yaml: WriteYaml) -> None:
     assert not {"optimizer", "scheduler"} & set(values)
 
 
-def test_a_raw_json_that_contradicts_is_refused_with_all_its_contradictions(write_yaml: WriteYaml) -> None:
+def test_all_contradictions_of_a_raw_json_are_reported_at_once(write_yaml: WriteYaml) -> None:
     raw = {
         "gradient_clipping": 2.0,
         "bf16": {"enabled": False},
@@ -130,47 +135,162 @@ def test_a_raw_json_that_contradicts_is_refused_with_all_its_contradictions(writ
     assert "did you mean zero_optimization?" in texts["deepspeed.raw.zero_optimisation"]
 
 
-def test_raw_batch_sizes_are_checked_once_the_world_is_known(write_yaml: WriteYaml) -> None:
-    config = configure(write_yaml, deepspeed={"raw": {"train_batch_size": 64, "gradient_accumulation_steps": 9}})
-    with pytest.raises(ConfigError) as caught:
-        deepspeed_json(config, world_size=2, micro_batches_per_step=2)
-    paths = {problem.path for problem in caught.value.problems}
-    assert paths == {"deepspeed.raw.train_batch_size", "deepspeed.raw.gradient_accumulation_steps"}
+def test_raw_batch_sizes_are_refused_with_their_settings(write_yaml: WriteYaml) -> None:
+    raw = {"train_batch_size": 64, "gradient_accumulation_steps": 9}
+    found = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": raw}}))
+    assert {problem.path: problem.related for problem in found} == {
+        "deepspeed.raw.train_batch_size": ("data.sources.*.batch_size",),
+        "deepspeed.raw.gradient_accumulation_steps": ("data.sources.*.micro_batch_size",),
+    }
 
 
-def test_there_are_examples() -> None:
+def test_examples_exist() -> None:
     assert {path.stem for path in EXAMPLES} >= {"zero3", *NEEDED}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_are_accepted_by_us_and_by_deepspeed(write_yaml: WriteYaml, example: Path) -> None:
+def test_the_trainer_and_deepspeed_accept_the_examples(write_yaml: WriteYaml, example: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     settings = {**NEEDED.get(example.stem, {}), "raw": str(example)}
     config = configure(write_yaml, deepspeed=settings)
-    values = deepspeed_json(config, world_size=1, micro_batches_per_step=2)
-    read = DeepSpeedConfig(values)  # its pydantic models refuse unknown keys below the top level
+    values = deepspeed_json(config)
+    read = DeepSpeedConfig(values)  # refuses unknown keys below the top level
     assert read.zero_config.stage == 3
-    assert read.gradient_accumulation_steps == 2
+    assert read.gradient_accumulation_steps == 1
     assert read.gradient_clipping == 1.0
 
 
-def test_known_keys_are_those_that_deepspeed_reads() -> None:
-    """A key of DeepSpeed's own constants that is missing here would be refused though it works."""
-    from deepspeed.runtime import constants
-    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+class Asked(dict[str, Any]):
+    """Record which keys DeepSpeed asks for."""
 
-    top_level = (
-        "TRAIN_BATCH_SIZE GRADIENT_CLIPPING BFLOAT16 FP16 TORCH_AUTOCAST COMMUNICATION_DATA_TYPE PRESCALE_GRADIENTS "
-        "GRADIENT_PREDIVIDE_FACTOR CHECKPOINT DATA_TYPES DUMP_STATE WALL_CLOCK_BREAKDOWN MEMORY_BREAKDOWN "
-        "STEPS_PER_PRINT ZERO_ALLOW_UNTESTED_OPTIMIZER ZERO_FORCE_DS_CPU_OPTIMIZER LOG_LEVEL"
-    )
-    assert {getattr(constants, name) for name in top_level.split()} <= KNOWN_KEYS
-    assert not set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) & KNOWN_KEYS
-    assert {key.partition(".")[0] for key in deepspeed_config._OWNERS} <= KNOWN_KEYS
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.names.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> Asked:
+        return self
+
+
+def test_known_keys_are_those_that_deepspeed_reads() -> None:
+    """A key that is missing would be refused although DeepSpeed reads it; any other one would be ignored silently."""
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+
+    asked = Asked({"train_micro_batch_size_per_gpu": 1})
+    DeepSpeedConfig(asked)
+    assert asked.names - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) - {"vocabulary_size"} == KNOWN_KEYS
+    assert {key.partition(".")[0] for key in (*OWNERS, *ALIASES)} <= KNOWN_KEYS
+    for name, keys in SECTION_KEYS.items():
+        section = Asked()
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, name: section})
+        assert section.names == set(keys.split()), name
+
+
+def test_aliases_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    aliases = {f"zero_optimization.{name}": f"zero_optimization.{field.alias}" for name, field in fields if field.alias}
+    assert aliases.items() <= ALIASES.items()
+    deprecated = {name for name, field in fields if (field.json_schema_extra or {}).get("deprecated")}
+    known = {key.partition(".")[2] for key in (*OWNERS, *ALIASES)}
+    assert deprecated <= known
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "message"),
+    [
+        ({"zero_optimization": {"reduce_bucketsize": 5}}, "zero_optimization.reduce_bucketsize", "reduce_bucket_size?"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size", "'big'"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size", "-1"),
+        (
+            {"zero_optimization": {"offload_param": {"buffer_cnt": 5}}},
+            "zero_optimization.offload_param.buffer_cnt",
+            "buffer_count?",
+        ),
+        ({"zero_optimization": True}, "zero_optimization", "must be a JSON object"),
+        ({"comms_logger": {"enable": True}}, "comms_logger.enable", "enabled?"),
+        ({"aio": {"blocksize": 1}}, "aio.blocksize", "block_size?"),
+        ({"aio": 7}, "aio", "must be a JSON object"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "by itself"),
+        ({"checkpoint": {"tag_valid": "Warn"}}, "checkpoint.tag_valid", "tag_validation?"),
+        ({"data_types": {"grad_accum_type": "fp32"}}, "data_types.grad_accum_type", "grad_accum_dtype?"),
+        ({"keep_in_fp32_modules": []}, "keep_in_fp32_modules", "no such key"),
+    ],
+)
+def test_a_key_or_value_that_deepspeed_does_not_take(
+    write_yaml: WriteYaml, raw: dict[str, Any], path: str, message: str
+) -> None:
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": raw}}))
+    assert problem.path == f"deepspeed.raw.{path}"
+    assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    ("raw", "owner"),
+    [
+        ({"activation_checkpointing": {"partition_activations": True}}, "training.activation_checkpointing"),
+        ({"train_batch_size": 16}, "data.sources.*.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "data.sources.*.micro_batch_size"),
+        ({"zero_allow_untested_optimizer": True}, "optimizer.name"),
+        ({"bfloat16": {"enabled": False}}, "training.dtype"),
+        ({"zero_optimization": {"cpu_offload": True}}, "deepspeed.offload_optimizer.device"),
+        ({"zero_optimization": {"cpu_offload_param": True}}, "deepspeed.offload_param.device"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "deepspeed.offload_param.device"),
+        ({"optimizer": "Lion"}, "optimizer"),
+        ({"scheduler": {"params": 5}}, "schedule"),
+    ],
+)
+def test_owned_keys_name_their_setting(write_yaml: WriteYaml, raw: dict[str, Any], owner: str) -> None:
+    found = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": raw}}))
+    assert {problem.related for problem in found} == {(owner,)}
+
+
+def test_a_null_section_does_not_turn_offload_off(write_yaml: WriteYaml) -> None:
+    raw = {"zero_optimization": {"offload_param": None}}
+    settings = {"raw": raw, "offload_param": {"device": "cpu"}}
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": settings}))
+    assert problem.related == ("deepspeed.offload_param.device",)
+    assert deepspeed_json(configure(write_yaml, deepspeed={"raw": raw}))["zero_optimization"]["stage"] == 3
+
+
+def test_aliases_replace_the_generated_value(write_yaml: WriteYaml) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    zero = {"prefetch_bucket_size": 6, "stage3_gather_fp16_weights_on_model_save": True, "cpu_offload": False}
+    raw = {"bfloat16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": zero}
+    values = deepspeed_json(configure(write_yaml, deepspeed={"raw": raw}))
+    assert values["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    read = DeepSpeedConfig(values).zero_config
+    assert read.prefetch_bucket_size == 6
+    assert read.gather_16bit_weights_on_model_save is True
+    both = {"zero_optimization": {"prefetch_bucket_size": 6, "stage3_prefetch_bucket_size": 7}}
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": both}}))
+    assert "another name" in problem.message
+
+
+def test_a_json_file_with_a_repeated_key_is_refused(write_yaml: WriteYaml, tmp_path: Path) -> None:
+    (tmp_path / "raw.json").write_text('{"zero_optimization": {"stage": 3, "stage": 2}}')
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": str(tmp_path / "raw.json")}}))
+    assert "the key stage twice" in problem.message
 
 
 @pytest.mark.parametrize("value", [True, "1.0", [1.0]])
-def test_a_raw_value_of_another_type_is_not_the_same_value(write_yaml: WriteYaml, value: Any) -> None:
+def test_a_raw_value_of_another_type_is_refused(write_yaml: WriteYaml, value: Any) -> None:
     (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": {"gradient_clipping": value}}}))
     assert problem.path == "deepspeed.raw.gradient_clipping"

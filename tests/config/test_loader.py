@@ -1,4 +1,4 @@
-"""YAML and command line to dataclasses, and every way to get them wrong."""
+"""Load YAML and overrides into dataclasses, and report every mistake in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from tests.config.conftest import WriteYaml, problems_of, run_values
 from trainer.config.data_config import InterleavedSource
-from trainer.config.loader import config_to_yaml, load_config, parse_arguments, schema_of, without_local_rank
+from trainer.config.loader import config_to_yaml, load_config, schema_of
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 from trainer.errors import ConfigError
 
@@ -28,7 +28,7 @@ def test_values_become_the_dataclasses(write_yaml: WriteYaml) -> None:
     assert config.run_dir == Path("runs/test")
     assert [source.name for source in config.data.sources] == ["pairs", "documents"]
     assert isinstance(config.data.sources[1], InterleavedSource)
-    assert config.data.sources[0].max_tokens == 64  # the type's own default, not the base's
+    assert config.data.sources[0].max_tokens == 64  # the default of this type, not of the base class
     assert config.optimizer.betas == (0.9, 0.999)
 
 
@@ -100,7 +100,7 @@ def test_all_errors_come_at_once_with_place_and_suggestion(write_yaml: WriteYaml
     assert "'float32'" in found["training.dtype"].message
     assert "did you mean data.sources.0.batch_size?" in found["data.sources.0.batchsize"].message
     assert "did you mean 'interleaved'?" in found["data.sources.1"].message
-    assert "did you mean optimizer.lr?" in found["lr"].message  # right name, wrong section
+    assert "did you mean optimizer.lr?" in found["lr"].message  # the right name in the wrong section
     assert "greater than 0" in found["optimizer.lr"].message
     assert "did you mean optimizer?" in found["optimzer"].message
     assert found["optimizer.lr"].source == found["optimzer"].source == "command line"
@@ -109,7 +109,7 @@ def test_all_errors_come_at_once_with_place_and_suggestion(write_yaml: WriteYaml
     assert len(found) == 9
 
 
-def test_errors_across_settings_come_together_with_misspelt_keys(write_yaml: WriteYaml) -> None:
+def test_errors_across_settings_come_together_with_misspelled_keys(write_yaml: WriteYaml) -> None:
     values = run_values()
     values["logging"] = {"tensorbord": False}
     values["deepspeed"] = {"zero_stage": 2, "offload_param": {"device": "cpu"}}
@@ -163,45 +163,6 @@ def test_bad_overrides(write_yaml: WriteYaml, words: list[str], message: str) ->
     found = [problem for problem in problems_of(write_yaml(run_values()), words) if message in problem.message]
     assert found
     assert found[0].source == "command line"
-
-
-def test_the_launchers_local_rank_is_ignored() -> None:
-    assert without_local_rank(["--local_rank=1", "a.yaml", "--local_rank", "0", "--x", "1"]) == ["a.yaml", "--x", "1"]
-
-
-def test_parse_arguments_exits_with_2(write_yaml: WriteYaml, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(FlamingoRunConfig, ["--local_rank=0", str(write_yaml(run_values())), "--training.step", "8"])
-    assert caught.value.code == 2
-    assert "did you mean training.steps?" in capsys.readouterr().err
-
-
-def test_one_process_of_a_node_prints(
-    write_yaml: WriteYaml, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(FlamingoRunConfig, [str(write_yaml("{}"))])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == ""
-
-
-def test_a_missing_yaml_argument_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(FlamingoRunConfig, [])
-    assert caught.value.code == 2
-    assert "first argument" in capsys.readouterr().err
-
-
-def test_help_shows_every_section_and_the_files_values(
-    write_yaml: WriteYaml, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(FlamingoRunConfig, [str(write_yaml(run_values())), "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for words in ("--training.steps INT", "(default: 100)", "--data.sources.1.p-next", "--model.resampler.num-latents"):
-        assert words in text
 
 
 def test_wrong_settings_are_reported_without_loading_torch(write_yaml: WriteYaml) -> None:

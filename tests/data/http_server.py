@@ -1,4 +1,4 @@
-"""A local http server with byte ranges that delays, cuts, lies and fails on request."""
+"""Serve byte ranges over local http, with delays, cuts, lies and failures on request."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Fault = Callable[["Handler", bytes], bool]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Files of ``server.folder``; ``server.faults`` are used up one a request, None is none."""
+    """Answer with files of ``server.folder``; each request takes the next of ``server.faults``, where None is none."""
 
     server: Server  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        """Answer a request."""
         self.close_connection = True
         path = self.server.folder / self.path.lstrip("/").split("?")[0]
         with self.server.lock:
@@ -39,7 +40,14 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def send_range(self, data: bytes, *, cut: int | None = None, pause: float = 0.0, total: int | None = None) -> None:
-        """Answers the range; cut: stop after so many bytes. pause: seconds before each byte. total: lie about it."""
+        """Send the requested range.
+
+        Args:
+            data: Content of the whole file.
+            cut: Bytes after which to stop; None sends all.
+            pause: Seconds to wait before each byte.
+            total: Size of the file to claim; None tells the truth.
+        """
         first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
         if first >= len(data):
             self.answer(416, {"Content-Range": f"bytes */{len(data)}"})
@@ -57,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> bool:
-        """Any answer at all."""
+        """Send any answer and return True."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -66,71 +74,83 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Print nothing."""
 
 
 class Server(ThreadingHTTPServer):
-    """faults: what the next requests meet. requests: how many there were, by file name. ranges: in their order."""
+    """An http server on a free port of this machine.
+
+    Attributes:
+        folder: Folder of the files.
+        faults: Faults of the next requests; None answers as it should.
+        requests: Number of requests, by file name.
+        ranges: File name and requested range of each request, in their order.
+        lock: Guards the attributes above.
+        closing: Set when the server closes.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
+        """Bind a free port and start to listen."""
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.faults: list[Fault | None] = []
         self.requests: Counter[str] = Counter()
         self.ranges: list[tuple[str, str]] = []
         self.lock = threading.Lock()
+        self.closing = threading.Event()
 
     def url(self, name: str) -> str:
-        """Of a file."""
+        """Return the url of a file."""
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[Server]:
-    """A server for as long as the block lasts."""
+    """Serve a folder until the ``with`` statement ends."""
     server = Server(folder)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
     finally:
+        server.closing.set()
         server.shutdown()
         server.server_close()
 
 
 def status(code: int, **headers: str) -> Fault:
-    """Answers with a status."""
+    """Answer with a status."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda handler, _: handler.answer(code, names)
 
 
 def cut(after: int) -> Fault:
-    """Promises the whole range and closes the connection after some bytes of it."""
+    """Promise the whole range and close the connection after some bytes of it."""
     return lambda handler, data: handler.send_range(data, cut=after) or True
 
 
-def hang(seconds: float) -> Fault:
-    """Says nothing at all."""
-    return lambda handler, _: time.sleep(seconds) or True
+def hang() -> Fault:
+    """Send nothing until the server closes."""
+    return lambda handler, _: handler.server.closing.wait()
 
 
 def drip(pause: float) -> Fault:
-    """Sends byte by byte, never silent for long."""
+    """Send byte by byte, with a pause in seconds before each."""
     return lambda handler, data: handler.send_range(data, pause=pause) or True
 
 
 def whole_file(handler: Handler, data: bytes) -> bool:
-    """Ignores the range, as simple servers do."""
+    """Ignore the requested range, as simple servers do."""
     return handler.answer(200, {}, data)
 
 
 def wrong_size(handler: Handler, data: bytes) -> bool:
-    """Another file size than before."""
+    """Claim another file size than before."""
     handler.send_range(data, total=len(data) + 1)
     return True
 
 
 def shifted(handler: Handler, data: bytes) -> bool:
-    """Another range than asked for."""
+    """Send another range than the requested one."""
     return handler.answer(206, {"Content-Range": f"bytes 1-4/{len(data)}"}, data[1:5])

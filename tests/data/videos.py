@@ -1,4 +1,4 @@
-"""Real videos, made by PyAV."""
+"""Encode real videos with PyAV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def gray_by_second(seconds: float) -> tuple[int, int, int]:
-    """A color that tells the time: 20 levels a second."""
+    """Return a gray that tells the time: 20 levels a second."""
     return (round(20 * seconds) % 256,) * 3
 
 
@@ -25,7 +25,18 @@ def video_bytes(
     keyframe_every: int = 10,
     **options: str,
 ) -> bytes:
-    """A video whose frames are of one color each; size is (width, height), rate and keyframe_every in frames."""
+    """Return a video whose frames have one color each.
+
+    Args:
+        seconds: Length of the video.
+        rate: Frames per second.
+        size: Width and height in pixels.
+        container: FFmpeg's name of the container.
+        codec: FFmpeg's name of the encoder.
+        color: Time in seconds -> RGB.
+        keyframe_every: Frames from one keyframe to the next.
+        options: Options of the container's writer.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=rate, options={"qp": "0"} if codec == "libx264" else {})

@@ -1,4 +1,4 @@
-"""Parameter groups and the schedule."""
+"""Test the parameter groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trainer.deepspeed_engine.optimizer import (
 )
 
 
-def named_groups(config: OptimizerConfig) -> dict[str, dict[str, float]]:
-    """For every trainable parameter of a tiny Flamingo its group's settings."""
+def group_settings(config: OptimizerConfig) -> dict[str, dict[str, float]]:
+    """Return the settings of each trainable parameter of a tiny Flamingo, by name."""
     model = tiny_flamingo()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model.named_parameters(), config)
@@ -30,8 +30,8 @@ def named_groups(config: OptimizerConfig) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_what_decays_and_what_does_not() -> None:
-    groups = named_groups(OptimizerConfig(weight_decay=0.1, gate_lr_multiplier=15))
+def test_only_matrices_of_cross_attention_decay() -> None:
+    groups = group_settings(OptimizerConfig(weight_decay=0.1, gate_lr_multiplier=15))
     decaying = {name for name, group in groups.items() if group["weight_decay"] == 0.1}
     assert decaying, "nothing decays"
     for name, group in groups.items():
@@ -42,14 +42,14 @@ def test_what_decays_and_what_does_not() -> None:
         assert group["lr_multiplier"] == (15 if name.endswith("_gate") else 1), name
 
 
-def test_the_resampler_decays_when_it_is_asked_to() -> None:
-    groups = named_groups(OptimizerConfig(no_decay_resampler=False))
+def test_the_resampler_decays_on_request() -> None:
+    groups = group_settings(OptimizerConfig(no_decay_resampler=False))
     resampler = {name: group["weight_decay"] for name, group in groups.items() if name.startswith("resampler.")}
     assert set(resampler.values()) == {0.0, 0.1}
     assert all(decay == 0 for name, decay in resampler.items() if "norm" in name)
 
 
-def test_a_partitioned_matrix_is_still_a_matrix() -> None:
+def test_a_partitioned_matrix_decays() -> None:
     parameter = nn.Parameter(torch.empty(0))
     parameter.ds_shape = torch.Size([4, 4])  # type: ignore[attr-defined]  # as ZeRO-3 leaves it
     [group] = parameter_groups([("cross_attention.0.weight", parameter)], OptimizerConfig(weight_decay=0.1))
@@ -68,7 +68,7 @@ def test_the_multiplier_reaches_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("decay", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
 )
-def test_schedule(decay: str, middle: float, last: float) -> None:
+def test_the_schedule_warms_up_and_decays(decay: str, middle: float, last: float) -> None:
     schedule = ScheduleConfig(warmup_steps=10, decay=decay, final_lr_ratio=0.1)  # type: ignore[arg-type]
     factors = [learning_rate_factor(step, 111, schedule) for step in range(111)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
@@ -78,5 +78,5 @@ def test_schedule(decay: str, middle: float, last: float) -> None:
     assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
-def test_no_warm_up_starts_at_the_peak() -> None:
+def test_a_run_without_warmup_starts_at_the_peak() -> None:
     assert learning_rate_factor(0, 10, ScheduleConfig(warmup_steps=0)) == 1.0

@@ -1,27 +1,26 @@
-"""``trainer.train`` with a bug: an error at update 4, on rank 1."""
+"""``trainer.train`` with a bug: rank 1 raises an error at step 4."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
-from trainer.entry import leave
+from trainer.entry import exit_now
 
 
 def main() -> int:
-    """As ``trainer.train.main``."""
+    """Train with the bug; return the exit code of ``trainer.train.main``."""
     from trainer import loop, train
 
-    run_step = loop._run_step
+    class Bug(loop.StepObserver):
+        def begin(self, step: int, engine: Any, skip_reason: str | None) -> None:
+            if step == 4 and os.environ["RANK"] == "1":
+                raise ValueError("a bug at step 4")
 
-    def buggy(engine: Any, update: Any, *rest: Any) -> Any:
-        if update.step == 3 and os.environ["RANK"] == "1":
-            raise ValueError("a bug at update 4")
-        return run_step(engine, update, *rest)
-
-    loop._run_step = buggy
+    loop.train = partial(loop.train, observers=[Bug()])
     return train.main()
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -1,23 +1,78 @@
-"""Commands that tests start, watch and wait for."""
+"""Start commands as a user would, wait for them, and watch the runs that they train."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 
-def finish(process: subprocess.Popen[str], timeout: float = 400) -> tuple[int, str]:
-    """Exit code and output of a command, once it has ended. timeout: seconds."""
-    output, _ = process.communicate(timeout=timeout)
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def start(command: Sequence[str | Path]) -> subprocess.Popen[str]:
+    """Start a command in the clone, in a session of its own; errors go to its output."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE ARGUMENTS`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_seconds: float = 400) -> tuple[int, str]:
+    """Wait for a command to end; return its exit code and output."""
+    output, _ = process.communicate(timeout=timeout_seconds)
     return process.returncode, output
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the run that the process trains has logged that many steps."""
+def steps_logged(run_dir: Path) -> int:
+    """Return how many steps the run's metrics.jsonl holds."""
     metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Wait until the process has logged that many steps of the run."""
     deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert process.poll() is None, f"it ended before:\n{finish(process)[1]}"
+    while steps_logged(run_dir) < step:
+        assert process.poll() is None, f"it ended before step {step}:\n{finish(process)[1]}"
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def kill_rank_1(launcher: subprocess.Popen[str]) -> None:
+    """Send SIGKILL to the training process of rank 1 under a launcher; its loader workers end with it."""
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if "--local_rank=1" in child.cmdline():
+            child.send_signal(signal.SIGKILL)
+            return
+    raise AssertionError("rank 1 is not running")

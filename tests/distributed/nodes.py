@@ -1,13 +1,14 @@
-"""Nodes of a cluster on one machine, made of namespaces.
+"""Make the nodes of a cluster on one machine, from namespaces.
 
-Each node has its own network, PID, UTS, IPC and mount namespace: an address on a common network, its own sshd (root may
-go from every node to every other without a password), its own hostname, /dev/shm and /run. The file system is the
-machine's, so it is shared, as in a cluster, but for ~/.bashrc: what is in there may wait for a lock that a lost node
-held (pyenv's does, for a minute). Names resolve as Debian sets them up: a node's own name is 127.0.1.1, which no other
-node reaches. The nodes see only each other; there is no way to or from the machine's own network.
+Each node has its own network, PID, UTS, IPC and mount namespace. So it has its own address on a common network, sshd,
+hostname, /dev/shm and /run. Root can log in from every node to every other without a password. The nodes reach only
+each other, never the machine's own network.
 
-Everything hangs on namespaces that nothing else refers to, whose processes die with this one: several clusters live
-side by side with the same names and addresses, and even kill -9 of pytest leaves nothing behind.
+- The file system is the machine's, so all nodes share it, as in a cluster. Only ~/.bashrc is replaced by an empty file:
+  it may wait for a lock that a lost node held (pyenv's waits for a minute).
+- Names resolve as Debian sets them up: a node resolves its own name to 127.0.1.1, which no other node can reach.
+- Several clusters can run at once with the same names and addresses, because each has its own network namespaces.
+- All processes die with pytest, even after kill -9, and the namespaces vanish with them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 INTERFACE = "fabric0"  # not eth0, which some tools assume
 _PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "sshd": "openssh-server"}
 _SSHD = "/usr/sbin/sshd"
-# What a login on the nodes has, so that tests do not depend on who runs pytest.
+# Only these variables are inherited, so that tests do not depend on who runs pytest.
 _KEPT = ("HOME", "LANG", "HF_HUB_OFFLINE", "WANDB_MODE")
 
 _NAMESPACES = (
@@ -67,23 +68,23 @@ MaxStartups 100
 
 
 def missing() -> str | None:
-    """Why this machine cannot be divided into nodes; None when it can."""
+    """Return why this machine cannot make nodes, or None if it can."""
     if os.geteuid() != 0:
         return "namespace nodes need root"
     lacking = sorted({package for program, package in _PROGRAMS.items() if shutil.which(program, path=_path()) is None})
     if lacking:
         return f"namespace nodes need {', '.join(lacking)}"
-    tried = subprocess.run(
+    trial = subprocess.run(
         ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--uts", "--ipc", "ip", "link", "add", "type", "veth"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return f"this machine gives no namespaces: {tried.stderr.strip()}" if tried.returncode else None
+    return f"this machine does not allow namespaces: {trial.stderr.strip()}" if trial.returncode else None
 
 
 def require(*programs: str) -> None:
-    """Skip the test where nodes, or programs that it runs on them, cannot be had."""
+    """Skip the test if this machine cannot make nodes or lacks a program that the test runs on them."""
     reason = missing()
     absent = [program for program in programs if shutil.which(program, path=_path()) is None]
     if reason or absent:
@@ -92,7 +93,15 @@ def require(*programs: str) -> None:
 
 @dataclass
 class Node:
-    """One node. ``pid`` is the machine's number of its process 1, while it is up."""
+    """One node.
+
+    Attributes:
+        name: Hostname.
+        address: On the common network.
+        process: ``unshare``, which ends when the node does; None while the node is down.
+        pid: Process 1 of the node, as the machine numbers it.
+        link: The node's port on the head's bridge.
+    """
 
     name: str
     address: str
@@ -102,9 +111,13 @@ class Node:
 
 
 class Cluster:
-    """Nodes ``node0``, ``node1``, ... and ``head``, which no training runs on: launchers are started there.
+    """Nodes ``node0``, ``node1``, ... for training, and ``head``, where launchers start.
 
-    folder: holds the keys and ``hostfile``.
+    Attributes:
+        folder: Holds the keys, the configuration files and the hostfile.
+        head: Trains nothing.
+        nodes: Train; all of them are in the hostfile.
+        hostfile: In DeepSpeed's format.
     """
 
     def __init__(self, folder: Path, count: int, slots: int) -> None:
@@ -125,7 +138,7 @@ class Cluster:
             (folder / f"hosts.{node.name}").write_text("\n".join(lines) + "\n")
 
     def start(self) -> None:
-        """All nodes, and the network between them: a bridge on the head."""
+        """Start all nodes and the network between them, a bridge on the head."""
         self._boot(self.head)
         self._on_network(self.head, f"link add {INTERFACE} type bridge")
         self._join(self.head)
@@ -133,7 +146,7 @@ class Cluster:
             self.restore(node)
 
     def stop(self) -> None:
-        """End every process of every node; the networks vanish with the last of them."""
+        """End every process of every node; the networks vanish with the last process."""
         for node in [*self.nodes, self.head]:
             self._kill(node)
         for running in self._running:
@@ -143,7 +156,7 @@ class Cluster:
                     stream.close()
 
     def lose(self, node: Node) -> None:
-        """As when the power of a node fails: from now on nobody hears anything of it, not even a closed connection."""
+        """Lose a node as in a power failure: it sends no more packets, not even one that closes a connection."""
         self._on_network(self.head, f"link set {node.link} down")
         self._kill(node)
 
@@ -159,10 +172,10 @@ class Cluster:
         _until(lambda: self.run_on(self.head, *ssh)[0] == 0, f"ssh to {node.name}")
 
     def set_environment(self, node: Node, **variables: str) -> None:
-        """What every login on a node has from now on; without variables as at the beginning."""
+        """Set variables for every new login on a node; without arguments, remove those that were set."""
         lines = ["SetEnv " + " ".join(f"{name}={value}" for name, value in variables.items())] if variables else []
         self._sshd_config(node).write_text("\n".join([_SSHD_CONFIG.format(folder=self.folder), *lines]))
-        os.kill(node.pid, signal.SIGHUP)  # sshd starts itself anew
+        os.kill(node.pid, signal.SIGHUP)  # sshd restarts itself
         expected = {f"{name}={value}" for name, value in variables.items()}
 
         def is_set() -> bool:
@@ -176,7 +189,7 @@ class Cluster:
     ) -> subprocess.Popen[str]:
         """Start a command on a node as a login there would, with the tests' Python first on PATH.
 
-        Its output, errors included, is one stream. ``send`` signals it: the process returned only waits for it.
+        Its errors go to its output. The returned process only waits for the command; ``send`` signals the command.
         """
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         given = {**kept, "PATH": _path(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(environment or {})}
@@ -196,13 +209,13 @@ class Cluster:
     def run_on(
         self, node: Node, *command: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 240
     ) -> tuple[int, str]:
-        """Exit code and output of a command on a node."""
+        """Run a command on a node; return its exit code and output."""
         process = self.start_on(node, *command, environment=environment)
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
 
     def send(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
-        """Signal a command that ``start_on`` started."""
+        """Send a signal to a command that ``start_on`` started."""
         (command,) = psutil.Process(process.pid).children()
         command.send_signal(number)
 
@@ -210,7 +223,7 @@ class Cluster:
         return self.folder / f"sshd_config.{node.name}"
 
     def _boot(self, node: Node) -> None:
-        """Its namespaces and its process 1, which waits for the network before it becomes sshd."""
+        """Make a node's namespaces and its process 1, which becomes sshd once the network is there."""
         script = _START.format(name=node.name, folder=self.folder, sshd=_SSHD)
         with (self.folder / f"{node.name}.log").open("ab") as log:
             node.process = subprocess.Popen(
@@ -225,7 +238,7 @@ class Cluster:
         node.pid = outer.children()[0].pid
 
     def _join(self, node: Node) -> None:
-        # Always the same hardware address: the others remember it, also over a restart.
+        # The hardware address stays the same over a restart, because the other nodes remember it.
         hardware = f"02:00:00:00:00:{int(node.address.rpartition('.')[2]):02x}"
         self._on_network(node, f"link set {INTERFACE} address {hardware}")
         self._on_network(node, f"address add {node.address}/24 dev {INTERFACE}")
@@ -248,7 +261,7 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, count: int, slots: int = 1) -> Iterator[Cluster]:
-    """A running cluster of ``count`` nodes with ``slots`` processes each, gone afterwards whatever happens."""
+    """Yield a running cluster of ``count`` nodes with ``slots`` processes each, and end it in every case."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     made = Cluster(folder, count, slots)

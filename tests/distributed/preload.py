@@ -1,3 +1,3 @@
-"""Imported once by the fork server of ``processes``: everything that a rank would import anyway."""
+"""Imported once by the fork server of ``processes``, so that the ranks need not import it."""
 
 import deepspeed.runtime.zero.stage3  # noqa: F401

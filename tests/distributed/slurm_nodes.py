@@ -1,4 +1,7 @@
-"""Slurm on nodes made of namespaces: munge everywhere, slurmctld on the head, slurmd on the nodes; no cgroups."""
+"""Run Slurm on nodes made of namespaces: munge everywhere, slurmctld on the head, slurmd on the nodes.
+
+Slurm uses no cgroups here.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,12 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMod
 
 
 class Slurm:
-    """A running Slurm. ``environment`` is what its commands need; they are run on the head."""
+    """A running Slurm.
+
+    Attributes:
+        cluster: The nodes.
+        environment: Variables that Slurm's commands need. They run on the head.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path, cpus: int = 2) -> None:
         self.cluster = cluster
@@ -76,21 +84,21 @@ class Slurm:
         assert code == 0, output
 
     def run(self, *command: str | Path, environment: dict[str, str] | None = None) -> str:
-        """The output of a Slurm command."""
+        """Run a Slurm command on the head and return its output."""
         given = {**self.environment, **(environment or {})}
         code, output = self.cluster.run_on(self.cluster.head, *command, environment=given)
         assert code == 0, output
         return output
 
     def state(self, job: str) -> str:
-        """The state of a job, and how often it was started again."""
+        """Return a job's state and how often it was restarted, such as "RUNNING 1"."""
         fields = dict(field.partition("=")[::2] for field in self.run("scontrol", "show", "job", "-o", job).split())
         return f"{fields['JobState']} {fields['Restarts']}"
 
     @staticmethod
     def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Until something holds of Slurm, which has to be asked again and again."""
+        """Poll until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s"
+            assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A whole run in small: shards, a frozen language model and tower on disk, and a YAML, as a user would have them."""
+"""Write the parts of a small run (shards, a frozen language model, a tower, a YAML) and read its results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.data.helpers import build_manifest, image_bytes, mmc4, write_shard
+from tests.data.videos import video_bytes
 from tests.model.builders import FAMILIES, write_tower
-from trainer.config.loader import load_config
-from trainer.config.run_config import FlamingoRunConfig
-from trainer.runtime.distributed import World
 
 WORDS = "red green blue dark light".split()
 
 
 def make_assets(folder: Path, seed: int = 0) -> None:
-    """``lm/``, ``tower/`` and ``data/{pairs,documents,texts}`` in the folder."""
+    """Write ``lm/``, ``tower/`` and ``data/{pairs,documents,texts}`` into the folder."""
     _write_language_model(folder / "lm", seed)
     (folder / "tower").mkdir()
     write_tower(folder / "tower", seed)
@@ -33,7 +31,7 @@ def _write_language_model(folder: Path, seed: int) -> None:
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS, "a", "and", "sky"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    # No pad token on purpose: many tokenizers have none.
+    # It has no pad token, because many tokenizers have none.
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     architecture = {**FAMILIES["llama"], "vocab_size": 16}
     torch.manual_seed(seed)
@@ -62,8 +60,21 @@ def _write_data(folder: Path) -> None:
         build_manifest(folder / kind)
 
 
+def write_videos(folder: Path) -> None:
+    """Write two shards of short videos of one color each; video 5 of a shard is truncated."""
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        samples = []
+        for number in range(12):
+            color = tuple(int(level) for level in rng.integers(0, 256, 3))
+            video = video_bytes(3, rate=5, size=(24, 16), color=lambda _, color=color: color)  # type: ignore[misc]
+            caption = " ".join(rng.choice(WORDS, size=3))
+            samples.append((f"v{number}", {"mp4": video[:-100] if number == 5 else video, "txt": caption.encode()}))
+        write_shard(folder / f"{shard}.tar", samples)
+
+
 def run_settings(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]:
-    """Settings of a run on the assets: pairs, documents and texts in one update; ZeRO-3, everything partitioned."""
+    """Return settings of a run whose steps visit pairs, documents and texts; ZeRO-3 partitions every parameter."""
 
     def source(name: str, kind: str, batch_size: int, **more: Any) -> dict[str, Any]:
         manifest = str(assets / "data" / name / "manifest.npz")
@@ -102,27 +113,17 @@ def run_settings(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> Path:
-    """The YAML of a run."""
+    """Write the YAML of a run and return its path."""
     path.write_text(yaml.safe_dump(settings))
     return path
 
 
-def train_here(world: World, path: Path) -> None:
-    """The run of a YAML without a launcher, on processes of this machine (for ``run_distributed``)."""
-    from trainer.loop import train
-    from trainer.tasks.flamingo import build_flamingo_task
-
-    config = load_config(path, [], FlamingoRunConfig)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    train(build_flamingo_task(config, world), config, world)
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-# What no two runs have in common.
+# Measurements, which differ from run to run.
 MEASURED = {
     "step_seconds",
     "data_seconds",
@@ -138,22 +139,28 @@ MEASURED = {
 
 
 def without_measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl as far as they are the same in every run of the same settings."""
+    """Return the lines of metrics.jsonl without the fields that differ between runs of the same settings."""
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The loss of each step, in order; every step stands there once."""
+    """Return the loss of each step; metrics.jsonl must hold every step once and in order."""
     lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def read_ledger(run_dir: Path) -> set[tuple[Any, ...]]:
-    """What all ranks together consumed, each sample once."""
+    """Return the samples that all ranks consumed; none may be in the ledgers twice."""
     lines = [
         json.loads(line) for path in (run_dir / "ledger").glob("rank-*.jsonl") for line in path.read_text().splitlines()
     ]
     samples = [tuple(line[key] for key in ("step", "source", "shard", "index", "key")) for line in lines]
-    assert len(samples) == len(set(samples)), "a sample stands in the ledger twice"
+    assert len(samples) == len(set(samples)), "the ledgers hold a sample twice"
     return set(samples)
+
+
+def read_events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of events.jsonl, of one kind or of all."""
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["event"])]

@@ -1,4 +1,7 @@
-"""Runs whose images keep their aspect: every rank has other shapes, and all of them run the same modules."""
+"""Runs whose images keep their aspect ratio have the same losses on one and two processes.
+
+Every rank has other image shapes, and all ranks run the same modules.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import pytest
 from tests.data.helpers import build_manifest, mmc4, noise, saved, write_shard
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings
-from tests.distributed.test_training import train_run
+from tests.distributed.train_in_process import train_run
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the assets of other runs, and pairs and documents with images of many shapes."""
     folder = tmp_path_factory.mktemp("assets")
     make_assets(folder)
     rng = np.random.default_rng(1)
@@ -26,9 +30,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [(f"p{i}", {"png": pictures[i], "txt": captions[i].encode()}) for i in range(200)]
     write_shard(folder / "data" / "shapes" / "0.tar", pairs)
     documents = []
-    for i in range(
-        40
-    ):  # some have no image in their window: that rank runs the tower on the one that only stands there
+    for i in range(40):
+        # A fourth of the documents begins with so much text that no image is in the row: the tower gets a dummy image.
         images = {name: pictures[i] for name in mmc4([], [0] * (1 + i % 3)) if name.endswith("png")}
         texts = [*["a and"] * 12, *captions[: 1 + i % 3]] if i % 4 == 0 else captions[: 1 + i % 3]
         documents.append((f"d{i}", {**mmc4(texts, [len(texts) - 1 - n for n in range(1 + i % 3)]), **images}))
@@ -39,6 +42,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(assets: Path, run_dir: Path) -> dict[str, Any]:
+    """Return settings with two sources of any aspect ratio, a source of text and one of square images."""
     found = run_settings(assets, run_dir)
     found["training"]["steps"] = 4
     pairs, documents, _ = found["data"]["sources"]

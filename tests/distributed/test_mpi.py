@@ -1,43 +1,53 @@
-"""Open MPI on nodes made of namespaces, two ranks on each: ranks come from mpi4py, under DeepSpeed's launcher and under
-plain mpirun; asked to stop, the run saves, and started again it is what it is on one machine."""
+"""Training over Open MPI on two nodes of two ranks equals training on one machine.
+
+Both ways to start it are tested: DeepSpeed's openmpi launcher, with a stop in the middle, and plain mpirun.
+The nodes are made of namespaces (``nodes``).
+"""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import nodes
+from tests.distributed.launched import finish, wait_for_step
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, run_settings, train_here, write_settings
+from tests.distributed.small_run import (
+    losses,
+    make_assets,
+    read_events,
+    read_ledger,
+    run_settings,
+    write_settings,
+)
+from tests.distributed.train_in_process import train_run
 
 pytestmark = pytest.mark.distributed
 ENVIRONMENT = {"VENV": sys.prefix, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 STEPS, RANKS = 30, 4
 
 
-def test_both_ways_over_mpi_train_as_one_machine_does(tmp_path: Path) -> None:
+def test_both_ways_to_start_over_mpi_train_as_one_machine_does(tmp_path: Path) -> None:
     nodes.require("mpirun", "orted")
-    # Asked in another process: importing it starts an MPI job here, whose environment mpirun would inherit.
+    # Another process imports it, because the import sets MPI variables that mpirun would inherit.
     if subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True, check=False).returncode:
         pytest.skip("no mpi4py, or it finds no MPI library")
     make_assets(tmp_path / "assets")
     names = ("alone", "launcher", "mpirun")
-    configs = {
-        name: write_settings(tmp_path / f"{name}.yaml", run_settings(tmp_path / "assets", tmp_path / name, steps=STEPS))
-        for name in names
-    }
-    run_distributed(train_here, RANKS, configs["alone"])
+    settings = {name: run_settings(tmp_path / "assets", tmp_path / name, steps=STEPS) for name in names}
+    configs = {name: write_settings(tmp_path / f"{name}.yaml", settings[name]) for name in names}
+    run_distributed(train_run, RANKS, settings["alone"])
     with nodes.cluster(tmp_path / "nodes", count=2, slots=2) as cluster:
         launcher = (nodes.ROOT / "launch_scripts" / "multinode.sh", cluster.hostfile, configs["launcher"])
         environment = {**ENVIRONMENT, "LAUNCHER": "openmpi", "PREFLIGHT": "0"}
-        stop_in_the_middle(cluster, cluster.start_on(cluster.head, *launcher, environment=environment), tmp_path)
+        launched = cluster.start_on(cluster.head, *launcher, environment=environment)
+        stop_in_the_middle(cluster, launched, tmp_path / "launcher")
         code, output = cluster.run_on(cluster.head, *launcher, environment=environment)
-        assert code == 0 and "resumed" in output, output
+        assert code == 0 and read_events(tmp_path / "launcher", "resumed"), output
 
         interfaces = ["--mca", "btl_tcp_if_include", nodes.INTERFACE, "--mca", "oob_tcp_if_include", nodes.INTERFACE]
         forwarded = ["-x", "DS_ACCELERATOR", "-x", "PATH"]
@@ -53,14 +63,11 @@ def test_both_ways_over_mpi_train_as_one_machine_does(tmp_path: Path) -> None:
         assert read_ledger(tmp_path / name) == read_ledger(tmp_path / "alone")
 
 
-def stop_in_the_middle(cluster: nodes.Cluster, launched: subprocess.Popen[str], folder: Path) -> None:
-    """Ask the run to stop when it has begun, by a SIGTERM to multinode.sh."""
-    metrics, deadline = folder / "launcher" / "metrics.jsonl", time.monotonic() + 180
-    while not metrics.exists() or metrics.read_text().count("\n") < 2:
-        assert launched.poll() is None and time.monotonic() < deadline, launched.communicate()[0]
-        time.sleep(0.05)
+def stop_in_the_middle(cluster: nodes.Cluster, launched: subprocess.Popen[str], run_dir: Path) -> None:
+    """Send SIGTERM to multinode.sh after two steps; expect a checkpoint and exit code 75."""
+    wait_for_step(launched, run_dir, 2)
     cluster.send(launched, signal.SIGTERM)
-    output, _ = launched.communicate(timeout=120)
-    assert launched.returncode == 75, output
-    assert "asked to stop: saved update" in output
-    assert len(losses(folder / "launcher")) < STEPS
+    code, output = finish(launched, timeout_seconds=120)
+    assert code == 75, output
+    assert read_events(run_dir, "preempted")
+    assert len(losses(run_dir)) < STEPS

@@ -1,8 +1,9 @@
-"""Packed sources through whole runs: the same samples and losses for every number of processes and after a kill."""
+"""Runs with packed sources have the same samples and losses on one and two processes and after a kill."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import pytest
 
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, read_metrics, run_settings
-from tests.distributed.test_training import resume_error, train_run
+from tests.distributed.train_in_process import train_error, train_run
 
 pytestmark = pytest.mark.distributed
 
 
 def packed_run(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]:
-    """Pairs, documents and texts, each packed to rows of 40 tokens; 60 pairs last for about three updates."""
+    """Return settings of pairs, documents and texts packed to rows of 40 tokens; an epoch of pairs is about 3 steps."""
     settings = run_settings(assets, run_dir, **training)
     for source in settings["data"]["sources"]:
         source |= {"packing": True, "max_tokens": 40, "batch_size": 4}
@@ -25,13 +26,16 @@ def packed_run(assets: Path, run_dir: Path, **training: Any) -> dict[str, Any]:
 
 
 def read_ledger(run_dir: Path) -> Counter[tuple[Any, ...]]:
-    """Lanes get to the next epoch at different times, so an update may have a sample once in each of two epochs."""
+    """Count the samples that all ranks consumed.
+
+    A step may hold a sample twice, in two epochs, because lanes reach the next epoch at different steps.
+    """
     paths = sorted((run_dir / "ledger").glob("rank-*.jsonl"))
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     return Counter(tuple(line[key] for key in ("step", "source", "shard", "index", "key")) for line in lines)
 
 
-def test_one_process_two_and_a_resumed_run_are_the_same(assets: Path, tmp_path: Path) -> None:
+def test_one_process_two_processes_and_a_resumed_run_are_the_same(assets: Path, tmp_path: Path) -> None:
     run_distributed(train_run, 2, packed_run(assets, tmp_path / "two"))
     one = packed_run(assets, tmp_path / "one")
     one["data"]["sources"][0]["micro_batch_size"] = 2
@@ -47,12 +51,12 @@ def test_one_process_two_and_a_resumed_run_are_the_same(assets: Path, tmp_path: 
     assert all(0 < line["padding"] < 0.25 for line in lines)
     consumed = sum(line["samples/pairs"] for line in lines)
     assert consumed == sum(n for sample, n in read_ledger(tmp_path / "two").items() if sample[1] == "pairs")
-    assert consumed > 60, "more than an epoch"
+    assert consumed > 60, "the run must take more than an epoch"
 
 
-def test_a_run_that_was_packed_does_not_go_on_unpacked(assets: Path, tmp_path: Path) -> None:
+def test_a_packed_run_does_not_resume_unpacked(assets: Path, tmp_path: Path) -> None:
     run_distributed(train_run, 1, packed_run(assets, tmp_path / "run", steps=2))
     settings = packed_run(assets, tmp_path / "run", steps=4)
-    settings["data"]["sources"][0]["pack"] = False
-    [error] = run_distributed(resume_error, 1, settings)
-    assert "source 'pairs'" in error and "packed_to was 40, is None" in error
+    settings["data"]["sources"][0]["packing"] = False
+    [error] = run_distributed(train_error, 1, settings)
+    assert "pairs" in error and re.search(r"packed_to\b.*\b40\b.*\bNone\b", error)

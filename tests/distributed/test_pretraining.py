@@ -1,4 +1,4 @@
-"""The two pretrainers, small, on one and two processes, and what they export."""
+"""The two pretrainers give the same losses on one and two processes, and their exports load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from trainer.runtime.distributed import World
 pytestmark = pytest.mark.distributed
 
 
-def common(assets: Path, run_dir: Path, source: dict[str, Any]) -> dict[str, Any]:
+def common_settings(assets: Path, run_dir: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that both pretrainers share."""
     name = source["name"]
     return {
         "run_dir": str(run_dir),
@@ -42,9 +43,9 @@ def language_model_settings(assets: Path, run_dir: Path) -> dict[str, Any]:
     source = {"type": "text", "name": "texts", "batch_size": 4, "max_tokens": 16, "samples_per_row": 3}
     architecture = {key: value for key, value in FAMILIES["llama"].items() if "token_id" not in key}
     return {
-        **common(assets, run_dir, source),
+        **common_settings(assets, run_dir, source),
         "architecture": {**architecture, "tie_word_embeddings": True},
-        "tokenizer": {"vocabulary": 270, "samples": 30},
+        "tokenizer": {"vocab_size": 270, "num_samples": 30},
     }
 
 
@@ -55,11 +56,16 @@ def contrastive_settings(assets: Path, run_dir: Path, **more: Any) -> dict[str, 
         "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1, "pool_type": "last"},
     }
     source = {"type": "image_text", "name": "pairs", "batch_size": 8}
-    settings = {**common(assets, run_dir, source), "architecture": architecture, "tokenizer": str(assets / "lm")}
+    settings = {
+        **common_settings(assets, run_dir, source),
+        "architecture": architecture,
+        "tokenizer": str(assets / "lm"),
+    }
     return settings | more
 
 
 def pretrain(world: World, kind: str, settings: dict[str, Any]) -> None:
+    """Pretrain a "language_model" or the "contrastive" towers, and export."""
     from trainer import export, loop
     from trainer.tasks import contrastive, language_model
 
@@ -77,7 +83,9 @@ def pretrain(world: World, kind: str, settings: dict[str, Any]) -> None:
             export.export_contrastive(towers, towers.run_dir / "export")
 
 
-def test_language_model(assets: Path, tmp_path: Path) -> None:
+def test_the_language_model_trains_alike_on_one_and_two_processes_and_its_export_loads(
+    assets: Path, tmp_path: Path
+) -> None:
     for size in (1, 2):
         run_distributed(pretrain, size, "language_model", language_model_settings(assets, tmp_path / str(size)))
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
@@ -89,15 +97,17 @@ def test_language_model(assets: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == " ".join(WORDS) and tokenizer.eos_token_id not in ids
     model = AutoModelForCausalLM.from_pretrained(export)
     assert model.config.vocab_size == len(tokenizer)
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "no longer tied"
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), (
+        "the export must keep the embeddings tied"
+    )
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
 
 
-def test_contrastive_towers(assets: Path, tmp_path: Path) -> None:
+def test_the_towers_train_alike_on_one_and_two_processes_and_their_export_loads(assets: Path, tmp_path: Path) -> None:
     for size in (1, 2):
         run_distributed(pretrain, size, "contrastive", contrastive_settings(assets, tmp_path / str(size)))
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert two == pytest.approx(one, rel=1e-4), "negatives of the other process, or their gradients, are missing"
+    assert two == pytest.approx(one, rel=1e-4), "each process must use the other's negatives and their gradients"
     assert two[-1] < two[0]
     clip = open_clip.create_model(f"local-dir:{tmp_path / '2' / 'export'}")
     assert clip.logit_scale.shape == () and clip.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
@@ -110,7 +120,7 @@ def test_stage_3_is_refused_for_the_towers(assets: Path, tmp_path: Path) -> None
 
 
 def loss_with_duplicates(world: World, mask: bool) -> tuple[float, float]:
-    """The loss of four pairs of which two share their caption, and the same computed by definition."""
+    """Return the loss of four pairs of which two share a caption, and the same loss computed by definition."""
     from trainer.tasks.contrastive import DuplicateAwareClipLoss
 
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +140,6 @@ def loss_with_duplicates(world: World, mask: bool) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_equal_captions_are_no_negatives(mask: bool) -> None:
+def test_equal_captions_are_not_negatives(mask: bool) -> None:
     [(loss, expected)] = run_distributed(loss_with_duplicates, 1, mask)
     assert loss == pytest.approx(expected, rel=1e-5)

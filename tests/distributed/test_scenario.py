@@ -1,4 +1,4 @@
-"""A run of weeks in small: three nodes, one is lost, two go on, they are asked to stop, three finish it."""
+"""A supervised run survives the loss of a node, a request to stop, and the return of the node."""
 
 from __future__ import annotations
 
@@ -11,34 +11,28 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import nodes
+from tests.distributed.launched import finish, steps_logged
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import make_assets, read_ledger, run_settings, write_settings
-from tests.distributed.test_resilience import train_plainly
-from tests.distributed.test_supervisor import events, finish
+from tests.distributed.small_run import make_assets, read_events, read_ledger, run_settings, write_settings
+from tests.distributed.train_in_process import train_run
 
 pytestmark = pytest.mark.distributed
 STEPS = 60
 
 
 def wait_for(supervisor: subprocess.Popen[str], run_dir: Path, step: int, starts: int) -> None:
-    """Until the job was started that many times and has come to an update."""
+    """Wait until the run has logged that many steps, and the job has started (and resumed) as often as expected."""
     deadline = time.monotonic() + 300
-    metrics = run_dir / "metrics.jsonl"
     while (
-        not metrics.exists()
-        or metrics.read_text().count("\n") < step
-        or count(run_dir, "start") < starts
-        or count(run_dir, "resumed") < starts - 1
+        steps_logged(run_dir) < step
+        or len(read_events(run_dir, "start")) < starts
+        or len(read_events(run_dir, "resumed")) < starts - 1
     ):
         assert supervisor.poll() is None and time.monotonic() < deadline, finish(supervisor)[1]
         time.sleep(0.1)
 
 
-def count(run_dir: Path, kind: str) -> int:
-    return sum(event["event"] == kind for event in events(run_dir))
-
-
-def test_a_node_is_lost_two_go_on_and_three_finish(tmp_path: Path) -> None:
+def test_two_nodes_go_on_without_a_lost_third_and_all_three_finish(tmp_path: Path) -> None:
     nodes.require("pdsh")
     make_assets(tmp_path / "assets")
 
@@ -48,7 +42,7 @@ def test_a_node_is_lost_two_go_on_and_three_finish(tmp_path: Path) -> None:
             source["batch_size"] = 12
         return values
 
-    run_distributed(train_plainly, 1, settings(tmp_path / "one"))
+    run_distributed(train_run, 1, settings(tmp_path / "one"))
     run_dir = tmp_path / "run"
     config = write_settings(tmp_path / "run.yaml", settings(run_dir))
     environment = {"VENV": sys.prefix, "PREFLIGHT": "0"}
@@ -67,6 +61,5 @@ def test_a_node_is_lost_two_go_on_and_three_finish(tmp_path: Path) -> None:
         cluster.restore(cluster.nodes[2])
         code, output = cluster.run_on(cluster.head, *command, environment=environment)
         assert code == 0, output
-    started = [event["processes"] for event in events(run_dir) if event["event"] == "start"]
-    assert started == [6, 4, 6]
+    assert [event["processes"] for event in read_events(run_dir, "start")] == [6, 4, 6]
     assert read_ledger(run_dir) == read_ledger(tmp_path / "one")

@@ -1,9 +1,10 @@
-"""The trainer as a whole, on several processes: the figures that the design promises (invariants 3, 4, 6, 7)."""
+"""The whole trainer on several processes keeps invariants 3, 4, 6 and 7 of the design."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -15,10 +16,11 @@ import torch
 
 from tests.data.helpers import build_manifest, image_bytes, write_shard
 from tests.distributed.processes import run_distributed
-from tests.distributed.small_run import losses, make_assets, read_ledger, read_metrics, run_settings, write_settings
+from tests.distributed.small_run import losses, make_assets, read_ledger, read_metrics, run_settings
+from tests.distributed.train_in_process import as_config, train_error, train_run
 from trainer.checkpoint.catalog import find_checkpoint
-from trainer.config.loader import load_config
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.deepspeed_engine.engine import Engine
+from trainer.observers import StepObserver
 from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
@@ -26,45 +28,10 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes, from start to end."""
+    """Return the folder of a run that two processes trained without a break."""
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     run_distributed(train_run, 2, run_settings(assets, run_dir))
     return run_dir
-
-
-def as_config(settings: dict[str, Any]) -> FlamingoRunConfig:
-    run_dir = Path(settings["run_dir"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / f"settings-{torch.distributed.get_rank()}.yaml"
-    return load_config(write_settings(path, settings), [], FlamingoRunConfig)
-
-
-def train_run(world: World, settings: dict[str, Any], stop_after: int | None = None) -> None:
-    """Train as ``trainer.train`` does; ``stop_after``: leave without a word after that many updates, as if killed."""
-    from trainer import loop
-    from trainer.tasks.flamingo import build_flamingo_task
-
-    config = as_config(settings)
-    task = build_flamingo_task(config, world)
-    if stop_after is None:
-        return loop.train(task, config, world)
-
-    class Killed(Exception):
-        pass
-
-    original = loop._run_step
-
-    def run_step(engine: Any, update: Any, *rest: Any) -> Any:
-        if update.step == stop_after:
-            raise Killed
-        return original(engine, update, *rest)
-
-    loop._run_step = run_step  # type: ignore[assignment]  # this process ends right after
-    try:
-        loop.train(task, config, world)
-    except Killed:
-        return None
-    raise AssertionError("it was not stopped")
 
 
 def test_one_process_and_two_give_the_same_losses_and_samples(
@@ -82,10 +49,10 @@ def test_one_process_and_two_give_the_same_losses_and_samples(
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_micro_batches_change_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_the_micro_batch_size_does_not_change_the_run(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     settings = run_settings(assets, tmp_path / "micro")
     settings["data"]["sources"][0]["micro_batch_size"] = 2
-    settings["data"]["workers"] = 1
+    settings["data"]["num_workers"] = 1
     run_distributed(train_run, 2, settings)
     assert losses(tmp_path / "micro") == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert read_ledger(tmp_path / "micro") == read_ledger(uninterrupted)
@@ -97,7 +64,7 @@ def test_the_loss_falls(uninterrupted: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5])
-def test_interrupted_and_resumed_is_the_same_run(
+def test_an_interrupted_and_resumed_run_is_the_same_run(
     assets: Path, uninterrupted: Path, tmp_path: Path, stop_after: int
 ) -> None:
     settings = run_settings(assets, tmp_path / "run")
@@ -107,41 +74,37 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
 
 
-def stopped_by_a_signal(world: World, settings: dict[str, Any]) -> str:
-    """Rank 1 alone is sent SIGTERM in its third update."""
-    from trainer import loop
+def stop_by_a_signal(world: World, settings: dict[str, Any]) -> str:
+    """Send SIGTERM to rank 1 alone in its third step."""
 
-    original = loop._run_step
+    class Signal(StepObserver):
+        def begin(self, step: int, engine: Engine, skip_reason: str | None) -> None:
+            if world.rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def run_step(engine: Any, update: Any, *rest: Any) -> Any:
-        if world.rank == 1 and update.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(engine, update, *rest)
-
-    loop._run_step = run_step
-    return resume_error(world, settings)
+    return train_error(world, settings, [Signal()])
 
 
-def test_a_signal_to_one_rank_saves_and_stops_all(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_saves_and_stops_all_ranks(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     settings = run_settings(assets, tmp_path / "run")
-    for error in run_distributed(stopped_by_a_signal, 2, settings):
-        assert error.startswith("PreemptedError") and "saved update 3 of 6" in error
+    for error in run_distributed(stop_by_a_signal, 2, settings):
+        assert error.startswith("PreemptedError") and "3 of 6" in error
     assert find_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000003"
     run_distributed(train_run, 2, settings)
     assert losses(tmp_path / "run") == losses(uninterrupted)
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
 
 
-# With the budget, two of three blocks are recomputed.
+# The memory budget makes two of three transformer blocks be recomputed.
 @pytest.mark.parametrize("how", [{"activation_checkpointing": True}, {"activation_memory_gib": 0.0005}])
-def test_activation_checkpointing_changes_nothing(
+def test_activation_checkpointing_does_not_change_the_losses(
     assets: Path, uninterrupted: Path, tmp_path: Path, how: dict[str, Any]
 ) -> None:
     run_distributed(train_run, 2, run_settings(assets, tmp_path / "run", **how))
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
 
 
-def test_an_offloaded_optimizer_changes_nothing(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_an_offloaded_optimizer_does_not_change_the_losses(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     settings = run_settings(assets, tmp_path / "run")
     settings["deepspeed"]["offload_optimizer"] = {"device": "cpu"}
     run_distributed(train_run, 2, settings)
@@ -155,17 +118,17 @@ def test_bfloat16_trains(assets: Path, uninterrupted: Path, tmp_path: Path) -> N
     assert all(math.isfinite(loss) for loss in found) and found[-1] < found[0]
 
 
-def test_token_sum_divides_by_sequences(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_token_sum_divides_by_documents(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
     settings = run_settings(assets, tmp_path / "run", loss_normalization="token_sum", steps=1)
     settings["schedule"]["warmup_steps"] = 1
     run_distributed(train_run, 2, settings)
     [summed], mean = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)[0]
     assert summed["samples/pairs"] == mean["samples/pairs"] == 8
-    # The same tokens are summed; the sequences of "texts" have as many trained tokens as text, cut off their start.
+    # Both sum over the same tokens; the mean divides by several trained tokens for each document.
     assert summed["loss/pairs"] > 2 * mean["loss/pairs"]
 
 
-def test_frozen_weights_are_in_no_checkpoint(uninterrupted: Path) -> None:
+def test_no_checkpoint_holds_frozen_weights(uninterrupted: Path) -> None:
     checkpoint = find_checkpoint(uninterrupted / "checkpoints")
     assert checkpoint is not None
     for path in checkpoint.glob("*model_states.pt"):
@@ -180,7 +143,8 @@ def test_frozen_weights_are_in_no_checkpoint(uninterrupted: Path) -> None:
 
 
 def frozen_before_and_after(world: World, settings: dict[str, Any]) -> dict[str, Any]:
-    from model.parameters import frozen_digests
+    from model.parameters import frozen_digests, full_shape
+    from tests.deepspeed_engine.zero_state import local_part
     from trainer import loop
     from trainer.deepspeed_engine.engine import gathered_parameters
     from trainer.tasks.flamingo import build_flamingo_task
@@ -189,16 +153,16 @@ def frozen_before_and_after(world: World, settings: dict[str, Any]) -> dict[str,
     task = build_flamingo_task(config, world)
     module: Any = task.module
     matrix: Any = dict(module.named_parameters())["language_model.lm.model.layers.0.mlp.up_proj.weight"]
-    partitioned = matrix.numel() == 0 and matrix.ds_tensor.numel() * world.size >= matrix.ds_numel
-    trainable_before = [parameter.ds_tensor.clone() for parameter in module.cross_attention.parameters()]
+    partitioned = matrix.numel() == 0 and local_part(matrix).numel() * world.size >= math.prod(full_shape(matrix))
+    trainable_before = [local_part(parameter).clone() for parameter in module.cross_attention.parameters()]
     loop.train(task, config, world)
     moved = [
-        bool((parameter.ds_tensor != before).any())
+        bool((local_part(parameter) != before).any())
         for parameter, before in zip(module.cross_attention.parameters(), trainable_before, strict=True)
     ]
     return {
         "partitioned": partitioned,
-        "device": str(matrix.ds_tensor.device),
+        "device": str(local_part(matrix).device),
         "before": task.frozen,
         "after": frozen_digests(task.module, gathered_parameters),
         "moved": any(moved),
@@ -209,23 +173,20 @@ def test_the_frozen_model_is_partitioned_and_never_changes(assets: Path, tmp_pat
     for result in run_distributed(frozen_before_and_after, 2, run_settings(assets, tmp_path / "run")):
         assert result["partitioned"] and result["device"] == "cpu"
         assert result["before"] == result["after"]
-        assert result["moved"], "the trainable part did not move either: the test shows nothing"
+        assert result["moved"], "the trainable part must move, or the test shows nothing"
 
 
 def uneven_media(world: World, assets: Path) -> float:
-    """One update in which rank 0 has two media and rank 1 none; the gradient's norm."""
+    """Return the gradient norm of a step in which rank 0 has media and rank 1 has none."""
     from tests.data.helpers import SAMPLE
     from trainer.config.deepspeed_json import deepspeed_json
-    from trainer.data.batch import Row, collate
-    from trainer.deepspeed_engine.engine import Engine
+    from trainer.data.batch import BatchFormat, Row, collate
     from trainer.tasks.flamingo import build_flamingo_task
 
     config = as_config(run_settings(assets, assets / f"uneven-{world.size}"))
     config = replace(config, data=replace(config.data, sources=config.data.sources[:1]))
     task = build_flamingo_task(config, world)
-    engine = Engine(
-        task.module, config.optimizer, deepspeed_json(config, world_size=world.size, micro_batches_per_step=1), world
-    )
+    engine = Engine(task.module, config.optimizer, deepspeed_json(config), world)
     image_id, end_of_chunk_id = 11, 12  # after the 11 words of the tokenizer
     ids = torch.tensor([1, image_id, 4, 5, end_of_chunk_id])
     image = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
@@ -233,8 +194,8 @@ def uneven_media(world: World, assets: Path) -> float:
     text = Row(ids[2:], ids[2:].clone(), torch.full((3,), -1), (), (SAMPLE,))
     rows = [seen, seen, text, text]
     mine = rows[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
-    batch = collate(mine, source="pairs", pad_id=0, media_shape=(1, 3, 16, 16))
-    engine.forward_backward(batch.inputs, scale=0.25)
+    batch = collate(mine, BatchFormat(pad_id=0, image_size=16), source="pairs")
+    engine.forward_backward(batch.inputs, scale=0.25, is_last=True)
     return engine.step(1.0).grad_norm
 
 
@@ -245,31 +206,23 @@ def test_a_rank_without_media_neither_hangs_nor_changes_the_gradient(assets: Pat
     assert together == pytest.approx([alone[0]] * 2, rel=1e-4)
 
 
-def resume_error(world: World, settings: dict[str, Any]) -> str:
-    try:
-        train_run(world, settings)
-    except Exception as error:  # noqa: BLE001  the test looks at what it was
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 @pytest.fixture
 def interrupted(assets: Path, uninterrupted: Path, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run that stands at step 6 of 8."""
+    """Return settings of a run that has trained 6 of 8 steps."""
     shutil.copytree(uninterrupted, tmp_path / "run")
     return run_settings(assets, tmp_path / "run", steps=8)
 
 
 def test_another_model_is_refused(interrupted: dict[str, Any]) -> None:
-    interrupted["model"]["resampler"]["layers"] = 2
-    for error in run_distributed(resume_error, 2, interrupted):
-        assert "different settings: model.resampler.num_layers" in error
+    interrupted["model"]["resampler"]["num_layers"] = 2
+    for error in run_distributed(train_error, 2, interrupted):
+        assert "model.resampler.num_layers" in error
 
 
-def test_other_data_are_refused(interrupted: dict[str, Any]) -> None:
+def test_another_data_seed_is_refused(interrupted: dict[str, Any]) -> None:
     interrupted["data"]["seed"] = 5
-    for error in run_distributed(resume_error, 2, interrupted):
-        assert "seed was 0, is 5" in error
+    for error in run_distributed(train_error, 2, interrupted):
+        assert re.search(r"\bseed\b.*\b0\b.*\b5\b", error)
 
 
 def test_another_frozen_language_model_is_refused(interrupted: dict[str, Any], assets: Path, tmp_path: Path) -> None:
@@ -280,31 +233,30 @@ def test_another_frozen_language_model_is_refused(interrupted: dict[str, Any], a
     shutil.rmtree(name)
     try:
         shutil.copytree(other / "lm", name)
-        for error in run_distributed(resume_error, 2, interrupted):
-            assert "other frozen weights" in error and "language_model.lm" in error
+        for error in run_distributed(train_error, 2, interrupted):
+            assert "frozen" in error and "language_model.lm" in error
     finally:
         shutil.rmtree(name)
         shutil.copytree(tmp_path / "kept", name)
 
 
-def test_a_non_finite_update_is_skipped_logged_and_at_last_fatal(assets: Path, tmp_path: Path) -> None:
+def test_a_non_finite_step_is_skipped_and_logged_and_too_many_end_the_run(assets: Path, tmp_path: Path) -> None:
     settings = run_settings(assets, tmp_path / "run", max_skipped_in_a_row=2)
-    settings["optimizer"]["lr"] = 1e38  # the first applied update destroys the weights
+    settings["optimizer"]["lr"] = 1e38  # the first applied step destroys the weights
     settings["schedule"] = {"warmup_steps": 0, "decay": "constant"}
-    for error in run_distributed(resume_error, 2, settings):
+    for error in run_distributed(train_error, 2, settings):
         assert "max_skipped_in_a_row" in error
     lines = read_metrics(tmp_path / "run")
-    assert [line["step_skipped"] for line in lines][-1] is True and lines[0]["step_skipped"] is False
-    assert {line["step"] for line in lines if line["step_skipped"]}.isdisjoint(
-        {s[0] for s in read_ledger(tmp_path / "run")}
-    )
+    assert lines[-1]["step_skipped"] is True and lines[0]["step_skipped"] is False
+    skipped = {line["step"] for line in lines if line["step_skipped"]}
+    assert skipped.isdisjoint(sample[0] for sample in read_ledger(tmp_path / "run"))
 
 
-def stop_at_bad_samples(world: World, settings: dict[str, Any]) -> None:
-    """The same error on every rank, though only some of them met bad samples in that step."""
+def train_until_too_many_bad_samples(world: World, settings: dict[str, Any]) -> None:
+    """Expect the same error on every rank, though only some ranks met bad samples in that step."""
     from trainer.data.errors import TooManyBadSamplesError
 
-    with pytest.raises(TooManyBadSamplesError, match=r"'pairs'.*empty_image \d+.*data\.max_bad_fraction"):
+    with pytest.raises(TooManyBadSamplesError, match=r"(?s)'pairs'.*empty_image \d+.*data\.max_bad_fraction"):
         train_run(world, settings)
 
 
@@ -317,7 +269,7 @@ def test_too_many_bad_samples_stop_every_rank(assets: Path, tmp_path: Path) -> N
     settings = run_settings(assets, tmp_path / "run")
     settings["data"]["sources"][0]["manifest"] = str(tmp_path / "bad/manifest.npz")
     settings["data"] |= {"max_bad_fraction": 0.15, "bad_window": 20}
-    run_distributed(stop_at_bad_samples, 2, settings)
+    run_distributed(train_until_too_many_bad_samples, 2, settings)
     lines = read_metrics(tmp_path / "run")
     assert 0 < len(lines) < 6
     assert lines[-1]["replaced_samples/empty_image"] == lines[-1]["replaced_samples"] > 0

@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes as if nothing had happened: losses, samples, optimizer, data."""
+"""A run that resumes on another number of processes keeps its losses and samples, whenever it was killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.data.helpers import build_manifest, image_bytes, write_shard
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses, make_assets, read_metrics, run_settings
 from tests.distributed.test_packing import read_ledger
-from tests.distributed.test_training import train_run
+from tests.distributed.train_in_process import train_run
 from trainer.checkpoint import shard_files
 from trainer.checkpoint.shard_files import Entry
 from trainer.runtime.distributed import World
@@ -29,7 +29,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As for other runs, and pairs of which every seventh cannot be used."""
+    """Make the assets of other runs, and ``data/bad``: pairs of which every seventh has no valid image."""
     folder = tmp_path_factory.mktemp("assets")
     make_assets(folder)
     for shard in range(2):
@@ -46,7 +46,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(assets: Path, run_dir: Path) -> dict[str, Any]:
-    """A mixture of packed and unpacked sources that 1, 2, 3 and 4 processes divide; more than an epoch of the bad."""
+    """Return settings of packed and unpacked sources that 1, 2, 3 and 4 processes divide.
+
+    The run takes more than an epoch of the bad pairs.
+    """
     settings = run_settings(assets, run_dir, steps=STEPS)
     bad, documents, texts = settings["data"]["sources"]
     bad |= {"name": "bad", "manifest": str(assets / "data/bad/manifest.npz"), "batch_size": 12}
@@ -58,12 +61,15 @@ def settings_of(assets: Path, run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that two processes trained without a break."""
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     run_distributed(train_run, 2, settings_of(assets, run_dir))
     return run_dir
 
 
-def test_killed_and_resumed_with_other_numbers_of_processes(assets: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_killed_and_resumed_on_other_numbers_of_processes_is_the_same_run(
+    assets: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     draw = random.Random(0)
     settings = settings_of(assets, tmp_path / "run")
     settings["checkpoint"] |= {"every": 1}
@@ -74,16 +80,20 @@ def test_killed_and_resumed_with_other_numbers_of_processes(assets: Path, uninte
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert read_ledger(tmp_path / "run") == read_ledger(uninterrupted)
     consumed = sum(n for sample, n in read_ledger(uninterrupted).items() if sample[1] == "bad")
-    assert consumed > 2 * 14, "more than an epoch"
-    assert any(line["replaced_samples"] for line in read_metrics(uninterrupted)), "with bad samples"
+    assert consumed > 2 * 14, "the run must take more than an epoch"
+    assert any(line["replaced_samples"] for line in read_metrics(uninterrupted)), "the run must meet bad samples"
 
 
 def train_until_killed(world: World, settings: dict[str, Any], victim: int, moment: float | str, proof: Path) -> None:
-    """Train until ``kill -9`` of one process.
+    """Train until one process kills itself by SIGKILL.
 
-    moment: after so many seconds, wherever the process is then; or in the middle of a file, "save 3" being the third
-        that it writes for checkpoints, "universal 5" the fifth of conversions.
-    proof: says just before the kill what was going on.
+    Args:
+        world: This process.
+        settings: Of the run.
+        victim: Rank of the process.
+        moment: Seconds after which to kill it; or the file whose writing to interrupt: "save 3" is the third file that
+            it writes for checkpoints, "universal 5" the fifth that it writes for conversions.
+        proof: File that says what the process was doing; written just before the kill.
     """
     from trainer.checkpoint import save, universal
 
@@ -103,7 +113,7 @@ def train_until_killed(world: World, settings: dict[str, Any], victim: int, mome
                 kill()
             return shard_files.write_tensors(path, value)
 
-        module.write_tensors = write_tensors  # type: ignore[attr-defined]  # this process is ours alone
+        module.write_tensors = write_tensors  # type: ignore[attr-defined]  # the process belongs to this test
     elif world.rank == victim:
         timer = threading.Timer(float(moment), kill)
         timer.daemon = True
@@ -112,16 +122,16 @@ def train_until_killed(world: World, settings: dict[str, Any], victim: int, mome
 
 
 def any_moment(draw: random.Random) -> float | str:
-    """Half of them by the clock, the others where it hurts."""
+    """Return a moment: half of them by the clock, the others while a file is written."""
     if draw.random() < 0.5:
         return draw.uniform(0.5, 6)
     return draw.choice([f"save {draw.randint(1, 8)}", f"universal {draw.randint(1, 15)}"])
 
 
-def test_no_kill_at_any_moment_loses_anything(
+def test_a_kill_at_any_moment_loses_nothing(
     assets: Path, uninterrupted: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """``--kills N`` kills so many times; runs that end in between are compared, and another one is begun."""
+    """Kill ``--kills`` times; compare each run that completes in between, and begin another."""
     wanted, proof = pytestconfig.getoption("--kills"), tmp_path / "killed"
     kills, runs, draw = Counter[str](), 0, random.Random(wanted)
     while kills.total() < wanted:
@@ -143,4 +153,4 @@ def test_no_kill_at_any_moment_loses_anything(
         assert losses(run_dir) == pytest.approx(losses(uninterrupted), rel=1e-5)
         assert read_ledger(run_dir) == read_ledger(uninterrupted)
         shutil.rmtree(run_dir)
-    print(f"{kills.total()} kills, {runs} runs completed, 0 lost; it was going on: {dict(kills)}")
+    print(f"{kills.total()} kills, {runs} runs completed, 0 lost; killed during: {dict(kills)}")

@@ -1,4 +1,4 @@
-"""Small runs of every CUDA kernel: ``compute-sanitizer --tool TOOL python -m tests.gpu.sanitize``."""
+"""Run every CUDA kernel on small inputs, for ``compute-sanitizer --tool TOOL python -m tests.gpu.sanitize``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from tests.ops.cases import PACKED, cross_case, resampler_case, run_cross, run_r
 
 
 def main() -> None:
-    """Forward and backward of both ops, of every path through them."""
-    for width in (64, 96, 128):
-        for latents, so_far in ((64, False), (64, True), (70, False)):
-            options = {"latents": latents, "width": width, "so_far": so_far, "dtype": torch.bfloat16}
-            case = cross_case(PACKED, media=8, device="cuda", **options)
+    """Run forward and backward of both ops on every path through them."""
+    for head_dim in (64, 96, 128):
+        for num_latents, so_far in ((64, False), (64, True), (70, False)):
+            options = {"num_latents": num_latents, "head_dim": head_dim, "so_far": so_far, "dtype": torch.bfloat16}
+            case = cross_case(PACKED, num_media=8, device="cuda", **options)
             run_cross(ops.masked_cross_attention, case, backend="fused")
-        for latents in (64, 70):
-            media = resampler_case([130, 0, 63], latents=latents, width=width, dtype=torch.bfloat16, device="cuda")
+        for num_latents in (64, 70):
+            media = resampler_case(
+                [130, 0, 63], num_latents=num_latents, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+            )
             run_resampler(ops.resampler_attention, media, backend="fused")
     torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: against float64, against their baselines, repeated, and with input out of range."""
+"""Check the CUDA kernels on a GPU: against float64, against their baselines, repeated, and with bad input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from model import ops
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
-    check_cross,
-    check_resampler,
+    check_fused,
     cross_case,
+    expect,
     resampler_case,
     run_cross,
     run_resampler,
@@ -26,34 +26,41 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-WIDTHS = pytest.mark.parametrize("width", [64, 96, 128])
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 96, 128])
 
 
 @TYPES
-@WIDTHS
+@HEAD_DIMS
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
-def test_cross_attention(dtype: torch.dtype, width: int, so_far: bool) -> None:
+def test_cross_attention(dtype: torch.dtype, head_dim: int, so_far: bool) -> None:
     inputs = ((64, PACKED * 4), (5, PACKED), (70, UNORDERED), (64, [-1] * 5), (64, [7]))
-    for seed, (latents, index) in enumerate(inputs):
-        options = {"latents": latents, "width": width, "dtype": dtype, "so_far": so_far}
-        check_cross(cross_case(index, media=8, heads=3, seed=seed, device="cuda", **options))
+    for seed, (num_latents, index) in enumerate(inputs):
+        options = {"num_latents": num_latents, "head_dim": head_dim, "dtype": dtype, "so_far": so_far}
+        check_fused(expect(cross_case(index, num_media=8, num_heads=3, seed=seed, device="cuda", **options)))
 
 
 @TYPES
-@WIDTHS
-def test_resampler(dtype: torch.dtype, width: int) -> None:
-    for seed, (latents, lengths) in enumerate(((64, [300, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]), (64, [0]))):
-        options = {"latents": latents, "width": width, "dtype": dtype, "heads": 3, "seed": seed, "device": "cuda"}
-        check_resampler(resampler_case(lengths, **options))
+@HEAD_DIMS
+def test_resampler(dtype: torch.dtype, head_dim: int) -> None:
+    for seed, (num_latents, lengths) in enumerate(((64, [300, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]), (64, [0]))):
+        options = {
+            "num_latents": num_latents,
+            "head_dim": head_dim,
+            "dtype": dtype,
+            "num_heads": 3,
+            "seed": seed,
+            "device": "cuda",
+        }
+        check_fused(expect(resampler_case(lengths, **options)))
 
 
-def test_training_sizes() -> None:
+def test_cross_attention_at_training_sizes() -> None:
     index = [row * 5 + position // 410 for row in range(8) for position in range(2048)]
-    check_cross(cross_case(index, media=40, heads=4, dtype=torch.bfloat16, device="cuda"))
+    check_fused(expect(cross_case(index, num_media=40, num_heads=4, dtype=torch.bfloat16, device="cuda")))
 
 
 def test_repeated_runs_are_equal_bit_for_bit() -> None:
-    case = cross_case(PACKED * 8, media=8, dtype=torch.bfloat16, so_far=True, device="cuda")
+    case = cross_case(PACKED * 8, num_media=8, dtype=torch.bfloat16, so_far=True, device="cuda")
     media = resampler_case([500, 20, 77], dtype=torch.bfloat16, device="cuda")
     first = run_cross(ops.masked_cross_attention, case), run_resampler(ops.resampler_attention, media)
     for _ in range(20):
@@ -62,7 +69,7 @@ def test_repeated_runs_are_equal_bit_for_bit() -> None:
 
 
 def test_strided_and_misaligned_inputs() -> None:
-    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, device="cuda")
+    case = cross_case(PACKED, num_media=8, dtype=torch.bfloat16, device="cuda")
     plain = run_cross(ops.masked_cross_attention, case)
     wide = torch.zeros(len(PACKED), 2, 67, dtype=torch.bfloat16, device="cuda")
     wide[..., 1:65] = case.q
@@ -70,16 +77,16 @@ def test_strided_and_misaligned_inputs() -> None:
         assert torch.equal(x, y)
 
 
-def test_float32_and_other_widths_fall_back() -> None:
-    for options in ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "width": 80}):
-        case = cross_case(PACKED, media=8, device="cuda", **options)
+def test_float32_and_other_head_dims_fall_back() -> None:
+    for options in ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "head_dim": 80}):
+        case = cross_case(PACKED, num_media=8, device="cuda", **options)
         assert run_cross(ops.masked_cross_attention, case)[0].shape == case.q.shape
         with pytest.raises(RuntimeError, match="no kernels for"):
             run_cross(ops.masked_cross_attention, case, backend="fused")
 
 
 def test_opcheck() -> None:
-    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, device="cuda")
+    case = cross_case(PACKED, num_media=8, dtype=torch.bfloat16, device="cuda")
     inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
     scale = torch.tensor([0.5], device="cuda", requires_grad=True)
     torch.library.opcheck(
@@ -102,7 +109,7 @@ def test_a_media_index_out_of_range_stops_the_process_with_a_device_assertion() 
     assert "media_index is out of range" in result.stdout + result.stderr
 
 
-def test_rivals_compute_the_same() -> None:
+def test_baselines_compute_the_same() -> None:
     shape = CrossShape(2, 256, 4, 2, 64)
     q, grid = torch.randn(512, 2, 64), torch.randn(2, 8, 64, 2, 64)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, *grid.unbind(0)))
@@ -113,5 +120,5 @@ def test_rivals_compute_the_same() -> None:
     case = resampler_case([100] * 3, dtype=torch.bfloat16, device="cuda")
     resampled = ops.resampler_attention(*case[:6], backend="fused")
     for name, baseline in resampler_baselines(media, "cuda").items():
-        if "features only" not in name:  # leaves out the latents: a baseline in speed alone
+        if "features only" not in name:  # it leaves out the latents, and is a baseline for speed only
             torch.testing.assert_close(baseline(*case[:5]), resampled, rtol=2e-2, atol=2e-2, msg=name)

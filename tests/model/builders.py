@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and batches for the tests of the model. Nothing is downloaded."""
+"""Build tiny models, tokenizers and batches for the tests of the model, without downloads."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from model.factory import build_flamingo
 from model.flamingo import Flamingo
 from model.tokens import SpecialTokenIds
 
-VOCABULARY = 48
+VOCAB_SIZE = 48
 BOS, EOS, PAD = 1, 2, 0
 IMAGE_SIZE = 16
 _COMMON = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -39,9 +39,9 @@ _COMMON = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
     "pad_token_id": PAD,
-    "initializer_range": 0.2,  # far from flat logits: greedy search has something to decide
+    "initializer_range": 0.2,  # logits far from flat, so that greedy search has something to decide
 }
-# Dropout is on where a family has it: a frozen model that left evaluation mode would show.
+# Dropout is on where a family has it, so that leaving evaluation mode would be noticed.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "intermediate_size": 48, "num_key_value_heads": 2},
     "gpt_neox": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 48, "hidden_dropout": 0.2},
@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {**_COMMON, "model_type": "bloom", "n_layer": 3, "n_head": 4, "hidden_dropout": 0.2},
     "gpt2": {
         "model_type": "gpt2",
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCAB_SIZE,
         "n_embd": 32,
         "n_layer": 3,
         "n_head": 4,
@@ -80,15 +80,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi": {**_COMMON, "model_type": "phi", "intermediate_size": 48, "resid_pdrop": 0.2},
 }
-# The new tokens beyond the table, as with a tokenizer that fills it, and inside of it, as with a padded table.
-BEYOND = SpecialTokenIds(image_id=VOCABULARY, end_of_chunk_id=VOCABULARY + 1, bos_id=BOS, eos_id=EOS, pad_id=PAD)
-INSIDE = replace(BEYOND, image_id=VOCABULARY - 3, end_of_chunk_id=VOCABULARY - 2)
-STRADDLING = replace(BEYOND, image_id=VOCABULARY - 1, end_of_chunk_id=VOCABULARY + 2)
+# Added tokens lie beyond the table where the tokenizer fills it, and inside it where the table is padded.
+BEYOND = SpecialTokenIds(image_id=VOCAB_SIZE, end_of_chunk_id=VOCAB_SIZE + 1, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+INSIDE = replace(BEYOND, image_id=VOCAB_SIZE - 3, end_of_chunk_id=VOCAB_SIZE - 2)
+STRADDLING = replace(BEYOND, image_id=VOCAB_SIZE - 1, end_of_chunk_id=VOCAB_SIZE + 2)
 
 
 @functools.cache
 def tower_folder() -> str:
-    """A tiny open_clip model in open_clip's own folder format; removed when the process ends."""
+    """Return a folder with a tiny open_clip model, removed when the process ends."""
     holder = tempfile.TemporaryDirectory()
     tower_folder.holder = holder  # type: ignore[attr-defined]
     write_tower(Path(holder.name))
@@ -96,11 +96,11 @@ def tower_folder() -> str:
 
 
 def write_tower(folder: Path, seed: int = 0) -> None:
-    """open_clip_config.json and open_clip_model.safetensors of a ViT: 16 px, patches of 8, width 24, 3 blocks."""
+    """Write a ViT in open_clip's folder format: 16 px, patches of 8, dim 24, 3 blocks."""
     architecture = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 24, "layers": 3, "head_width": 12},
-        "text_cfg": {"context_length": 8, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": 8, "vocab_size": VOCAB_SIZE, "width": 16, "heads": 2, "layers": 1},
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +111,7 @@ def write_tower(folder: Path, seed: int = 0) -> None:
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> FlamingoConfig:
-    """A Flamingo of a few thousand parameters around a random LM of a family, with any field replaced."""
+    """Describe a Flamingo of a few thousand parameters around a random LM of a family, with any field replaced."""
     config = FlamingoConfig(
         vision=VisionEncoderConfig(name=f"local-dir:{tower_folder()}"),
         resampler=PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=8, num_latents=4, num_frames=2),
@@ -124,7 +124,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> FlamingoConfig:
 def tiny_flamingo(
     family: str = "llama", tokens: SpecialTokenIds = BEYOND, *, seed: int = 0, gates: float = 0.0, **changes: Any
 ) -> Flamingo:
-    """A tiny model at its start; with ``gates``, one that looks as if it had been trained."""
+    """Build a tiny model at its start; with ``gates`` one that looks trained."""
     model = build_flamingo(tiny_config(family, **changes), tokens, seed=seed)
     if gates:
         wake(model, gates)
@@ -132,8 +132,10 @@ def tiny_flamingo(
 
 
 def wake(model: Flamingo, gates: float) -> None:
-    """Opens every gate, so that media matter, and tells the new rows apart: at the start they are one row, whose equal
-    logits would leave greedy search to rounding."""
+    """Open every gate, so that media matter, and make the added tokens differ.
+
+    At the start their embeddings are equal, and rounding would decide greedy search.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.cross_attention:
@@ -143,19 +145,19 @@ def wake(model: Flamingo, gates: float) -> None:
             row.weight.add_(0.2 * torch.randn(row.weight.shape, generator=generator))
 
 
-def random_media(count: int, *, frames: int = 1, seed: int = 0, size: int = IMAGE_SIZE) -> Tensor:
-    """uint8 [count, frames, 3, size, size]"""
+def random_media(count: int, *, num_frames: int = 1, seed: int = 0, size: int = IMAGE_SIZE) -> Tensor:
+    """Return uint8 media [count, num_frames, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, frames, 3, size, size), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, num_frames, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def random_text(rows: int, length: int, *, seed: int = 0) -> Tensor:
-    """Ids of ordinary tokens, [rows, length]."""
-    return torch.randint(3, VOCABULARY - 4, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Return ids of ordinary tokens, [rows, length]."""
+    return torch.randint(3, VOCAB_SIZE - 4, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def text_with_media(tokens: SpecialTokenIds = BEYOND, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids [2, 12] with two media in the first row and one in the second, and the three media."""
+    """Return ids [2, 12] with two media in the first row and one in the second, and the three media."""
     ids = random_text(2, 12, seed=seed)
     ids[0, [1, 6]] = tokens.image_id
     ids[1, 3] = tokens.image_id
@@ -164,8 +166,8 @@ def text_with_media(tokens: SpecialTokenIds = BEYOND, *, seed: int = 0) -> tuple
 
 
 def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of ``VOCABULARY`` entries, made in the process."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    """Build a word-level tokenizer of ``VOCAB_SIZE`` entries."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCAB_SIZE - 4))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)

@@ -1,4 +1,4 @@
-"""The models here are so tiny that a second thread only costs time."""
+"""Run on one thread: the models are so tiny that a second one only costs time."""
 
 from __future__ import annotations
 

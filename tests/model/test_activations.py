@@ -1,4 +1,4 @@
-"""What a micro-batch keeps, counted without values, against what a real forward and backward keep."""
+"""Compare the memory counted without values with the memory of a real forward and backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.parameters import trainable_parameters
 from tests.model.builders import random_media, random_text, text_with_media, tiny_flamingo
 
 ROWS, TOKENS, MEDIA = 4, 32, 8
-# Heads as wide as the fused ops want them.
+# The fused ops need a head_dim that is a multiple of 16.
 WIDE = {
     "cross_attention": CrossAttentionConfig(every_n_layers=2, head_dim=16, num_heads=4),
     "resampler": PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=16, num_latents=4, num_frames=2),
@@ -23,9 +23,9 @@ WIDE = {
 @pytest.mark.parametrize("checkpointed", [0, 2, 3])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16")])
-def test_counted_is_what_is_kept(family: str, dtype: str, packed: bool, checkpointed: int) -> None:
+def test_the_count_is_that_of_a_real_step(family: str, dtype: str, packed: bool, checkpointed: int) -> None:
     model = tiny_flamingo(family, gates=0.5, **WIDE).to(torch_dtype(dtype))  # type: ignore[arg-type]
-    model.activation_checkpointing(checkpointed)
+    model.set_activation_checkpointing(checkpointed)
     batch = MicroBatch(ROWS, TOKENS, MEDIA, packed=packed)
     counted = count_activations(model, batch, torch_dtype(dtype))  # type: ignore[arg-type]
     ids, mask = random_text(ROWS, TOKENS), torch.ones(ROWS, TOKENS, dtype=torch.int64)
@@ -46,20 +46,20 @@ def test_counted_is_what_is_kept(family: str, dtype: str, packed: bool, checkpoi
 
 def gradients(checkpointed: bool | int) -> dict[str, Tensor]:
     model = tiny_flamingo(gates=0.5).train()
-    model.activation_checkpointing(checkpointed)
+    model.set_activation_checkpointing(checkpointed)
     ids, media = text_with_media()
     model(ids, labels=ids, media=media).loss.backward()
     return {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointed", [1, 2, True])
-def test_some_blocks_recomputed_give_the_same_gradients(checkpointed: bool | int) -> None:
+def test_recomputing_some_blocks_gives_the_same_gradients(checkpointed: bool | int) -> None:
     expected, found = gradients(False), gradients(checkpointed)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 
 
-def test_more_blocks_than_there_are() -> None:
+def test_recomputing_more_blocks_than_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match="the language model has 3 blocks"):
-        tiny_flamingo().activation_checkpointing(4)
+        tiny_flamingo().set_activation_checkpointing(4)

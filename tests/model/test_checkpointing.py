@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, from fewer stored activations, with each forward's own media."""
+"""Check that recomputation gives the same gradients from fewer stored activations, with each forward's own media."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tests.model.builders import FAMILIES, random_media, random_text, text_with_
 
 
 def gradients(model: Flamingo, checkpointing: bool) -> dict[str, Tensor]:
-    """Of two forwards with different media before two backwards, in the other order."""
-    model.activation_checkpointing(checkpointing)
+    """Return the gradients of two forwards with different media, whose backwards run in the opposite order."""
+    model.set_activation_checkpointing(checkpointing)
     model.zero_grad()
     ids, media = text_with_media()
     other_ids, other_media = text_with_media(seed=5)
     first = model(ids, labels=ids, media=media).loss
     second = model(other_ids, labels=other_ids, media=other_media, media_index=torch.zeros_like(ids)).loss
-    with calling(Call()):  # what a later call leaves in the context must not matter
+    with calling(Call()):  # the settings of a later call must not matter
         second.backward()
         (3 * first).backward()
     return {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_the_same_without_and_with(family: str) -> None:
+def test_recomputation_gives_the_same_gradients(family: str) -> None:
     model = tiny_flamingo(family, gates=0.5).train()
     expected, found = gradients(model, False), gradients(model, True)
     assert all(gradient.any() for gradient in expected.values())
@@ -38,7 +38,7 @@ def test_gradients_are_the_same_without_and_with(family: str) -> None:
 
 
 def stored_bytes(model: Flamingo, checkpointing: bool) -> int:
-    model.activation_checkpointing(checkpointing)
+    model.set_activation_checkpointing(checkpointing)
     ids = random_text(4, 32)
     total = 0
 
@@ -57,17 +57,17 @@ def test_the_cross_attention_is_recomputed_too() -> None:
     calls: list[Any] = []
     model.cross_attention[1].feed_forward.register_forward_hook(lambda *args: calls.append(1))
     assert stored_bytes(model, True) < stored_bytes(model, False) / 2
-    model.activation_checkpointing()
+    model.set_activation_checkpointing()
     ids, media = text_with_media()
     calls.clear()
     model(ids, labels=ids, media=media).loss.backward()
     assert len(calls) == 2
 
 
-def test_no_recomputation_without_gradients() -> None:
+def test_nothing_is_recomputed_without_gradients() -> None:
     model = tiny_flamingo(gates=0.5)
     ids, media = text_with_media()
     with torch.no_grad():
         expected = model(ids, media=media).logits
-        model.activation_checkpointing()
+        model.set_activation_checkpointing()
         assert torch.equal(model(ids, media=media).logits, expected)

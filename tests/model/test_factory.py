@@ -1,4 +1,4 @@
-"""Building a model: tokens, types, seeds, and what a partitioning context sees."""
+"""Build models: tokens, types, seeds, and partitioning contexts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 from model.config import FlamingoConfig, LanguageModelConfig, SpecialTokensConfig
 from model.factory import build_flamingo, build_language_model, build_tokenizer
 from model.parameters import frozen_digests, trainable_parameters
-from model.tokens import with_new_tokens
-from tests.model.builders import BEYOND, EOS, FAMILIES, VOCABULARY, text_with_media, tiny_config, tiny_tokenizer
+from model.tokens import add_special_tokens
+from tests.model.builders import BEYOND, EOS, FAMILIES, VOCAB_SIZE, text_with_media, tiny_config, tiny_tokenizer
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_the_seed_decides_the_start_whatever_the_generator_was() -> None:
+def test_the_seed_alone_decides_the_start() -> None:
     torch.manual_seed(1)
     first = build_flamingo(tiny_config(), BEYOND, seed=3)
     torch.manual_seed(2)
@@ -43,12 +43,12 @@ def test_low_precision_starts_at_the_rounded_values() -> None:
     narrow = build_flamingo(tiny_config("gpt2"), BEYOND, dtype="bfloat16")
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     for name, parameter in trainable_parameters(narrow).items():
-        if "_rows" not in name:  # those start at a row of a language model that was drawn in bfloat16
+        if "_rows" not in name:  # these start at an embedding of a language model that was drawn in bfloat16
             assert torch.equal(parameter, wide[name].bfloat16()), name
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_new_rows_start_at_the_end_of_sequence() -> None:
+def test_added_tokens_start_at_the_end_of_sequence_token() -> None:
     model = build_flamingo(tiny_config("gemma3"), BEYOND)
     lm = model.language_model.lm
     scaled = lm.get_input_embeddings().weight[EOS] * 32**0.5  # Gemma scales inside its embedding
@@ -59,7 +59,7 @@ def test_new_rows_start_at_the_end_of_sequence() -> None:
 
 
 class Partitioned:
-    """Stands in for ZeRO-3: parameters are hidden as soon as the module that owns them is made."""
+    """Imitate ZeRO-3: hide parameters as soon as the module that owns them is made."""
 
     def __init__(self) -> None:
         self.hidden: dict[nn.Parameter, torch.Tensor] = {}
@@ -79,7 +79,7 @@ class Partitioned:
             classes.append((cls, original))
             cls.__init__ = init
 
-        for cls in _subclasses(nn.Module):
+        for cls in _all_subclasses(nn.Module):
             if "__init__" in vars(cls):
                 wrap(cls)
         try:
@@ -105,8 +105,8 @@ class Partitioned:
             parameter.data = parameter.data.new_empty(0)
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+def _all_subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_all_subclasses(sub) for sub in cls.__subclasses__()))
 
 
 def test_partitioning_changes_neither_the_start_nor_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,41 +154,41 @@ def test_pickled_weights_of_a_language_model_are_refused(tmp_path: Path) -> None
         (LanguageModelConfig(architecture={"hidden_size": 8}), "model_type"),
     ],
 )
-def test_a_language_model_that_cannot_be_built(config: LanguageModelConfig, message: str) -> None:
+def test_wrong_settings_of_a_language_model_are_named(config: LanguageModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_language_model(config, torch.float32)
 
 
-def test_tokenizer(tmp_path: Path) -> None:
+def test_a_tokenizer_gets_the_added_tokens(tmp_path: Path) -> None:
     tiny_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(tmp_path)
     config = tiny_config(language_model=LanguageModelConfig(name=None, tokenizer=str(tmp_path)))
     tokenizer = build_tokenizer(config)
     assert tokenizer.ids == BEYOND
-    assert tokenizer.encode("w0 <image>w1<|endofchunk|>") == [4, VOCABULARY, 5, VOCABULARY + 1]
-    assert tokenizer.decode([4, VOCABULARY, 5, VOCABULARY + 1, EOS]) == "w0 w1"
-    # and what it builds runs
+    assert tokenizer.encode("w0 <image>w1<|endofchunk|>") == [4, VOCAB_SIZE, 5, VOCAB_SIZE + 1]
+    assert tokenizer.decode([4, VOCAB_SIZE, 5, VOCAB_SIZE + 1, EOS]) == "w0 w1"
+    # a model with these tokens runs
     model = build_flamingo(replace(tiny_config(), tokens=config.tokens), tokenizer)
     ids, media = text_with_media()
     assert model(ids, labels=ids, media=media).loss.isfinite()
 
 
 def test_missing_special_tokens_fall_back_to_the_end_of_sequence() -> None:
-    found = with_new_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig())
+    found = add_special_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig())
     assert (found.bos_id, found.eos_id, found.pad_id) == (EOS, EOS, EOS)
     with pytest.raises(ValueError, match="end-of-sequence"):
-        with_new_tokens(tiny_tokenizer(), SpecialTokensConfig())
+        add_special_tokens(tiny_tokenizer(), SpecialTokensConfig())
 
 
 def test_a_token_that_the_tokenizer_already_has_keeps_its_id() -> None:
-    found = with_new_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig(image="w7"))
-    assert (found.image_id, found.end_of_chunk_id) == (11, VOCABULARY)
-    again = with_new_tokens(found.tokenizer, SpecialTokensConfig(image="w7"))
+    found = add_special_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig(image="w7"))
+    assert (found.image_id, found.end_of_chunk_id) == (11, VOCAB_SIZE)
+    again = add_special_tokens(found.tokenizer, SpecialTokensConfig(image="w7"))
     assert again.ids == found.ids
 
 
-def test_tokens_and_tokenizers_that_do_not_do() -> None:
+def test_unusable_tokens_and_tokenizers_are_named() -> None:
     with pytest.raises(ValueError, match="same token"):
-        with_new_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig(image="<x>", end_of_chunk="<x>"))
+        add_special_tokens(tiny_tokenizer(eos_token="</s>"), SpecialTokensConfig(image="<x>", end_of_chunk="<x>"))
     with pytest.raises(ValueError, match=r"language_model\.tokenizer"):
         build_tokenizer(tiny_config())
 

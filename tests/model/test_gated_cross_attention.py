@@ -1,4 +1,4 @@
-"""The gated block against a loop over tokens."""
+"""Compare the gated block with a loop over tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = CrossAttentionConfig(num_heads=2, head_dim=8)
 
 def block(config: CrossAttentionConfig = CONFIG, gates: tuple[float, float] = (0.4, -0.8)) -> GatedCrossAttentionBlock:
     torch.manual_seed(0)
-    module = GatedCrossAttentionBlock(config, width=12, media_width=10)
+    module = GatedCrossAttentionBlock(config, dim=12, media_dim=10)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "norm" in name:
@@ -29,7 +29,7 @@ def block(config: CrossAttentionConfig = CONFIG, gates: tuple[float, float] = (0
 
 
 def by_hand(module: GatedCrossAttentionBlock, y: Tensor, latents: Tensor, sees: list[list[int]]) -> Tensor:
-    """One row [L, D]; ``sees``: the media of each token."""
+    """Compute one row [L, D], where ``sees`` lists the media of each token."""
     a, f = module.attention, module.feed_forward
     media = a.media_norm(latents)
     out = torch.zeros_like(y)
@@ -50,7 +50,7 @@ def by_hand(module: GatedCrossAttentionBlock, y: Tensor, latents: Tensor, sees: 
 
 @pytest.mark.parametrize("media_norm", [True, False])
 @pytest.mark.parametrize("activation", ["squared_relu", "gelu"])
-def test_against_a_loop(media_norm: bool, activation: str) -> None:
+def test_the_block_equals_a_loop(media_norm: bool, activation: str) -> None:
     module = block(replace(CONFIG, media_norm=media_norm, activation=activation))
     y, latents = torch.randn(2, 5, 12), torch.randn(3, 4, 10)
     index = torch.tensor([[-1, 0, 0, 1, 1], [2, 2, -1, -1, 2]])
@@ -60,7 +60,7 @@ def test_against_a_loop(media_norm: bool, activation: str) -> None:
         torch.testing.assert_close(out[row], by_hand(module, y[row], latents, sees))
 
 
-def test_all_media_so_far() -> None:
+def test_a_token_may_see_all_media_so_far() -> None:
     module = block()
     y, latents = torch.randn(1, 5, 12), torch.randn(3, 4, 10)
     index = torch.tensor([[-1, 0, 1, 1, 2]])
@@ -80,7 +80,7 @@ def test_closed_gates_are_the_identity_bit_for_bit() -> None:
     assert torch.equal(module(y, torch.randn(3, 4, 10), torch.zeros(2, 5, dtype=torch.int64)), y)
 
 
-def test_projected_media_are_the_same_as_latents() -> None:
+def test_projected_media_replace_latents() -> None:
     module = block()
     y, latents = torch.randn(2, 5, 12), torch.randn(3, 4, 10)
     index = torch.tensor([[-1, 0, 0, 1, 1], [2, 2, -1, -1, 2]])
@@ -97,7 +97,7 @@ def test_shapes_of_the_parameters() -> None:
     assert "attention.media_norm.weight" not in block(replace(CONFIG, media_norm=False)).state_dict()
 
 
-def test_heads_fill_the_width_unless_they_are_given() -> None:
-    assert GatedCrossAttentionBlock(CrossAttentionConfig(head_dim=4), 12, 10).attention.heads == 3
+def test_heads_fill_the_dim_unless_their_number_is_given() -> None:
+    assert GatedCrossAttentionBlock(CrossAttentionConfig(head_dim=4), 12, 10).attention.num_heads == 3
     with pytest.raises(ValueError, match=r"cross_attention\.head_dim 8 does not divide .* 12"):
         GatedCrossAttentionBlock(CrossAttentionConfig(head_dim=8), 12, 10)

@@ -1,4 +1,4 @@
-"""Generation on top of Hugging Face's, with media."""
+"""Check text generation with media on top of Hugging Face's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from model import factory
 from model.config import CrossAttentionConfig
 from model.flamingo import Flamingo
 from model.generation import generate
+from model.media_inputs import media_inputs
 from model.tokens import SpecialTokenIds
 from model.tower_patches import Grid
 from tests.model.builders import BEYOND, EOS, FAMILIES, INSIDE, random_media, random_text, tiny_flamingo
-from trainer.data.batch import media_inputs
 
 IMAGE, END = BEYOND.image_id, BEYOND.end_of_chunk_id
 PROMPTS = [[1, IMAGE, 5, 6, END, IMAGE, 7], [1, 9], [1, IMAGE], [1, 4, IMAGE, 8, 11, 12, END, 13, IMAGE, IMAGE, 10, 14]]
@@ -41,7 +41,7 @@ def test_a_batch_gives_the_same_as_its_prompts_one_by_one(family: str) -> None:
     assert len({tuple(text) for text in batch}) > 1
 
 
-def test_media_of_any_shape_in_a_batch_are_what_they_are_alone() -> None:
+def test_media_of_any_shape_give_the_same_texts_in_a_batch_and_alone() -> None:
     model = tiny_flamingo(gates=1.0, seed=1)
     grids: list[Grid] = [(1, 2, 2), (1, 3, 1), (2, 1, 4), (1, 1, 1), (1, 4, 3), (1, 2, 5)]
     shapes = [(frames, 3, rows * 8, columns * 8) for frames, rows, columns in grids]
@@ -65,7 +65,7 @@ def test_media_of_any_shape_in_a_batch_are_what_they_are_alone() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_search_is_the_argmax_of_the_whole_model(family: str) -> None:
-    """No cache, no padding: the media index is rebuilt from scratch for every token."""
+    """Compare with a search without cache and padding, which rebuilds the media index for every token."""
     model = tiny_flamingo(family, gates=1.0, seed=2)
     prompt, media = PROMPTS[0], random_media(2)
     ids = list(prompt)
@@ -81,7 +81,7 @@ def test_greedy_search_is_the_argmax_of_the_whole_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "gpt2"])
-def test_beam_search_in_a_batch(family: str) -> None:
+def test_beam_search_of_a_batch_equals_its_prompts_one_by_one(family: str) -> None:
     model = tiny_flamingo(family, gates=1.0, seed=3)
     media = random_media(6)
     settings = {"max_new_tokens": 6, "num_beams": 3}
@@ -111,7 +111,7 @@ def test_beams_find_more_likely_texts() -> None:
     assert log_probability(8) > log_probability(1) + 0.5
 
 
-def test_sampling() -> None:
+def test_sampling_follows_torchs_generator() -> None:
     model = tiny_flamingo(gates=1.0)
     settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
 
@@ -126,7 +126,7 @@ def test_sampling() -> None:
 
 
 def test_media_matter_for_every_new_token() -> None:
-    """The second token of a text still sees the image: a peer's cache lost it there."""
+    """Check that the second new token still sees the image; another project's cache lost it there."""
     model = tiny_flamingo(gates=1.0)
     seen: list[Tensor] = []
     block = model.cross_attention[0].attention
@@ -146,8 +146,8 @@ def test_keys_and_values_are_computed_once() -> None:
 
 
 @pytest.mark.parametrize("attend", ["one", "all"])
-def test_earlier_media_of_the_prompt(attend: str) -> None:
-    """In mode "one", keys of the first image are not read by the tokens after the second."""
+def test_only_attend_all_reads_earlier_media_of_the_prompt(attend: str) -> None:
+    """Check that with "one" the tokens after the second image do not read the keys of the first."""
     cross_attention = CrossAttentionConfig(every_n_layers=9, head_dim=8, num_heads=4, attend=attend)
     model = tiny_flamingo(gates=1.0, cross_attention=cross_attention)
     outputs: list[Tensor] = []
@@ -160,10 +160,10 @@ def test_earlier_media_of_the_prompt(attend: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [BEYOND, INSIDE], ids=["beyond", "inside"])
-def test_it_stops_at_the_end_of_chunk_and_never_writes_an_image(tokens: SpecialTokenIds) -> None:
+def test_generation_stops_at_the_end_of_chunk_and_never_writes_an_image(tokens: SpecialTokenIds) -> None:
     model = tiny_flamingo("gemma3", tokens, gates=1.0)
     image_row, end_row = model.language_model.output_rows
-    with torch.no_grad():  # both would be written often
+    with torch.no_grad():  # otherwise both would be rare
         image_row.weight.mul_(4)
         end_row.weight.mul_(4)
     torch.manual_seed(0)
@@ -177,11 +177,11 @@ def test_it_stops_at_the_end_of_chunk_and_never_writes_an_image(tokens: SpecialT
     assert min(len(text) for text in texts) < 20
 
 
-def test_without_media_it_is_the_text_model() -> None:
+def test_without_media_the_model_is_a_text_model() -> None:
     model = tiny_flamingo(gates=1.0)
     with_blind_media = generate(model, [[1, 5, 6]], random_media(1)[:0], [0], max_new_tokens=5)
     assert generate(model, [[1, 5, 6]], None, [0], max_new_tokens=5) == with_blind_media
-    # an <image> token in a prompt without media is just a token
+    # without media an <image> token in a prompt is an ordinary token
     assert len(generate(model, [[1, IMAGE, 6]], None, [1], max_new_tokens=5)) == 1
 
 
@@ -200,7 +200,7 @@ def test_the_language_models_own_generation_defaults_do_not_matter() -> None:
     assert generate(model, [[1, 5, 6]], None, [0], max_new_tokens=9) == expected
 
 
-def test_what_does_not_fit_is_an_error() -> None:
+def test_media_that_do_not_fit_the_prompts_are_an_error() -> None:
     model = tiny_flamingo()
     media = random_media(2)
     with pytest.raises(ValueError, match="prompt 1 is empty"):

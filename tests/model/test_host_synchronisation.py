@@ -1,7 +1,7 @@
-"""A micro-step asks the device for no value: on a GPU the host would wait there until everything before is computed.
+"""Check that a micro-step reads no value from the device: on a GPU the host would wait there for all earlier work.
 
-Run with fake tensors, which have shapes and no values: whatever needs one raises. What Hugging Face asks once a call
-(whether a mask masks anything) it does not ask fake tensors.
+Fake tensors have shapes and no values, so reading one raises. Hugging Face reads a mask once a call, to see whether it
+masks anything; it does not do that with fake tensors.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from model.config import LanguageModelConfig
 from model.flamingo import Flamingo
+from model.internals import FakeTensorMode, TorchDispatchMode
 from model.ops import library
 from tests.model.builders import FAMILIES, IMAGE_SIZE, INSIDE, tiny_config, tiny_flamingo
-from trainer.benchmark.mixture import make_mixture, packed_batches
+from trainer.benchmark.synthetic_mixture import make_mixture, packed_batches
 
 
 class NoTensorOfHostValues(TorchDispatchMode):
-    """Raises where a tensor is made of Python's numbers: on a GPU that is a copy which the host waits for."""
+    """Raise where a tensor is made of Python's numbers: on a GPU the host waits for that copy."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten.lift_fresh.default, "a tensor of host values is made within a step"
@@ -36,15 +36,15 @@ def small_model(family: str, attend: str = "one") -> Flamingo:
         family,
         INSIDE,
         language_model=LanguageModelConfig(architecture=long_enough),
-        resampler=replace(config.resampler, head_dim=16),  # as the fused ops take it
+        resampler=replace(config.resampler, head_dim=16),  # the fused ops need a multiple of 16
         cross_attention=replace(config.cross_attention, head_dim=16, attend=attend),
     )
 
 
 def step(model: Flamingo, packed: bool = True, without: str = "") -> None:
-    """Forward and backward of a batch as the collator makes it, but for one of its inputs."""
+    """Run forward and backward of a batch from the collator, with one of its inputs left out."""
     if (reason := library.load_errors()["cpu"]) is not None:
-        pytest.skip(f"the reference of the ops asks for values, and the fused ones are absent: {reason}")
+        pytest.skip(f"the fused ops are absent, and their reference reads values: {reason}")
     batch = packed_batches(make_mixture(1, INSIDE, IMAGE_SIZE), INSIDE, IMAGE_SIZE)["pairs"]
     batch = batch if packed else replace(batch, position_ids=None)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -59,17 +59,17 @@ def step(model: Flamingo, packed: bool = True, without: str = "") -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("family", "attend"), [("llama", "one"), ("llama", "all"), ("gemma3", "one")])
-def test_no_value_is_asked_for(family: str, attend: str, packed: bool) -> None:
-    """gemma3: the loss is not fused with its head."""
+def test_no_value_is_read(family: str, attend: str, packed: bool) -> None:
+    """Cover gemma3 too, whose loss is not fused with its head."""
     step(small_model(family, attend), packed)
 
 
-def test_a_question_is_seen() -> None:
+def test_reading_a_value_is_noticed() -> None:
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        step(small_model("llama"), without="positions")
+        step(small_model("llama"), without="target_positions")
 
 
-def test_a_tensor_of_host_values_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_of_host_values_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("llama")
     forward = model.resampler.forward
     monkeypatch.setattr(model.resampler, "forward", lambda features: forward(features) * torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""Invariants 1 to 3 of DESIGN.md and the cheap truths of the paper, on tiny random models of many families."""
+"""Check the invariants of the model and statements of the paper, on tiny random models of many families."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import language_model as language_model_module
+from model import lm_probes
 from model.config import CrossAttentionConfig, SpecialTokensConfig
 from model.factory import build_flamingo
 from model.flamingo import Flamingo, cross_attention_blocks
@@ -24,7 +25,7 @@ from tests.model.builders import (
     FAMILIES,
     INSIDE,
     STRADDLING,
-    VOCABULARY,
+    VOCAB_SIZE,
     random_media,
     random_text,
     text_with_media,
@@ -37,7 +38,7 @@ every_place = pytest.mark.parametrize("tokens", [BEYOND, INSIDE, STRADDLING], id
 
 
 def bare_lm(model: Flamingo, family: str) -> nn.Module:
-    """A Hugging Face model that our code has never touched, with the same weights."""
+    """Build a Hugging Face model with the same weights that our code has not wrapped."""
     architecture = dict(FAMILIES[family])
     config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     dtype = next(model.language_model.lm.parameters()).dtype
@@ -57,14 +58,14 @@ def masked_labels(ids: Tensor, tokens: SpecialTokenIds) -> Tensor:
 def test_logits_at_the_start_are_the_bare_language_models(family: str, tokens: SpecialTokenIds) -> None:
     model = tiny_flamingo(family, tokens)
     ids, media = text_with_media(tokens)
-    # The new rows start as those of the end of the sequence.
+    # The added tokens start at the embeddings of the end-of-sequence token.
     known = ids.masked_fill((ids == tokens.image_id) | (ids == tokens.end_of_chunk_id), EOS)
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
     with torch.no_grad():
         expected = bare_lm(model, family)(input_ids=known, attention_mask=mask).logits
         found = model(ids, attention_mask=mask, media=media).logits
-    old = [i for i in range(VOCABULARY) if i not in (tokens.image_id, tokens.end_of_chunk_id)]
+    old = [i for i in range(VOCAB_SIZE) if i not in (tokens.image_id, tokens.end_of_chunk_id)]
     assert torch.equal(found[..., old], expected[..., old])
     bias = getattr(model.language_model.lm.get_output_embeddings(), "bias", None)
     if bias is None:
@@ -82,7 +83,7 @@ def test_logits_at_the_start_in_bfloat16(family: str) -> None:
         expected = bare_lm(model, family)(input_ids=ids).logits
         found = model(ids, media=media, media_index=index).logits
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found[..., :VOCABULARY], expected)
+    assert torch.equal(found[..., :VOCAB_SIZE], expected)
 
 
 @every_place
@@ -102,9 +103,9 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits(family: str, tokens: Spe
     torch.testing.assert_close(out.loss, expected)
 
 
-@pytest.mark.parametrize(("family", "shape"), [("gemma3", (1, 2, VOCABULARY + 2)), ("llama", ())])
+@pytest.mark.parametrize(("family", "shape"), [("gemma3", (1, 2, VOCAB_SIZE + 2)), ("llama", ())])
 def test_only_positions_with_a_label_get_logits(family: str, shape: tuple[int, ...]) -> None:
-    """And where nothing stands between the output embedding and the loss, none are kept: gemma caps its logits."""
+    """Check the shape of the output embedding's result: a scalar loss, except for gemma, which caps its logits."""
     model = tiny_flamingo(family)
     ids, media = text_with_media()
     labels = torch.full_like(ids, -100)
@@ -119,7 +120,7 @@ def test_only_positions_with_a_label_get_logits(family: str, shape: tuple[int, .
 
 
 def test_a_batch_without_labels_has_loss_zero_and_gradients() -> None:
-    """Every rank has to run the same backward, also the one whose batch trains nothing."""
+    """Check a batch that trains nothing: its rank has to run the same backward as the others."""
     model = tiny_flamingo(gates=0.5)
     ids, media = text_with_media()
     loss = model(ids, labels=torch.full_like(ids, -100), media=media).loss
@@ -131,7 +132,7 @@ def test_a_batch_without_labels_has_loss_zero_and_gradients() -> None:
 
 
 @every_family
-def test_at_step_0_only_gates_and_new_rows_have_a_gradient(family: str) -> None:
+def test_at_step_0_only_gates_and_added_tokens_have_a_gradient(family: str) -> None:
     model = tiny_flamingo(family)
     ids, media = text_with_media()
     model(ids, labels=masked_labels(ids, BEYOND), media=media).loss.backward()
@@ -143,13 +144,13 @@ def test_at_step_0_only_gates_and_new_rows_have_a_gradient(family: str) -> None:
     model.zero_grad()
     model(ids, labels=masked_labels(ids, BEYOND), media=media).loss.backward()
     still = [name for name, p in trainable_parameters(model).items() if not p.grad.any()]
-    # one frame: the embedding of the second has nothing to act on, but the tensor as a whole moves
+    # media have one frame, so only the first of the time embeddings moves, but they are one tensor
     assert still == []
 
 
 def test_gradient_of_a_closed_gate_is_right() -> None:
-    """Against a finite difference in float64: nothing may be derived from the gated output, which is 0."""
-    model = tiny_flamingo("gpt2").double()  # nothing in GPT-2 computes in float32 by itself
+    """Compare with a finite difference in float64: the gated output is 0, so no gradient may be derived from it."""
+    model = tiny_flamingo("gpt2").double()  # GPT-2 nowhere converts to float32 by itself
     ids, media = text_with_media()
     gate = model.cross_attention[0].attention_gate
 
@@ -192,8 +193,8 @@ def test_text_without_a_medium_gets_exactly_0_from_cross_attention(family: str) 
 
 
 @pytest.mark.parametrize("attend", ["one", "all"])
-def test_what_a_token_sees(attend: str) -> None:
-    """One medium: only through cross-attention of the first block, to keep self-attention out of it."""
+def test_a_token_sees_one_medium_or_all_so_far(attend: str) -> None:
+    """Look at the hidden states after the first cross-attention, before self-attention mixes tokens."""
     cross_attention = CrossAttentionConfig(every_n_layers=9, head_dim=8, num_heads=4, attend=attend)
     model = tiny_flamingo(gates=0.7, cross_attention=cross_attention)
     ids = random_text(1, 6)
@@ -247,14 +248,14 @@ def test_train_mode_switches_no_dropout_on(family: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_which_rows_are_trained() -> None:
+def test_added_tokens_are_trained_as_configured() -> None:
     both = trainable_parameters(tiny_flamingo())
     one = trainable_parameters(build_flamingo(tiny_config(tokens=SpecialTokensConfig(train_image=False)), BEYOND))
     rows = [f"language_model.{side}_rows.{n}.weight" for side in ("input", "output") for n in (0, 1)]
     assert [name for name in both if "_rows" in name] == rows
     assert [name for name in one if "_rows" in name] == rows[1::2]
     assert all(both[name].shape == (1, 32) for name in rows)
-    assert all(parameter.ndim > 0 for parameter in tiny_flamingo().parameters())  # ZeRO-3 cannot partition those
+    assert all(parameter.ndim > 0 for parameter in tiny_flamingo().parameters())  # ZeRO-3 cannot partition others
 
 
 def test_frozen_parts_below_the_first_cross_attention_build_no_graph() -> None:
@@ -284,23 +285,23 @@ def test_nothing_stays_on_modules_between_calls() -> None:
     for name, values in before.items():
         for key, value in values.items():
             assert after[name][key] is value or after[name][key] == value, (name, key)
-    # and the language model by itself has no cross-attention
+    # the language model by itself has no cross-attention
     text = random_text(1, 5)
     with torch.no_grad():
         assert torch.equal(
-            model.language_model.lm(input_ids=text).logits[..., :VOCABULARY],
+            model.language_model.lm(input_ids=text).logits[..., :VOCAB_SIZE],
             bare_lm(model, "llama")(input_ids=text).logits,
         )
 
 
-def test_classes_are_not_swapped() -> None:
+def test_modules_keep_their_classes() -> None:
     model = tiny_flamingo("gpt_neox")
     types = {type(module).__module__ for module in model.language_model.lm.modules()}
     assert all(name.startswith(("transformers.", "torch.")) for name in types)
     assert "llama" not in inspect.getsource(language_model_module).lower()
 
 
-def test_a_deep_copy_is_a_model_of_its_own() -> None:
+def test_a_deep_copy_is_an_independent_model() -> None:
     model = tiny_flamingo(gates=0.5)
     ids, media = text_with_media()
     with torch.no_grad():
@@ -322,7 +323,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     torch.testing.assert_close(together.view_as(separate), separate)
 
 
-def test_blocks_that_take_hidden_states_by_keyword() -> None:
+def test_blocks_may_take_hidden_states_by_keyword() -> None:
     doubled = lambda hidden: 2 * hidden  # noqa: E731
     hidden = torch.ones(2)
     run = language_model_module._run_block
@@ -330,14 +331,14 @@ def test_blocks_that_take_hidden_states_by_keyword() -> None:
     assert torch.equal(run(lambda *, hidden_states: hidden_states, doubled, hidden_states=hidden), 2 * hidden)
 
 
-def test_finding_the_decoder_blocks() -> None:
+def test_two_lists_of_blocks_are_an_error() -> None:
     model = tiny_flamingo().language_model.lm
     model.other = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
     with pytest.raises(ValueError, match=r"2 lists of 3 blocks \(model.layers, other\)"):
-        language_model_module.find_decoder_blocks(model)
+        lm_probes.find_decoder_blocks(model)
 
 
-def test_cross_attention_stands_where_the_config_says() -> None:
+def test_the_config_decides_which_blocks_have_cross_attention() -> None:
     config = tiny_config(cross_attention=CrossAttentionConfig(every_n_layers=4, offset=0))
     assert cross_attention_blocks(config, 10) == [0, 4, 8]  # the paper
     openflamingo = replace(config, cross_attention=CrossAttentionConfig(every_n_layers=4, offset=3))

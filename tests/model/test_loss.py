@@ -1,4 +1,4 @@
-"""The summed cross-entropy against torch's."""
+"""Compare the summed cross-entropy with torch's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from model import loss as loss_module
-from model.loss import labels_after, summed_cross_entropy, target_positions
+from model.loss import find_target_positions, gather_labels, summed_cross_entropy
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 9])
-def test_value_and_gradient(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_ROWS", 4)
+def test_value_and_gradient_equal_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK_ROWS", 4)
     logits = (5 * torch.randn(rows, 11)).requires_grad_()
     labels = torch.randint(0, 11, (rows,))
     weight = 0.37
@@ -23,7 +23,7 @@ def test_value_and_gradient(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_gradcheck() -> None:
+def test_gradient_equals_finite_differences() -> None:
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (5,))
     assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits)
@@ -40,7 +40,7 @@ def test_low_precision_logits_are_summed_in_float32() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_columns_that_nobody_has_get_no_gradient() -> None:
+def test_ids_between_the_tokens_get_no_gradient() -> None:
     logits = torch.randn(3, 6)
     logits[:, 4] = -torch.inf
     logits.requires_grad_()
@@ -52,17 +52,17 @@ def test_columns_that_nobody_has_get_no_gradient() -> None:
     assert not logits.grad[:, 4].any()
 
 
-def test_label_positions() -> None:
+def test_target_positions_and_their_labels() -> None:
     labels = torch.tensor([[9, 1, -100, 2], [-100, -100, 3, -100]])
-    positions = target_positions(labels)
+    positions = find_target_positions(labels)
     assert positions.tolist() == [0, 2, 5]
-    assert labels_after(labels, positions).tolist() == [1, 2, 3]
+    assert gather_labels(labels, positions).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("token_ids", [[11, 12], [4, 9], [10, 13]])
 @pytest.mark.parametrize("rows", [0, 3, 10])
-def test_fused_with_the_head(rows: int, token_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against logits that exist, in three chunks; new tokens beyond the table, inside of it, and astride."""
+def test_the_loss_fused_with_the_head(rows: int, token_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with logits that exist, in three chunks, for added tokens beyond the table, inside it, and in both."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 11 * 4)
     hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     new = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Which medium a token sees, against a loop over tokens."""
+"""Compare the medium that a token sees with a loop over tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_documents(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("packed", [False, True])
-def test_against_a_loop(seed: int, packed: bool) -> None:
+def test_the_index_equals_a_loop(seed: int, packed: bool) -> None:
     ids, documents = random_documents(seed)
     given = documents if packed else None
     documents = documents if packed else torch.zeros_like(ids)
@@ -45,7 +45,7 @@ def test_against_a_loop(seed: int, packed: bool) -> None:
     assert first_media(preceding(ids, IMAGE, given), given).tolist() == by_hand(ids, documents, "first")
 
 
-def test_a_document_as_in_the_paper() -> None:
+def test_a_document_of_the_paper() -> None:
     #                     <BOS> <image> a  b  <EOC> <image> c
     ids = torch.tensor([1, IMAGE, 2, 3, 4, IMAGE, 5])
     assert preceding(ids, IMAGE).tolist() == [-1, 0, 0, 0, 0, 1, 1]
@@ -66,11 +66,11 @@ def test_document_numbers_may_repeat_after_another_document() -> None:
     assert first_media(torch.tensor([0, 0, 1, 2]), documents).tolist() == [0, 0, 1, 2]
 
 
-def test_documents_from_positions() -> None:
+def test_documents_are_found_by_their_positions() -> None:
     assert documents_from_positions(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist() == [[1, 1, 1, 2, 2, 3]]
 
 
-def test_text_without_media() -> None:
+def test_text_without_media_sees_none() -> None:
     ids = torch.ones(2, 3, dtype=torch.int64)
     assert (preceding(ids, IMAGE) == -1).all()
     assert (following(ids, IMAGE) == -1).all()

@@ -1,4 +1,4 @@
-"""Packed documents: the same logits, loss and gradients as alone, in every family that is said to keep them apart."""
+"""Check that packed documents have the logits, loss and gradients that they have alone, where the LM separates them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.flamingo import Flamingo
-from model.language_model import separates_packed_documents
+from model.lm_probes import separates_packed_documents
 from tests.model.builders import BEYOND, FAMILIES, random_media, random_text, text_with_media, tiny_flamingo
 
 LENGTHS = (12, 9, 7)
@@ -17,7 +18,7 @@ SEPARATES = {"llama", "gpt_neox", "qwen3", "gemma3", "mistral", "gpt2", "phi"}
 
 
 def documents() -> tuple[list[Tensor], Tensor]:
-    """Three documents, the first with two media, the others with one each; and the four media."""
+    """Return three documents, the first with two media, the others with one each, and the four media."""
     (first, second), _ = text_with_media()
     third = random_text(1, 7, seed=3)[0]
     third[2] = BEYOND.image_id
@@ -25,13 +26,13 @@ def documents() -> tuple[list[Tensor], Tensor]:
 
 
 def packed(parts: list[Tensor], padding: int) -> tuple[Tensor, Tensor]:
-    """input_ids and position_ids of one row; the padding is a document of its own, as the collator makes it."""
+    """Return input_ids and position_ids of one row, whose padding is a document of its own, as in the collator."""
     ids = torch.cat([*parts, torch.zeros(padding, dtype=torch.int64)])
     return ids[None], torch.cat([torch.arange(n) for n in (*map(len, parts), padding)])[None]
 
 
 def largest_difference(model: Flamingo) -> float:
-    """Between the logits of documents packed in two equal rows and their own."""
+    """Return the largest difference between the logits of documents packed in two equal rows and alone."""
     parts, media = documents()
     ids, positions = packed(parts, 5)
     both = torch.cat([media, media])
@@ -43,7 +44,7 @@ def largest_difference(model: Flamingo) -> float:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_families_are_known_for_what_they_do(family: str) -> None:
+def test_the_probe_agrees_with_the_whole_model(family: str) -> None:
     model = tiny_flamingo(family, gates=0.7)
     separates = separates_packed_documents(model.language_model.lm)
     assert separates == (family in SEPARATES)
@@ -51,13 +52,62 @@ def test_families_are_known_for_what_they_do(family: str) -> None:
     assert difference < 2e-5 if separates else difference > 1e-2
 
 
-def test_state_space_layers_are_not_attention() -> None:
-    lm: Any = tiny_flamingo().language_model.lm
-    lm.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    assert not separates_packed_documents(lm)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "mamba"},
+        {
+            "model_type": "lfm2",
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "full_attention", "conv", "conv"],
+        },
+        {"model_type": "qwen3_next", "num_hidden_layers": 4},
+    ],
+    ids=lambda architecture: architecture["model_type"],
+)
+def test_layers_other_than_attention_do_not_separate(architecture: dict[str, Any]) -> None:
+    assert not separates_packed_documents(on_meta(architecture))
 
 
-def test_loss_and_gradient_are_the_documents_own() -> None:
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {
+            "model_type": "llama",
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "num_key_value_heads": 8,
+            "num_attention_heads": 64,
+        },
+        {"model_type": "gemma3_text", "num_hidden_layers": 48},
+        {"model_type": "gemma3"},  # with a vision tower
+        {"model_type": "phi3", "pad_token_id": 32_000},
+        {"model_type": "qwen3_moe"},
+    ],
+    ids=lambda architecture: architecture["model_type"],
+)
+def test_large_models_are_probed_small(architecture: dict[str, Any]) -> None:
+    """Check models too large to build here; time and memory show that the probe does not build them either."""
+    state = torch.get_rng_state()
+    assert separates_packed_documents(on_meta(architecture))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_cannot_be_probed_is_named() -> None:
+    lm = on_meta({"model_type": "llama", "num_hidden_layers": 2})
+    lm.config.hidden_act = "no such activation"
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be probed .*no such activation.*packing"):
+        separates_packed_documents(lm)
+
+
+def on_meta(architecture: dict[str, Any]) -> Any:
+    """Build a language model without memory for its weights."""
+    settings = dict(architecture)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+def test_packed_documents_have_their_own_loss_and_gradient() -> None:
     parts, media = documents()
     ids, positions = packed(parts, 5)
     labels = ids.masked_fill(positions == 0, -100)
@@ -79,8 +129,8 @@ def test_loss_and_gradient_are_the_documents_own() -> None:
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3)
 
 
-def test_another_document_changes_nothing() -> None:
-    """No attention across documents, in the language model or to media: other neighbors, bit for bit the same."""
+def test_changing_a_document_leaves_the_others_bit_for_bit_equal() -> None:
+    """Check that no token attends to another document, in the language model or to its media."""
     model = tiny_flamingo(gates=0.7)
     parts, media = documents()
     ids, positions = packed(parts, 5)

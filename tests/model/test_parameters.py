@@ -1,4 +1,4 @@
-"""The fingerprint of what is frozen."""
+"""Check which parameters are frozen, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.parameters import (
 from tests.model.builders import tiny_flamingo
 
 
-def test_every_parameter_is_on_one_side() -> None:
+def test_every_parameter_is_trained_or_frozen() -> None:
     model = tiny_flamingo()
     trained, frozen = trainable_parameters(model), frozen_parameters(model)
     assert not trained.keys() & frozen.keys()
@@ -26,7 +26,7 @@ def test_every_parameter_is_on_one_side() -> None:
     assert all(name.startswith(("vision_encoder.", "language_model.lm.")) for name in frozen)
 
 
-def test_it_depends_on_frozen_weights_only() -> None:
+def test_the_fingerprint_depends_on_frozen_weights_only() -> None:
     model = tiny_flamingo()
     fingerprint = frozen_fingerprint(model)
     assert fingerprint == frozen_fingerprint(tiny_flamingo())
@@ -50,7 +50,7 @@ def test_one_changed_number_is_named(family: str) -> None:
     assert combine_digests(after) != combine_digests(before)
 
 
-def test_type_shape_and_buffers_count() -> None:
+def test_the_fingerprint_covers_type_shape_and_buffers() -> None:
     class Frozen(torch.nn.Module):
         def __init__(self, tensor: torch.Tensor, persistent: bool = True) -> None:
             super().__init__()
@@ -69,7 +69,7 @@ def test_type_shape_and_buffers_count() -> None:
     assert frozen_fingerprint(unstored) == expected
 
 
-def test_differences_in_words() -> None:
+def test_differences_are_named() -> None:
     assert explain_difference({"a": "1"}, {"a": "1"}) == ""
     text = explain_difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "x", "d": "4"})
     assert text == "1 missing: c; 1 unexpected: d; 1 different: b"

@@ -1,4 +1,4 @@
-"""The resampler against the paper's pseudo-code, with concatenated keys and values."""
+"""Compare the resampler with the paper's pseudo-code, which concatenates keys and values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from model.perceiver_resampler import PerceiverResampler, interpolate_time
 CONFIG = PerceiverResamplerConfig(num_layers=2, dim=12, num_heads=3, head_dim=8, num_latents=5, num_frames=4)
 
 
-def resampler(config: PerceiverResamplerConfig = CONFIG, vision_width: int = 10) -> PerceiverResampler:
+def resampler(config: PerceiverResamplerConfig = CONFIG, vision_dim: int = 10) -> PerceiverResampler:
     torch.manual_seed(0)
-    module = PerceiverResampler(config, vision_width)
-    with torch.no_grad():  # norms away from the identity
+    module = PerceiverResampler(config, vision_dim)
+    with torch.no_grad():  # move the norms away from the identity
         for name, parameter in module.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -26,50 +26,50 @@ def resampler(config: PerceiverResamplerConfig = CONFIG, vision_width: int = 10)
 
 
 def by_the_paper(module: PerceiverResampler, features: Tensor) -> Tensor:
-    """x_f = flatten(x + time); latents += attention(q=latents, kv=[x_f, latents]); latents += ffn(latents)"""
-    media, frames, per_frame, _ = features.shape
-    x = module.project(features) + module.time_embeddings[:frames, None]
-    x = x.reshape(media, frames * per_frame, -1)
-    latents = module.latents.repeat(media, 1, 1)
+    """Compute x_f = flatten(x + time); latents += attention(q=latents, kv=[x_f, latents]); latents += ffn(latents)."""
+    num_media, num_frames, per_frame, _ = features.shape
+    x = module.project(features) + module.time_embeddings[:num_frames, None]
+    x = x.reshape(num_media, num_frames * per_frame, -1)
+    latents = module.latents.repeat(num_media, 1, 1)
     for layer in module.layers:
         a, f = layer.attention, layer.feed_forward
         normed = F.layer_norm(latents, (12,), a.norm_latents.weight, a.norm_latents.bias)
         both = torch.cat([F.layer_norm(x, (12,), a.norm_features.weight, a.norm_features.bias), normed], 1)
         keys, values = (both @ a.key_value.weight.T).chunk(2, -1)
-        split = lambda t: t.view(media, -1, 3, 8).transpose(1, 2)  # noqa: E731
+        split = lambda t: t.view(num_media, -1, 3, 8).transpose(1, 2)  # noqa: E731
         scores = split(normed @ a.query.weight.T) @ split(keys).transpose(-1, -2) * 8**-0.5
-        out = (scores.softmax(-1) @ split(values)).transpose(1, 2).reshape(media, -1, 24)
+        out = (scores.softmax(-1) @ split(values)).transpose(1, 2).reshape(num_media, -1, 24)
         latents = latents + out @ a.output.weight.T
         wide = F.layer_norm(latents, (12,), f.norm.weight, f.norm.bias) @ f.up.weight.T
         latents = latents + (F.relu(wide) ** 2) @ f.down.weight.T
     return F.layer_norm(latents, (12,), module.norm.weight, module.norm.bias)
 
 
-@pytest.mark.parametrize("frames", [1, 3, 4])
+@pytest.mark.parametrize("num_frames", [1, 3, 4])
 @pytest.mark.parametrize("per_frame", [1, 7])
-def test_against_the_papers_pseudo_code(frames: int, per_frame: int) -> None:
+def test_the_resampler_equals_the_papers_pseudo_code(num_frames: int, per_frame: int) -> None:
     module = resampler()
-    features = torch.randn(3, frames, per_frame, 10)
+    features = torch.randn(3, num_frames, per_frame, 10)
     torch.testing.assert_close(module(features), by_the_paper(module, features))
 
 
-def test_activation_is_a_value() -> None:
+def test_the_activation_is_a_setting() -> None:
     features = torch.randn(1, 1, 4, 10)
     squared, gelu = resampler(), resampler(replace(CONFIG, activation="gelu"))
     assert squared.state_dict().keys() == gelu.state_dict().keys()
     assert not torch.allclose(squared(features), gelu(features))
 
 
-def test_no_projection_and_no_norm() -> None:
-    module = resampler(replace(CONFIG, dim=None, final_norm=False), vision_width=12)
+def test_projection_and_norm_can_be_left_out() -> None:
+    module = resampler(replace(CONFIG, dim=None, final_norm=False), vision_dim=12)
     assert module.dim == 12
     assert not any(name.startswith(("project", "norm.")) for name in module.state_dict())
     assert module(torch.randn(2, 1, 3, 12)).shape == (2, 5, 12)
 
 
-def test_media_of_different_lengths_are_the_same_as_alone() -> None:
+def test_media_of_different_lengths_do_not_affect_one_another() -> None:
     module = resampler()
-    media = [torch.randn(1, frames, per_frame, 10) for frames, per_frame in ((1, 3), (4, 2), (2, 6))]
+    media = [torch.randn(1, num_frames, per_frame, 10) for num_frames, per_frame in ((1, 3), (4, 2), (2, 6))]
     flat = torch.cat([m.flatten(0, 2) for m in media])
     lengths = torch.tensor([0, *(m[0, ..., 0].numel() for m in media)])
     frame = torch.cat([torch.arange(m.shape[1]).repeat_interleave(m.shape[2]) for m in media])
@@ -95,11 +95,11 @@ def test_time_embeddings_are_interpolated_linearly() -> None:
     assert bfloat.dtype == torch.bfloat16
 
 
-def test_thirty_frames_as_in_the_papers_evaluation() -> None:
+def test_thirty_frames_of_the_papers_evaluation() -> None:
     module = resampler()
     assert module(torch.randn(1, 30, 2, 10)).shape == (1, 5, 12)
 
 
-def test_features_of_a_wrong_rank_are_a_clear_error() -> None:
+def test_features_with_a_wrong_number_of_dimensions_are_a_clear_error() -> None:
     with pytest.raises(ValueError, match=r"\[M, F, S, V\]"):
         resampler()(torch.randn(2, 3, 10))

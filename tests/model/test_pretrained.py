@@ -1,8 +1,9 @@
-"""Exports, and OpenFlamingo's checkpoints."""
+"""Write and read exports, and import OpenFlamingo's checkpoints."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from model.config import CrossAttentionConfig, LanguageModelConfig, PerceiverResamplerConfig, VisionEncoderConfig
 from model.factory import build_flamingo, build_language_model, build_tokenizer
 from model.flamingo import Flamingo
-from model.imports.openflamingo import load_openflamingo, openflamingo_state
+from model.imports.openflamingo import convert_openflamingo_state, load_openflamingo
 from model.parameters import trainable_parameters
 from model.presets import openflamingo
 from model.pretrained import from_pretrained, save_flamingo
 from tests.model.builders import (
     BEYOND,
     FAMILIES,
-    VOCABULARY,
+    VOCAB_SIZE,
     random_media,
     text_with_media,
     tiny_config,
@@ -38,7 +39,7 @@ def logits(model: Flamingo) -> Tensor:
         return model(ids, media=media).logits
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_an_export_gives_the_same_model(tmp_path: Path) -> None:
     model = tiny_flamingo(gates=0.5, seed=7)
     save_flamingo(tmp_path, model, seed=7)
     assert load_file(tmp_path / "model.safetensors").keys() == trainable_parameters(model).keys()
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.tokens == model.tokens
 
 
-def test_another_type_is_exactly_the_trained_weights(tmp_path: Path) -> None:
+def test_another_type_keeps_the_trained_weights_exactly(tmp_path: Path) -> None:
     model = build_flamingo(tiny_config(), BEYOND, dtype="bfloat16")
     wake(model, 0.5)
     save_flamingo(tmp_path, model)
@@ -63,7 +64,7 @@ def test_another_type_is_exactly_the_trained_weights(tmp_path: Path) -> None:
 
 
 def local_flamingo(folder: Path) -> Flamingo:
-    """A model whose language model, tokenizer and tower lie in folders beside each other, named relatively."""
+    """Build a model whose language model, tokenizer and tower are in sibling folders, with relative names."""
     lm = build_language_model(LanguageModelConfig(architecture=FAMILIES["llama"]), torch.float32)
     lm.save_pretrained(folder / "lm")
     tiny_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder / "lm")
@@ -111,7 +112,7 @@ def test_another_seed_for_random_frozen_parts_is_an_error(tmp_path: Path) -> Non
         from_pretrained(tmp_path)
 
 
-def test_what_is_not_an_export(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not an exported Flamingo"):
         from_pretrained(tmp_path)
     save_flamingo(tmp_path, tiny_flamingo())
@@ -121,7 +122,7 @@ def test_what_is_not_an_export(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_flamingo(tmp_path, tiny_flamingo())
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -135,7 +136,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
 def openflamingo_model() -> Flamingo:
     config = tiny_config("gpt_neox")
     language_model = LanguageModelConfig(architecture=FAMILIES["gpt_neox"] | {"num_hidden_layers": 4})
-    preset = openflamingo(language_model, every=2)
+    preset = openflamingo(language_model, every_n_layers=2)
     small = PerceiverResamplerConfig(
         **(preset.resampler.__dict__ | {"num_layers": 2, "num_heads": 2, "head_dim": 8, "num_latents": 4})
     )
@@ -146,7 +147,7 @@ def openflamingo_model() -> Flamingo:
 
 
 def openflamingo_checkpoint() -> dict[str, Tensor]:
-    """The public names of open_flamingo's state dict, with random tensors: 24 wide vision, 32 wide language model."""
+    """Return random tensors with the public names of open_flamingo's state dict, for vision dim 24 and LM dim 32."""
     torch.manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"perceiver.latents": (4, 24)}
     shapes |= {"perceiver.norm.weight": (24,), "perceiver.norm.bias": (24,)}
@@ -168,12 +169,12 @@ def openflamingo_checkpoint() -> dict[str, Tensor]:
         shapes[f"{prefix}attn.to_out.weight"] = (32, 16)
         shapes[f"{prefix}ff.1.weight"] = (128, 32)
         shapes[f"{prefix}ff.3.weight"] = (32, 128)
-    shapes["lang_encoder.gpt_neox.embed_in.weight"] = (VOCABULARY + 3, 32)
-    shapes["lang_encoder.embed_out.weight"] = (VOCABULARY + 3, 32)
+    shapes["lang_encoder.gpt_neox.embed_in.weight"] = (VOCAB_SIZE + 3, 32)
+    shapes["lang_encoder.embed_out.weight"] = (VOCAB_SIZE + 3, 32)
     return {f"module.{name}": torch.randn(shape) for name, shape in shapes.items()}
 
 
-def test_openflamingo_checkpoint(tmp_path: Path) -> None:
+def test_an_openflamingo_checkpoint_is_loaded(tmp_path: Path) -> None:
     model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
     torch.save({"model_state_dict": checkpoint, "epoch": 3}, tmp_path / "checkpoint.pt")
     load_openflamingo(model, tmp_path / "checkpoint.pt")
@@ -187,31 +188,124 @@ def test_openflamingo_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(block.feed_forward.norm.bias, state["lang_encoder.gated_cross_attn_layers.3.ff.0.bias"])
     # OpenFlamingo adds <|endofchunk|> first
     image, end = model.language_model.input_rows
-    assert torch.equal(end.weight[0], state["lang_encoder.gpt_neox.embed_in.weight"][VOCABULARY])
-    assert torch.equal(image.weight[0], state["lang_encoder.gpt_neox.embed_in.weight"][VOCABULARY + 1])
+    assert torch.equal(end.weight[0], state["lang_encoder.gpt_neox.embed_in.weight"][VOCAB_SIZE])
+    assert torch.equal(image.weight[0], state["lang_encoder.gpt_neox.embed_in.weight"][VOCAB_SIZE + 1])
     image, end = model.language_model.output_rows
-    assert torch.equal(end.weight[0], state["lang_encoder.embed_out.weight"][VOCABULARY])
+    assert torch.equal(end.weight[0], state["lang_encoder.embed_out.weight"][VOCAB_SIZE])
     assert not model.resampler.time_embeddings.any()
     assert model(text_with_media()[0], media=random_media(3)).logits.isfinite().all()
 
 
-def test_openflamingo_names_that_have_no_place() -> None:
+def test_unknown_openflamingo_names_are_named() -> None:
     model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
     moved = {name.replace("layers.3.a", "layers.2.a"): tensor for name, tensor in checkpoint.items()}
     with pytest.raises(ValueError, match=r"gated_cross_attn_layers\.2.*cross_attention\.offset"):
-        openflamingo_state(model, moved)
+        convert_openflamingo_state(model, moved)
     with pytest.raises(ValueError, match=r"perceiver\.frame_embs"):
-        openflamingo_state(model, checkpoint | {"perceiver.frame_embs": torch.zeros(1)})
+        convert_openflamingo_state(model, checkpoint | {"perceiver.frame_embs": torch.zeros(1)})
     del checkpoint["module.perceiver.latents"]
     with pytest.raises(ValueError, match=r"1 missing \['resampler.latents'\]"):
         load_openflamingo(model, checkpoint)
 
 
-def test_openflamingo_rows_keep_their_start_without_a_table() -> None:
+@pytest.mark.parametrize(
+    "layers",
+    ["gpt_neox.layers", "old_decoder_blocks", "transformer.blocks", "transformer.h", "model.decoder.layers"],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_names_that_openflamingos_training_writes_are_loaded(layers: str, prefix: str) -> None:
+    model, released, trained = openflamingo_model(), openflamingo_model(), {}
+    for name, tensor in openflamingo_checkpoint().items():
+        plain = name.removeprefix("module.")
+        moved = re.sub(r"gated_cross_attn_layers\.(\d+)", rf"{layers}.\1.gated_cross_attn_layer", plain)
+        trained[prefix + moved] = tensor
+    trained[f"{prefix}lang_encoder.{layers}.0.decoder_layer.mlp.weight"] = torch.zeros(3)
+    load_openflamingo(model, trained)
+    load_openflamingo(released, openflamingo_checkpoint())
+    expected = trainable_parameters(released)
+    for name, parameter in trainable_parameters(model).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_names_of_wrapped_modules_are_loaded() -> None:
+    model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
+    wrapped = {
+        name.replace("layers.3.", "layers.3._checkpoint_wrapped_module.").replace(
+            "perceiver.", "perceiver._fsdp_wrapped_module."
+        ): tensor
+        for name, tensor in checkpoint.items()
+    }
+    load_openflamingo(model, wrapped)
+    gate = checkpoint["module.lang_encoder.gated_cross_attn_layers.3.attn_gate"]
+    assert torch.equal(model.blocks_with_cross_attention()[3].attention_gate, gate)
+
+
+def test_two_names_of_one_tensor_must_agree() -> None:
+    model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
+    second = "module.lang_encoder.old_decoder_blocks.3.gated_cross_attn_layer.attn_gate"
+    gate = checkpoint["module.lang_encoder.gated_cross_attn_layers.3.attn_gate"]
+    load_openflamingo(model, checkpoint | {second: gate.clone()})
+    with pytest.raises(ValueError, match=r"old_decoder_blocks\.3\.gated_cross_attn_layer\.attn_gate"):
+        load_openflamingo(model, checkpoint | {second: gate + 1})
+
+
+def test_added_tokens_keep_their_start_without_a_table(caplog: pytest.LogCaptureFixture) -> None:
     model = openflamingo_model()
     start = model.language_model.input_rows[0].weight.clone()
     load_openflamingo(model, {n: t for n, t in openflamingo_checkpoint().items() if "embed" not in n})
     assert torch.equal(model.language_model.input_rows[0].weight, start)
+    assert "no lang_encoder.gpt_neox.embed_in.weight" in caplog.text
+    assert "no lang_encoder.lm_head.weight" in caplog.text
+
+
+def test_a_missing_head_is_not_taken_from_the_input_embeddings(caplog: pytest.LogCaptureFixture) -> None:
+    model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
+    start = model.language_model.output_rows[0].weight.clone()
+    del checkpoint["module.lang_encoder.embed_out.weight"]
+    load_openflamingo(model, checkpoint)
+    assert torch.equal(model.language_model.output_rows[0].weight, start)
+    assert not torch.equal(model.language_model.input_rows[0].weight, start)
+    assert "no lang_encoder.lm_head.weight" in caplog.text
+    assert "<|endofchunk|> and <image> keep their start" in caplog.text
+
+
+def lm_tables(model: Flamingo) -> tuple[Tensor, Tensor]:
+    """Return the language model's input and output embeddings with three rows for added tokens."""
+    lm = model.language_model.lm
+    added = torch.ones(3, model.language_model.dim)
+    tables = (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight)
+    inputs, outputs = (torch.cat([table.detach()[:VOCAB_SIZE], added]) for table in tables)
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_rows_than_the_frozen_ones_are_counted(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model, checkpoint = openflamingo_model(), openflamingo_checkpoint()
+    inputs, outputs = lm_tables(model)
+    names = ("module.lang_encoder.gpt_neox.embed_in.weight", "module.lang_encoder.embed_out.weight")
+    load_openflamingo(model, checkpoint | dict(zip(names, (inputs.to(dtype), outputs.to(dtype)), strict=True)))
+    assert caplog.text == ""
+    outputs[[2, 5], 0] += 0.5
+    load_openflamingo(model, checkpoint | dict(zip(names, (inputs.to(dtype), outputs.to(dtype)), strict=True)))
+    (record,) = caplog.records
+    assert f"2 of {VOCAB_SIZE} rows of lang_encoder.embed_out.weight differ" in record.getMessage()
+    assert "by up to 0.5" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((VOCAB_SIZE + 1, 32), f"has {VOCAB_SIZE + 1} rows"), ((VOCAB_SIZE + 2, 48), "has dim 48")],
+)
+def test_tables_of_another_language_model_are_named(shape: tuple[int, int], message: str) -> None:
+    checkpoint = openflamingo_checkpoint() | {"module.lang_encoder.embed_out.weight": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        load_openflamingo(openflamingo_model(), checkpoint)
+
+
+def test_a_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt holds a list"):
+        load_openflamingo(openflamingo_model(), tmp_path / "list.pt")
 
 
 def test_a_pickle_in_an_openflamingo_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images of any shape: each is seen as if it were alone, and a square as it always was."""
+"""Check that images of any shape do not affect one another, and that squares give the features of the plain tower."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from model.config import PerceiverResamplerConfig, VisionEncoderConfig
 from model.media_index import preceding
+from model.media_inputs import to_patches
 from model.perceiver_resampler import PerceiverResampler
 from model.tower_patches import Grid, feature_offsets, resize_positions
 from model.vision_encoder import VisionEncoder, build_tower
 from tests.model.builders import BEYOND, random_media, text_with_media, tiny_flamingo, tower_folder
-from trainer.data.batch import to_patches
 
 PATCH = 8
 CONFIG = VisionEncoderConfig(name=f"local-dir:{tower_folder()}")
@@ -37,13 +37,13 @@ def patches(found: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"feature_block": 0, "feature_norm": False}])
-def test_the_towers_own_square_is_what_it_is_without_patches(changes: dict[str, object]) -> None:
-    tower, squares = encoder(replace(CONFIG, **changes)), random_media(3, frames=2)  # type: ignore[arg-type]
+def test_the_towers_own_square_gives_the_features_of_the_plain_tower(changes: dict[str, object]) -> None:
+    tower, squares = encoder(replace(CONFIG, **changes)), random_media(3, num_frames=2)  # type: ignore[arg-type]
     found = tower(patches(list(squares)), [(2, 2, 2)] * 3)
     torch.testing.assert_close(found, tower(squares).flatten(0, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_is_the_same_alone_and_among_others() -> None:
+def test_an_image_has_the_same_features_alone_and_among_others() -> None:
     tower, images = encoder(), media()
     together = tower(patches(images), SHAPES).split([f * r * c for f, r, c in SHAPES])
     for image, shape, found in zip(images, SHAPES, together, strict=True):
@@ -52,7 +52,7 @@ def test_an_image_is_the_same_alone_and_among_others() -> None:
     assert torch.equal(tower(patches(others), SHAPES)[:4], together[0])
 
 
-def test_another_shape_is_what_open_clip_sees_when_it_is_loaded_at_that_size() -> None:
+def test_another_shape_equals_open_clip_loaded_at_that_size() -> None:
     ours = encoder()(patches(media([(1, 3, 3)])), [(1, 3, 3)])
     larger = encoder(replace(CONFIG, image_size=3 * PATCH))
     torch.testing.assert_close(ours, larger(media([(1, 3, 3)])[0][None]).flatten(0, 2), rtol=1e-4, atol=1e-4)
@@ -68,7 +68,7 @@ def test_positions_are_interpolated_in_both_directions() -> None:
     torch.testing.assert_close(wide, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_the_resampler_takes_no_padding() -> None:
+def test_the_resampler_sees_no_padding() -> None:
     torch.manual_seed(0)
     resampler = PerceiverResampler(
         PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=8, num_latents=4), 24
@@ -81,7 +81,7 @@ def test_the_resampler_takes_no_padding() -> None:
         torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-5)
 
 
-def test_a_whole_model_trains_on_them_and_gives_the_squares_loss_for_squares() -> None:
+def test_a_model_trains_on_patches_and_squares_give_the_same_loss_either_way() -> None:
     model = tiny_flamingo(gates=0.5)
     ids, squares = text_with_media()
     expected = model(ids, labels=ids, media=squares).loss
@@ -99,7 +99,7 @@ def test_half_precision_towers_take_padded_batches() -> None:
     assert found.dtype is torch.bfloat16 and found.isfinite().all()
 
 
-def test_towers_that_take_squares_only_say_so() -> None:
+def test_patches_for_a_tower_that_takes_squares_only_are_an_error() -> None:
     config = VisionEncoderConfig(name="timm:test_vit")
     tower = encoder(config)
     assert tower.patch_size is None

@@ -1,4 +1,4 @@
-"""The frozen tower: which features, which normalization, and what is left of open_clip's model."""
+"""Check the frozen tower: its features, its normalization, and the modules that remain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def normalized(media: Tensor) -> Tensor:
 
 
 def test_last_features_after_the_norm_are_open_clips_tokens() -> None:
-    clip, media = whole_clip(), random_media(2, frames=3)
+    clip, media = whole_clip(), random_media(2, num_frames=3)
     clip.visual.output_tokens = True
     with torch.no_grad():
         _, tokens = clip.visual(normalized(media))
@@ -54,7 +54,7 @@ def test_features_of_a_block_before_the_norm(block: int) -> None:
     torch.testing.assert_close(found[:, 0], outputs[0][:, 1:])  # without the class token
 
 
-def test_only_what_leads_to_the_features_is_kept() -> None:
+def test_only_modules_that_lead_to_the_features_are_kept() -> None:
     whole = {name for name, _ in whole_clip().visual.named_parameters()}
     kept = {name.removeprefix("tower.") for name, _ in encoder().named_parameters()}
     assert whole - kept == {"proj"}
@@ -79,29 +79,29 @@ def test_casting_does_not_round_the_statistics() -> None:
     assert "statistics_bits" not in cast.state_dict()
 
 
-def test_it_stays_in_evaluation_mode() -> None:
+def test_the_tower_stays_in_evaluation_mode() -> None:
     tower = encoder()
     parent = nn.ModuleList([tower]).train()
     assert parent.training
     assert not any(module.training for module in tower.modules())
 
 
-def test_width_and_features_are_known_without_running() -> None:
+def test_dim_and_number_of_features_are_known_without_running() -> None:
     tower = encoder()
-    assert (tower.width, tower.features, tower.image_size) == (24, 4, IMAGE_SIZE)
+    assert (tower.dim, tower.num_features, tower.image_size) == (24, 4, IMAGE_SIZE)
 
 
 def test_another_image_size_interpolates_the_position_embeddings() -> None:
     tower = encoder(replace(CONFIG, image_size=32))
-    assert (tower.image_size, tower.features) == (32, 16)
+    assert (tower.image_size, tower.num_features) == (32, 16)
     assert tower(random_media(1, size=32)).shape == (1, 1, 16, 24)
 
 
-def test_timm_nfnet() -> None:
-    """The paper's kind of tower: the flattened grid after the last convolution, rows first."""
+def test_a_timm_nfnet_gives_its_last_grid() -> None:
+    """Take the paper's kind of tower, whose features are the grid after the last convolution, row by row."""
     config = VisionEncoderConfig(name="timm:test_nfnet", image_size=96, feature_norm=False)
     tower = encoder(config)
-    media = random_media(2, frames=2, size=96)
+    media = random_media(2, num_frames=2, size=96)
     found = tower(media)
     trunk = timm.create_model("test_nfnet", num_classes=0).eval()
     missing, unexpected = trunk.load_state_dict(tower.tower.state_dict(), strict=False)
@@ -113,15 +113,15 @@ def test_timm_nfnet() -> None:
         trunk(tower.normalize(media.flatten(0, 1)))
     assert tower.mean == trunk.pretrained_cfg["mean"]
     grid = grids[0]
-    assert found.shape == (2, 2, 9, tower.width)
+    assert found.shape == (2, 2, 9, tower.dim)
     torch.testing.assert_close(found[1, 0, 5], grid[2, :, 1, 2])
-    assert encoder(replace(config, image_size=160)).features == 25
+    assert encoder(replace(config, image_size=160)).num_features == 25
 
 
-def test_timm_vision_transformer() -> None:
+def test_a_timm_vision_transformer_gives_features() -> None:
     config = VisionEncoderConfig(name="timm:test_vit", feature_block=-2)
     tower = encoder(config)
-    assert tower(random_media(1, size=tower.image_size)).shape == (1, 1, tower.features, tower.width)
+    assert tower(random_media(1, size=tower.image_size)).shape == (1, 1, tower.num_features, tower.dim)
 
 
 def test_timm_weights_come_from_safetensors(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_open_clip_weights_come_from_a_safetensors_file(tmp_path: Path) -> None:
 def test_a_residual_network_of_open_clip_has_no_pooling_left() -> None:
     with torch.device("meta"):
         tower = encoder(VisionEncoderConfig(name="RN50", feature_norm=False))
-    assert (tower.features, tower.width) == (49, 2048)
+    assert (tower.num_features, tower.dim) == (49, 2048)
     assert not any("attnpool" in name for name, _ in tower.named_parameters())
 
 
@@ -160,7 +160,7 @@ def test_a_residual_network_of_open_clip_has_no_pooling_left() -> None:
         (replace(CONFIG, feature_block=7), "feature_block"),
     ],
 )
-def test_what_cannot_be_built_is_a_clear_error(config: VisionEncoderConfig, message: str) -> None:
+def test_wrong_settings_of_a_tower_are_named(config: VisionEncoderConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encoder(config)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: the compiled libraries, or a reason to skip that says what is missing."""
+"""Provide the compiled libraries to the tests of the ops, or skip with the reason why they are missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.ops import emulator as emulation
 
 @pytest.fixture(scope="session")
 def cpu_library() -> None:
-    """The CPU kernels are loaded."""
+    """Load the CPU kernels."""
     reason = library.load_errors()["cpu"]
     if reason is not None:
         pytest.skip(f"CPU kernels: {reason}")
@@ -21,7 +21,7 @@ def cpu_library() -> None:
 
 @pytest.fixture
 def instruction_set(request: pytest.FixtureRequest, cpu_library: None) -> Iterator[str]:
-    """Run with the kernels of one instruction set (an indirect parameter)."""
+    """Select the kernels of one instruction set (an indirect parameter)."""
     before = library.cpu_instruction_set()
     try:
         library.cpu_instruction_set(request.param)
@@ -33,7 +33,7 @@ def instruction_set(request: pytest.FixtureRequest, cpu_library: None) -> Iterat
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulator:
-    """The CUDA kernels on the CPU, as they are in csrc/."""
+    """Build the emulator with the CUDA kernels of csrc/."""
     reason = emulation.why_unavailable()
     if reason is not None:
         pytest.skip(reason)

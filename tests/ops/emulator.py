@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on the CPU: builds csrc/emulator and calls it with tensors, as the CUDA binding would."""
+"""Run the CUDA kernels on the CPU: build csrc/emulator and call it with tensors, like the CUDA binding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Index(ctypes.Structure):
     _fields_ = [("data", _POINTER), ("wide", _INT)]
 
 
-class _AttentionParams(ctypes.Structure):  # AttentionParams of csrc/cuda/params.h, field by field; so are the others
+class _AttentionParams(ctypes.Structure):  # the fields of csrc/cuda/params.h, here and below
     _fields_ = [
         *((name, _POINTER) for name in ("q", "grad", "o", "out", "dq", "lse", "delta", "partial", "out_scale")),
         *((name, _INT64) for name in ("q_row", "q_head", "grad_row", "grad_head")),
@@ -59,7 +59,14 @@ class _ResamplerParams(_AttentionParams):
 
 
 class Site(NamedTuple):
-    """A barrier or a wait in the kernels' source."""
+    """Locate a barrier or a wait in the kernels' source.
+
+    Attributes:
+        number: Number in the order of first use.
+        kind: "barrier" or "wait".
+        file: Name of the source file.
+        line: Line in the file.
+    """
 
     number: int
     kind: str
@@ -68,11 +75,11 @@ class Site(NamedTuple):
 
 
 class EmulationError(Exception):
-    """The kernel hung, failed an assertion or used a wrong address."""
+    """Report a kernel that hung, failed an assertion or used a wrong address."""
 
 
 def why_unavailable() -> str | None:
-    """None if the emulator can be built here, else the reason."""
+    """Return None if the emulator can be built here, else the reason."""
     if not CSRC.exists():
         return "csrc/ is not part of this tree"
     import platform
@@ -83,7 +90,13 @@ def why_unavailable() -> str | None:
 
 
 def build(folder: Path, csrc: Path = CSRC, *, one_width: bool = False) -> Emulator:
-    """Compile the emulator and the kernels of `csrc` into `folder`; one_width: bfloat16 of width 64 alone."""
+    """Compile the emulator and the kernels into ``folder``.
+
+    Args:
+        folder: Folder for the library.
+        csrc: Folder of the sources.
+        one_width: Whether to compile bfloat16 of head_dim 64 alone.
+    """
     library = folder / "libemulator.so"
     command = ["g++", "-std=c++17", "-O1" if one_width else "-O2", "-shared", "-fPIC", "-DFLAMINGO_EMULATOR", "-w"]
     command += ["-DFLAMINGO_EMULATE_ONE"] if one_width else []
@@ -95,9 +108,16 @@ def build(folder: Path, csrc: Path = CSRC, *, one_width: bool = False) -> Emulat
 
 
 class Emulator:
-    """The compiled kernels; every call may choose a seed, a policy for copies, and a site to switch off."""
+    """Call the compiled kernels.
+
+    Attributes:
+        seed: Seed of the order of warps.
+        copies: Name of a policy in ``COPIES`` for when copies land.
+        skipped_site: Number of the barrier or wait to switch off; -1 for none.
+    """
 
     def __init__(self, library: Path) -> None:
+        """Load the compiled emulator."""
         self._library = ctypes.CDLL(str(library))
         for name in ("emulator_failure", "emulator_site_kind", "emulator_site_file"):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -107,7 +127,7 @@ class Emulator:
         self.seed, self.copies, self.skipped_site = 0, "by chance", -1
 
     def sites(self) -> list[Site]:
-        """Barriers and waits that have run so far, in the order of their first use."""
+        """Return the barriers and waits that have run so far, in the order of their first use."""
         library = self._library
         return [
             Site(
@@ -129,16 +149,16 @@ class Emulator:
         out_scale: Tensor | None,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Output, dq, dk, dv and the gradient of out_scale; shapes as in `model.ops.masked_cross_attention`."""
-        rows, heads, width = q.shape
-        media, latents = k.shape[:2]
-        blocks = max(-(-rows // 64), media * -(-latents // 64))
+        """Return output, dq, dk, dv and the gradient of out_scale, like ``model.ops.masked_cross_attention``."""
+        rows, num_heads, head_dim = q.shape
+        num_media, num_latents = k.shape[:2]
+        blocks = max(-(-rows // 64), num_media * -(-num_latents // 64))
         out, dq, dk, dv = (_garbage(x.shape, q.dtype) for x in (q, q, k, v))
-        partial = torch.zeros(blocks * heads, 4)
-        begin, end = torch.full((media,), -7, dtype=torch.int32), torch.full((media,), -7, dtype=torch.int32)
+        partial = torch.zeros(blocks * num_heads, 4)
+        begin, end = torch.full((num_media,), -7, dtype=torch.int32), torch.full((num_media,), -7, dtype=torch.int32)
         p = _CrossAttentionParams(
-            media=media,
-            latents=latents,
+            media=num_media,
+            latents=num_latents,
             last_media=_index(media_index),
             first_media=_index(first_media),
             row_begin=begin.data_ptr(),
@@ -152,7 +172,7 @@ class Emulator:
             **{f"{n}_{d}": x.stride(i) for n, x in (("k", k), ("v", v)) for i, d in enumerate(_KEY_STRIDES)},
         )
         keep = _fill_rows(p, q, grad, out, dq, rows)
-        p.scale = width**-0.5
+        p.scale = head_dim**-0.5
         self._run("emulate_cross_attention", q, p)
         del keep
         return out, dq, dk, dv, partial.sum()
@@ -167,21 +187,25 @@ class Emulator:
         cu_media: Tensor,
         grad: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Output and the gradients of the five tensors; shapes as in `model.ops.resampler_attention`."""
-        media, latents, _, width = q.shape
+        """Return output and the gradients of the five tensors; shapes as in ``model.ops.resampler_attention``."""
+        num_media, num_latents, _, head_dim = q.shape
         inputs = {"k_features": k_features, "v_features": v_features, "k_latents": k_latents, "v_latents": v_latents}
         grads = {name: _garbage(x.shape, q.dtype) for name, x in inputs.items()}
         out, dq = _garbage(q.shape, q.dtype), _garbage(q.shape, q.dtype)
         p = _ResamplerParams(
-            media=media, latents=latents, features=k_features.shape[0], cu_media=_index(cu_media), o=out.data_ptr()
+            media=num_media,
+            latents=num_latents,
+            features=k_features.shape[0],
+            cu_media=_index(cu_media),
+            o=out.data_ptr(),
         )
         for name, x in inputs.items():
             setattr(p, name, x.data_ptr())
             setattr(p, f"d{name}", grads[name].data_ptr())
             setattr(p, f"{name}_row", x.stride(-3))
             setattr(p, f"{name}_head", x.stride(-2))
-        keep = _fill_rows(p, q.flatten(0, 1), grad.flatten(0, 1), out, dq, media * latents)
-        p.scale = width**-0.5
+        keep = _fill_rows(p, q.flatten(0, 1), grad.flatten(0, 1), out, dq, num_media * num_latents)
+        p.scale = head_dim**-0.5
         self._run("emulate_resampler", q, p)
         del keep
         return out, dq, *grads.values()
@@ -205,7 +229,7 @@ def _index(x: Tensor | None) -> _Index:
 
 
 def _fill_rows(p: Any, q: Tensor, grad: Tensor, out: Tensor, dq: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Fields of AttentionParams; returns the buffers that must outlive the call."""
+    """Fill the fields of AttentionParams; return the buffers that must outlive the call."""
     lse, delta = (torch.full((rows, q.shape[-2]), float("nan")) for _ in range(2))
     p.q, p.grad, p.out, p.dq, p.lse, p.delta = (x.data_ptr() for x in (q, grad, out, dq, lse, delta))
     p.q_row, p.q_head = q.stride(0), q.stride(1)

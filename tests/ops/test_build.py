@@ -1,4 +1,4 @@
-"""An install succeeds wherever it runs: what cannot be built is left out, with a reason that the doctor can show."""
+"""Check that an install succeeds everywhere, and records why it left out a library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.
 
 
 def build(folder: Path, **environment: str) -> dict[str, str]:
-    """Run setup.py's build into `folder` and return its report."""
+    """Run setup.py's build into ``folder`` and return its report."""
     command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(folder), "--build-temp"]
     result = subprocess.run(
         [*command, str(folder / "objects")],
@@ -38,17 +38,17 @@ def program(folder: Path, name: str, script: str) -> Path:
     return path
 
 
-def test_nothing_is_built_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_built_on_request(tmp_path: Path) -> None:
     assert build(tmp_path, FLAMINGO_BUILD="0") == dict.fromkeys(("cpu", "cuda"), "built with FLAMINGO_BUILD=0")
 
 
-def test_without_a_compiler_and_without_nvcc(tmp_path: Path) -> None:
+def test_missing_compilers_are_reported(tmp_path: Path) -> None:
     report = build(tmp_path, PATH=str(tmp_path), CXX="none", CUDA_HOME=str(tmp_path), CUDA_PATH=str(tmp_path))
     assert "no C++ compiler" in report["cpu"]
     assert "no nvcc" in report["cuda"]
 
 
-def test_compilers_that_fail_as_with_a_trimmed_toolkit(tmp_path: Path) -> None:
+def test_failing_compilers_are_reported(tmp_path: Path) -> None:
     failing = "case $1 in --version) exit 0;; esac\necho 'fatal error: cusparse.h: No such file' >&2; exit 1"
     compiler = program(tmp_path, "failing-c++", failing)
     program(tmp_path / "cuda", "bin/nvcc", failing)
@@ -57,7 +57,7 @@ def test_compilers_that_fail_as_with_a_trimmed_toolkit(tmp_path: Path) -> None:
     assert "cusparse.h" in report["cuda"] or "has no CUDA" in report["cuda"]
 
 
-def test_without_torch_at_build_time(tmp_path: Path) -> None:
+def test_missing_torch_is_reported(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('hidden by the test')\n")
     report = build(tmp_path / "out", PYTHONPATH=str(tmp_path))
@@ -65,7 +65,7 @@ def test_without_torch_at_build_time(tmp_path: Path) -> None:
     assert set(report) == {"cpu", "cuda"}
 
 
-def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_reported(tmp_path: Path) -> None:
     nvcc = program(tmp_path / "cuda", "bin/nvcc", "exit 0")
     failing = program(tmp_path, "failing-c++", "exit 1")
     report = build(

@@ -1,6 +1,6 @@
-"""The CUDA kernels as machine code, for both architectures: nothing spilled, nothing in local memory.
+"""Check the machine code of the CUDA kernels for both architectures: no spills and no local memory.
 
-Needs nvcc and a disassembler, but no GPU.
+The tests need nvcc and a disassembler, but no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def find_nvcc() -> str:
 
 
 def find_disassembler() -> str:
-    """nvdisasm of the toolkit, or the one that triton brings along."""
+    """Return nvdisasm of the toolkit, or the one inside triton."""
     found = shutil.which("nvdisasm")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None and triton.origin is not None:
@@ -40,7 +40,7 @@ def find_disassembler() -> str:
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[str, Path]:
-    """What ptxas reports, and the machine code."""
+    """Return the report of ptxas, and the machine code."""
     code = folder / "kernels.cubin"
     command = [find_nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas=-v"]
     result = subprocess.run([*command, "-o", str(code), str(source)], capture_output=True, text=True, check=False)
@@ -49,22 +49,23 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[str,
 
 
 def spilled_bytes(report: str) -> list[int]:
-    """Stack frames, spill stores and spill loads of all kernels that ptxas reports on."""
+    """Return the stack frames, spill stores and spill loads of all kernels in a report of ptxas."""
     pattern = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     return [int(number) for kernel in re.findall(pattern, report) for number in kernel]
 
 
 def instructions(code: Path) -> set[str]:
-    """Names of the instructions in machine code, without modifiers: LDSM, HMMA, ..."""
+    """Return the names of the instructions in machine code, without modifiers: LDSM, HMMA, ..."""
     text = subprocess.run([find_disassembler(), "-c", str(code)], capture_output=True, text=True, check=True).stdout
     return set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text))
 
 
-def test_every_op_width_and_type_is_instantiated() -> None:
-    ops, widths, types = ("masked_cross_attention", "resampler_attention"), (64, 96, 128), ("bf16", "fp16")
-    assert sorted(f"{op}_{width}_{name}" for op in ops for width in widths for name in types) == INSTANTIATIONS
+def test_every_op_head_dim_and_type_is_instantiated() -> None:
+    ops, head_dims, types = ("masked_cross_attention", "resampler_attention"), (64, 96, 128), ("bf16", "fp16")
+    assert sorted(f"{op}_{head_dim}_{name}" for op in ops for head_dim in head_dims for name in types) == INSTANTIATIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", INSTANTIATIONS)
 def test_no_spills_and_no_local_memory(name: str, architecture: str, tmp_path: Path) -> None:
@@ -91,6 +92,6 @@ def test_a_kernel_with_local_memory_is_noticed(tmp_path: Path) -> None:
     assert {"LDL", "STL"} <= instructions(code)
 
 
-def test_kernel_headers_know_nothing_of_torch() -> None:
+def test_kernel_headers_do_not_include_torch() -> None:
     for header in (*CUDA.glob("*.cuh"), CUDA / "params.h", CUDA / "launch.h"):
         assert not re.search(r"#include\s+[<\"](torch|ATen|c10)", header.read_text()), header.name

@@ -1,4 +1,4 @@
-"""Which backend is taken, how torch's modes see the ops, and what bad input gets."""
+"""Check the choice of the backend, the ops under torch's modes, and the errors for bad input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def uses_fused(**options: str) -> bool:
 
 
 @fused_only
-def test_an_argument_overrides_the_setting_and_the_setting_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_override_the_setting_which_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert uses_fused()
     monkeypatch.setenv("FLAMINGO_OPS", "reference")
     assert not uses_fused()
@@ -51,22 +51,23 @@ def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @fused_only
-def test_what_the_kernels_do_not_cover_falls_back_or_is_refused_by_name() -> None:
-    case = cross_case([0, 0], media=1, width=24)
+def test_inputs_that_no_kernel_covers_fall_back_or_are_refused_on_request() -> None:
+    case = cross_case([0, 0], num_media=1, head_dim=24)
     assert run_cross(ops.masked_cross_attention, case)[0].shape == case.q.shape
-    with pytest.raises(RuntimeError, match="head width must be a multiple of 16, not 24"):
+    with pytest.raises(RuntimeError, match="head_dim must be a multiple of 16, not 24"):
         run_cross(ops.masked_cross_attention, case, backend="fused")
     with pytest.raises(RuntimeError, match=r"no kernels for torch\.float64 on cpu"):
         run_cross(ops.masked_cross_attention, case, torch.float64, backend="fused")
 
 
-def test_status_has_a_line_and_a_reason_for_every_backend() -> None:
+def test_status_has_a_reason_for_every_backend() -> None:
     rows = ops.status()
     assert {row.op for row in rows} == set(dispatch.OPS)
     assert {row.backend for row in rows} == {"fused on cpu", "fused on cuda", "reference"}
     assert all(row.reason for row in rows)
 
 
+@pytest.mark.slow
 def test_without_compiled_libraries_everything_still_works() -> None:
     script = (
         "import torch; from model import ops\n"
@@ -82,7 +83,7 @@ def test_without_compiled_libraries_everything_still_works() -> None:
 @fused_only
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_autocast_computes_in_its_type_and_returns_gradients_in_the_inputs(backend: str) -> None:
-    case, media = cross_case(PACKED[:60], media=8), resampler_case([30, 5])
+    case, media = cross_case(PACKED[:60], num_media=8), resampler_case([30, 5])
     with torch.autocast("cpu", torch.bfloat16):
         out, dq, *_, dgate = run_cross(ops.masked_cross_attention, case, backend=backend)
         resampled, *grads = run_resampler(ops.resampler_attention, media, backend=backend)
@@ -91,8 +92,8 @@ def test_autocast_computes_in_its_type_and_returns_gradients_in_the_inputs(backe
 
 
 @fused_only
-def test_autocast_of_the_dispatcher_ops() -> None:
-    case, media = cross_case(PACKED[:60], media=8), resampler_case([30, 5])
+def test_the_dispatcher_ops_follow_autocast() -> None:
+    case, media = cross_case(PACKED[:60], num_media=8), resampler_case([30, 5])
     with torch.autocast("cpu", torch.bfloat16):
         out = torch.ops.flamingo.masked_cross_attention(*case[:5], None, 0.1)
         resampled, lse = torch.ops.flamingo.resampler_attention(*media[:6], 0.1)
@@ -101,7 +102,7 @@ def test_autocast_of_the_dispatcher_ops() -> None:
 
 @fused_only
 def test_compiled_functions_are_one_graph_and_equal_eager() -> None:
-    case, media = cross_case(PACKED[:60], media=8, so_far=True), resampler_case([30, 5])
+    case, media = cross_case(PACKED[:60], num_media=8, so_far=True), resampler_case([30, 5])
     cross = torch.compile(ops.masked_cross_attention, fullgraph=True, backend="aot_eager")
     resampler = torch.compile(ops.resampler_attention, fullgraph=True, backend="aot_eager")
     pairs = (
@@ -117,22 +118,22 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     def checkpointed(*args: Any, **options: Any) -> torch.Tensor:
         return checkpoint(ops.masked_cross_attention, *args, use_reentrant=False, **options)  # type: ignore[no-any-return]
 
-    case = cross_case(PACKED[:60], media=8)
+    case = cross_case(PACKED[:60], num_media=8)
     pairs = zip(run_cross(checkpointed, case), run_cross(ops.masked_cross_attention, case), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_meta_tensors_have_the_shapes_of_the_results() -> None:
-    case, media = cross_case([0, 0], media=2), resampler_case([3])
+    case, media = cross_case([0, 0], num_media=2), resampler_case([3])
     out = ops.masked_cross_attention(*(x.to("meta") for x in case[:4]))
     assert out.shape == case.q.shape
     assert ops.resampler_attention(*(x.to("meta") for x in media[:6])).shape == media.q.shape
 
 
 CROSS_ERRORS = [
-    ({"q": torch.zeros(4, 64)}, ValueError, r"q must be \[T, H, D\]"),
+    ({"q": torch.zeros(4, 64)}, ValueError, r"q must be \[T, H, K\]"),
     ({"q": torch.zeros(4, 2, 64, dtype=torch.int32)}, TypeError, "q must be floating point"),
-    ({"k": torch.zeros(3, 5, 1, 64)}, ValueError, r"k must be \[M, N, H, D\] with H = 2"),
+    ({"k": torch.zeros(3, 5, 1, 64)}, ValueError, r"k must be \[M, R, H, K\] with H = 2"),
     ({"v": torch.zeros(2, 5, 2, 64)}, ValueError, r"v must be .* with M = 3"),
     ({"v": torch.zeros(3, 5, 2, 64, dtype=torch.bfloat16)}, TypeError, "v must have the dtype of q"),
     ({"k": torch.zeros(3, 5, 2, 64, device="meta")}, ValueError, "k must be on the device of q"),
@@ -169,8 +170,8 @@ def test_bad_arguments_of_cross_attention_are_named(
 
 
 RESAMPLER_ERRORS = [
-    ({"q": torch.zeros(3, 2, 64)}, ValueError, r"q must be \[M, R, H, D\]"),
-    ({"k_features": torch.zeros(9, 1, 64)}, ValueError, r"k_features must be \[S, H, D\] with H = 2"),
+    ({"q": torch.zeros(3, 2, 64)}, ValueError, r"q must be \[M, R, H, K\]"),
+    ({"k_features": torch.zeros(9, 1, 64)}, ValueError, r"k_features must be \[S, H, K\] with H = 2"),
     ({"v_features": torch.zeros(8, 2, 64)}, ValueError, "v_features must be .* with S = 9"),
     ({"k_latents": torch.zeros(2, 5, 2, 64)}, ValueError, "k_latents must be .* with M = 2, R = 4"),
     ({"cu_media": torch.tensor([0, 9])}, ValueError, r"cu_media must be \[M \+ 1\] with M \+ 1 = 3"),
@@ -201,6 +202,6 @@ def test_bad_arguments_of_resampler_attention_are_named(
 @fused_only
 @pytest.mark.parametrize("index", [[3], [-2]])
 def test_the_dispatcher_op_itself_refuses_an_index_out_of_range(index: list[int]) -> None:
-    case = cross_case([0], media=3)
+    case = cross_case([0], num_media=3)
     with pytest.raises(RuntimeError, match=r"media_index\[0\] is"):
         torch.ops.flamingo.masked_cross_attention(*case[:3], torch.tensor(index), None, None, 0.1)

@@ -1,6 +1,6 @@
-"""The CUDA kernels themselves, executed on the CPU by csrc/emulator, against float64.
+"""Compare the CUDA kernels, executed on the CPU by csrc/emulator, with float64.
 
-A second half checks the checks: with a barrier or a wait switched off, or an index changed, they must fail.
+The second half checks the checks: with a barrier or a wait switched off, or an index changed, they must fail.
 """
 
 from __future__ import annotations
@@ -10,53 +10,30 @@ import functools
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from model.ops import reference
 from tests.ops import emulator as emulation
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
-    CrossCase,
+    Expected,
     ResamplerCase,
-    Results,
     assert_as_good_as,
     cross_case,
-    cross_truth,
-    gate_terms,
+    expect,
     resampler_case,
-    resampler_truth,
-    run_cross,
-    run_resampler,
 )
 from tests.ops.emulator import COPIES, EmulationError, Emulator
 
-TYPES_AND_WIDTHS = [
+TYPES_AND_HEAD_DIMS = [
     (torch.bfloat16, 64),
     (torch.bfloat16, 96),
     (torch.bfloat16, 128),
     (torch.float16, 64),
     (torch.float16, 128),
 ]
-
-
-class Expected(NamedTuple):
-    """A case with what its results are compared with."""
-
-    case: CrossCase | ResamplerCase
-    by_torch: Results
-    truth: Results
-    gate_terms: float | None
-
-
-def expect(case: CrossCase | ResamplerCase) -> Expected:
-    if isinstance(case, ResamplerCase):
-        return Expected(case, run_resampler(reference.resampler_attention, case), resampler_truth(case), None)
-    by_torch = run_cross(reference.masked_cross_attention, case)
-    return Expected(case, by_torch, cross_truth(case), gate_terms(case))
 
 
 def check(emulator: Emulator, expected: Expected) -> None:
@@ -68,29 +45,34 @@ def check(emulator: Emulator, expected: Expected) -> None:
         *results, d_scale = emulator.cross_attention(*case[:5], out_scale, case.grad)
         if case.gate is not None:
             results.append((d_scale * (1 - case.gate.tanh() ** 2)).view(1))
-    assert_as_good_as(tuple(results), expected.by_torch, expected.truth, gate_terms=expected.gate_terms)
+    assert_as_good_as(tuple(results), expected)
 
 
-@pytest.mark.parametrize(("dtype", "width"), TYPES_AND_WIDTHS, ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim"), TYPES_AND_HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
-def test_cross_attention(emulator: Emulator, dtype: torch.dtype, width: int, so_far: bool) -> None:
-    for seed, (latents, index) in enumerate(((64, PACKED), (5, UNORDERED), (70, PACKED[:130]))):
+def test_cross_attention(emulator: Emulator, dtype: torch.dtype, head_dim: int, so_far: bool) -> None:
+    for seed, (num_latents, index) in enumerate(((64, PACKED), (5, UNORDERED), (70, PACKED[:130]))):
         emulator.seed, emulator.copies = seed, list(COPIES)[seed]
-        case = cross_case(index, media=8, latents=latents, width=width, dtype=dtype, so_far=so_far, seed=seed)
+        case = cross_case(
+            index, num_media=8, num_latents=num_latents, head_dim=head_dim, dtype=dtype, so_far=so_far, seed=seed
+        )
         check(emulator, expect(case))
 
 
-@pytest.mark.parametrize(("dtype", "width"), TYPES_AND_WIDTHS, ids=str)
-def test_resampler(emulator: Emulator, dtype: torch.dtype, width: int) -> None:
-    for seed, (latents, lengths) in enumerate(((64, [200, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]))):
+@pytest.mark.parametrize(("dtype", "head_dim"), TYPES_AND_HEAD_DIMS, ids=str)
+def test_resampler(emulator: Emulator, dtype: torch.dtype, head_dim: int) -> None:
+    for seed, (num_latents, lengths) in enumerate(((64, [200, 0, 63]), (7, [64, 65, 1]), (70, [30, 140]))):
         emulator.seed, emulator.copies = seed, list(COPIES)[seed]
-        check(emulator, expect(resampler_case(lengths, latents=latents, width=width, dtype=dtype, seed=seed)))
+        check(
+            emulator,
+            expect(resampler_case(lengths, num_latents=num_latents, head_dim=head_dim, dtype=dtype, seed=seed)),
+        )
 
 
 @pytest.mark.parametrize("index", [[-1] * 5, [0], [7], [0, -1] * 40], ids=["blind", "one row", "last medium", "gaps"])
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
 def test_degenerate_indices(emulator: Emulator, index: list[int], so_far: bool) -> None:
-    case = cross_case(index, media=8, dtype=torch.bfloat16, so_far=so_far)
+    case = cross_case(index, num_media=8, dtype=torch.bfloat16, so_far=so_far)
     check(emulator, expect(case))
     out, dq, *_ = emulator.cross_attention(*case[:5], None, case.grad)
     blind = case.media_index < 0
@@ -99,11 +81,11 @@ def test_degenerate_indices(emulator: Emulator, index: list[int], so_far: bool) 
 
 
 def test_a_gate_of_zero_has_the_gradient_of_the_ungated_output(emulator: Emulator) -> None:
-    check(emulator, expect(cross_case(PACKED[:100], media=8, dtype=torch.bfloat16, gate=0.0)))
+    check(emulator, expect(cross_case(PACKED[:100], num_media=8, dtype=torch.bfloat16, gate=0.0)))
 
 
 def test_results_do_not_depend_on_the_order_of_warps(emulator: Emulator) -> None:
-    case = cross_case(PACKED, media=8, dtype=torch.bfloat16, so_far=True)
+    case = cross_case(PACKED, num_media=8, dtype=torch.bfloat16, so_far=True)
     runs = []
     for seed in range(3):
         emulator.seed = seed
@@ -114,7 +96,7 @@ def test_results_do_not_depend_on_the_order_of_warps(emulator: Emulator) -> None
 
 @pytest.mark.parametrize("index", [[8], [-2]])
 def test_a_media_index_out_of_range_is_a_device_assertion(emulator: Emulator, index: list[int]) -> None:
-    case = cross_case([0], media=8, dtype=torch.bfloat16)._replace(media_index=torch.tensor(index))
+    case = cross_case([0], num_media=8, dtype=torch.bfloat16)._replace(media_index=torch.tensor(index))
     with pytest.raises(EmulationError, match="media_index is out of range"):
         emulator.cross_attention(*case[:5], None, case.grad)
 
@@ -131,12 +113,12 @@ LONG_TEXT = [0] * 70 + [1] * 280 + [-1] * 3 + [3] * 20
 
 @functools.cache
 def long_cases() -> list[Expected]:
-    options = {"heads": 1, "dtype": torch.bfloat16}
+    options = {"num_heads": 1, "dtype": torch.bfloat16}
     return [
-        expect(cross_case(LONG_TEXT, media=4, **options)),
-        expect(cross_case(LONG_TEXT[:200], media=4, latents=140, so_far=True, **options)),
-        expect(resampler_case([200, 60], latents=30, **options)),
-        expect(resampler_case([70, 90], latents=200, **options)),
+        expect(cross_case(LONG_TEXT, num_media=4, **options)),
+        expect(cross_case(LONG_TEXT[:200], num_media=4, num_latents=140, so_far=True, **options)),
+        expect(resampler_case([200, 60], num_latents=30, **options)),
+        expect(resampler_case([70, 90], num_latents=200, **options)),
     ]
 
 
@@ -151,11 +133,11 @@ def passes(emulator: Emulator, seed: int, copies: str) -> bool:
 
 
 def is_caught(emulator: Emulator, seeds: int) -> bool:
-    """Whether some run fails or crashes; in a process of its own, since a wrong kernel may write anywhere."""
-    long_cases()  # computed here: a forked process should not start torch's threads
+    """Return whether some run fails or crashes, in another process, since a wrong kernel may write anywhere."""
+    long_cases()  # computed here, because a forked process should not start torch's threads
     child = os.fork()
     if child == 0:
-        faulthandler.disable()  # a crash is expected, and is not news
+        faulthandler.disable()  # a crash is expected
         torch.set_num_threads(1)
         every_run_passes = all(passes(emulator, seed, copies) for seed in range(seeds) for copies in COPIES)
         os._exit(0 if every_run_passes else 1)
@@ -164,12 +146,13 @@ def is_caught(emulator: Emulator, seeds: int) -> bool:
 
 @pytest.fixture(scope="module")
 def small_emulator(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Emulator:
-    """bfloat16 of width 64 alone, so that its list of sites is complete after one run."""
+    """Build bfloat16 of head_dim 64 alone, so that its list of sites is complete after one run."""
     built = emulation.build(Path(tmp_path_factory.mktemp("one_width")), one_width=True)
     assert all(passes(built, seed, copies) for seed in range(2) for copies in COPIES)
     return built
 
 
+@pytest.mark.slow
 def test_every_barrier_and_every_wait_is_needed(small_emulator: Emulator) -> None:
     sites = small_emulator.sites()
     assert {site.kind for site in sites} == {"barrier", "wait"}
@@ -200,6 +183,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_changed_kernel_is_caught(name: str, small_emulator: Emulator, tmp_path: Path) -> None:
     file, original, replacement = MUTANTS[name]

@@ -1,6 +1,8 @@
-"""The CPU kernels of every instruction set against float64, and their contract with torch."""
+"""Compare the CPU kernels of every instruction set with float64, and check their contract with torch."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from model import ops
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
-    check_cross,
-    check_resampler,
+    Expected,
+    check_fused,
     cross_case,
     cross_truth,
+    expect,
     resampler_case,
     run_cross,
     run_resampler,
@@ -22,42 +25,58 @@ INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 pytestmark = pytest.mark.usefixtures("cpu_library")
 
 
+@functools.cache  # the kernels of all instruction sets are compared with the same results
+def expected_of_cross_attention(dtype: torch.dtype, head_dim: int, so_far: bool) -> list[Expected]:
+    settings = {"num_media": 8, "head_dim": head_dim, "dtype": dtype, "so_far": so_far}
+    inputs = ((64, PACKED), (5, PACKED), (70, UNORDERED))
+    return [expect(cross_case(index, num_latents=num_latents, **settings)) for num_latents, index in inputs]
+
+
+@functools.cache
+def expected_of_resampler(dtype: torch.dtype, head_dim: int) -> list[Expected]:
+    inputs = ((64, [100, 0, 63]), (7, [64, 65, 1]), (70, [30, 70]))
+    return [
+        expect(resampler_case(lengths, num_latents=num_latents, head_dim=head_dim, dtype=dtype))
+        for num_latents, lengths in inputs
+    ]
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [16, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
-def test_cross_attention(instruction_set: str, dtype: torch.dtype, width: int, so_far: bool) -> None:
-    for latents, index in ((64, PACKED), (5, PACKED), (70, UNORDERED)):
-        check_cross(cross_case(index, media=8, latents=latents, width=width, dtype=dtype, so_far=so_far))
+def test_cross_attention(instruction_set: str, dtype: torch.dtype, head_dim: int, so_far: bool) -> None:
+    for expected in expected_of_cross_attention(dtype, head_dim, so_far):
+        check_fused(expected)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [16, 64, 96, 128])
-def test_resampler(instruction_set: str, dtype: torch.dtype, width: int) -> None:
-    for latents, lengths in ((64, [100, 0, 63]), (7, [64, 65, 1]), (70, [30, 70])):
-        check_resampler(resampler_case(lengths, latents=latents, width=width, dtype=dtype))
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
+def test_resampler(instruction_set: str, dtype: torch.dtype, head_dim: int) -> None:
+    for expected in expected_of_resampler(dtype, head_dim):
+        check_fused(expected)
 
 
 @pytest.mark.parametrize("index", [[-1] * 5, [0], [], [7]], ids=["blind", "one row", "no rows", "last medium"])
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
-def test_degenerate_indices(index: list[int], so_far: bool) -> None:
-    case = cross_case(index, media=8, so_far=so_far)
+def test_degenerate_indices_are_exact(index: list[int], so_far: bool) -> None:
+    case = cross_case(index, num_media=8, so_far=so_far)
     fused = run_cross(ops.masked_cross_attention, case, backend="fused")
     for x, exact in zip(fused, cross_truth(case), strict=True):
         torch.testing.assert_close(x.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_no_media_at_all() -> None:
-    out, *grads = run_cross(ops.masked_cross_attention, cross_case([-1] * 3, media=0), backend="fused")
+def test_batches_without_media_give_zeros() -> None:
+    out, *grads = run_cross(ops.masked_cross_attention, cross_case([-1] * 3, num_media=0), backend="fused")
     assert (out == 0).all()
     assert (grads[0] == 0).all()
     out, *_ = run_resampler(ops.resampler_attention, resampler_case([]), backend="fused")
     assert out.shape == (0, 64, 2, 64)
 
 
-def test_media_without_text_and_rows_without_media_get_exactly_zero_gradients() -> None:
-    case = cross_case(PACKED, media=8)
+def test_media_without_text_and_tokens_without_media_get_exactly_zero_gradients() -> None:
+    case = cross_case(PACKED, num_media=8)
     out, dq, dk, dv, _ = run_cross(ops.masked_cross_attention, case, backend="fused")
     blind = case.media_index < 0
     assert (out[blind] == 0).all()
@@ -68,7 +87,7 @@ def test_media_without_text_and_rows_without_media_get_exactly_zero_gradients() 
 
 
 def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_medium() -> None:
-    case = cross_case([0] * 8 + [1] * 8, media=2)
+    case = cross_case([0] * 8 + [1] * 8, num_media=2)
     out = ops.masked_cross_attention(case.q * 1e4, case.k, case.v, case.media_index, backend="fused")
     assert out.isfinite().all()
     case.k[1, 3] = float("nan")
@@ -78,11 +97,11 @@ def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_medium() -> None:
 
 
 def test_a_gate_of_zero_has_the_gradient_of_the_ungated_output() -> None:
-    check_cross(cross_case(PACKED, media=8, gate=0.0))
+    check_fused(expect(cross_case(PACKED, num_media=8, gate=0.0)))
 
 
-def test_any_strides_of_rows_and_heads_are_read_as_they_are() -> None:
-    case = cross_case(PACKED, media=8)
+def test_any_strides_of_tokens_and_heads_are_read() -> None:
+    case = cross_case(PACKED, num_media=8)
     heads_first = case._replace(
         q=case.q.transpose(0, 1).contiguous().transpose(0, 1), grad=case.grad.transpose(1, 2).contiguous().mT
     )
@@ -93,7 +112,7 @@ def test_any_strides_of_rows_and_heads_are_read_as_they_are() -> None:
 
 
 def test_results_do_not_depend_on_threads_or_repetition() -> None:
-    case, before = cross_case(PACKED * 3, media=8, so_far=True), torch.get_num_threads()
+    case, before = cross_case(PACKED * 3, num_media=8, so_far=True), torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 2, 2, 5):
@@ -107,7 +126,7 @@ def test_results_do_not_depend_on_threads_or_repetition() -> None:
 
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
 def test_opcheck_cross_attention(so_far: bool) -> None:
-    case = cross_case(PACKED[:80], media=8, so_far=so_far)
+    case = cross_case(PACKED[:80], num_media=8, so_far=so_far)
     inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
     out_scale = torch.tensor([0.5], requires_grad=True)
     args = (*inputs, case.media_index, case.first_media, out_scale, 0.125)

@@ -1,4 +1,4 @@
-"""Any shapes, ragged media and degenerate indices: the CPU kernels and plain torch against float64."""
+"""Compare the CPU kernels with float64 for random shapes, ragged media and degenerate indices."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import ops
-from model.ops import reference
 from tests.ops.cases import (
     CrossCase,
+    Expected,
     ResamplerCase,
     Results,
     assert_as_good_as,
-    check_cross,
+    check_fused,
     cross_case,
+    expect,
+    resampler_by_torch,
     resampler_case,
     resampler_truth,
     run_cross,
@@ -26,21 +28,21 @@ pytestmark = pytest.mark.usefixtures("cpu_library")
 bounded = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-widths = st.sampled_from([16, 48, 64, 96, 128])
+head_dims = st.sampled_from([16, 48, 64, 96, 128])
 
 
 @st.composite
 def cross_cases(draw: st.DrawFn) -> CrossCase:
-    media = draw(st.integers(1, 6))
-    runs = draw(st.lists(st.tuples(st.integers(-1, media - 1), st.integers(1, 90)), max_size=5))
+    num_media = draw(st.integers(1, 6))
+    runs = draw(st.lists(st.tuples(st.integers(-1, num_media - 1), st.integers(1, 90)), max_size=5))
     if draw(st.booleans()):
         runs.sort()
     return cross_case(
         [medium for medium, length in runs for _ in range(length)],
-        media=media,
-        latents=draw(st.integers(1, 140)),
-        heads=draw(st.integers(1, 3)),
-        width=draw(widths),
+        num_media=num_media,
+        num_latents=draw(st.integers(1, 140)),
+        num_heads=draw(st.integers(1, 3)),
+        head_dim=draw(head_dims),
         dtype=draw(dtypes),
         so_far=draw(st.booleans()),
         gate=draw(st.sampled_from([None, 0.0, -0.5, 3.0])),
@@ -52,19 +54,19 @@ def cross_cases(draw: st.DrawFn) -> CrossCase:
 def resampler_cases(draw: st.DrawFn) -> ResamplerCase:
     return resampler_case(
         draw(st.lists(st.integers(0, 150), min_size=1, max_size=4)),
-        latents=draw(st.integers(1, 140)),
-        heads=draw(st.integers(1, 3)),
-        width=draw(widths),
+        num_latents=draw(st.integers(1, 140)),
+        num_heads=draw(st.integers(1, 3)),
+        head_dim=draw(head_dims),
         dtype=draw(dtypes),
         seed=draw(st.integers(0, 5)),
     )
 
 
 def as_one_attention(results: Results) -> Results:
-    """The gradients of all keys, and of all values, in one tensor each, as one softmax has them.
+    """Join the gradients of all keys into one tensor, and those of all values, because one softmax covers them.
 
-    A single latent that gets next to no attention has a gradient of next to nothing, a difference of larger numbers:
-    it says little about the precision by itself.
+    A latent with hardly any attention has a tiny gradient, the difference of larger numbers. Alone it says little
+    about the precision.
     """
     out, dq, dk_features, dv_features, dk_latents, dv_latents = results
     keys = torch.cat([dk_features.flatten(), dk_latents.flatten()])
@@ -74,7 +76,7 @@ def as_one_attention(results: Results) -> Results:
 @bounded
 @given(cross_cases())
 def test_cross_attention(case: CrossCase) -> None:
-    check_cross(case, spacings=4)
+    check_fused(expect(case), spacings=4)
     out, *_ = run_cross(ops.masked_cross_attention, case, backend="fused")
     assert (out[case.media_index < 0] == 0).all()
 
@@ -82,7 +84,7 @@ def test_cross_attention(case: CrossCase) -> None:
 @bounded
 @given(resampler_cases())
 def test_resampler(case: ResamplerCase) -> None:
+    by_torch = [as_one_attention(results) for results in resampler_by_torch(case)]
+    expected = Expected(case, by_torch, as_one_attention(resampler_truth(case)))
     by_kernel = run_resampler(ops.resampler_attention, case, backend="fused")
-    by_torch = run_resampler(reference.resampler_attention, case)
-    exact = resampler_truth(case)
-    assert_as_good_as(as_one_attention(by_kernel), as_one_attention(by_torch), as_one_attention(exact), spacings=4)
+    assert_as_good_as(as_one_attention(by_kernel), expected, spacings=4)

@@ -1,4 +1,4 @@
-"""Plain torch against the definition, in float64, where the two must agree to rounding."""
+"""Compare plain torch with the definition in float64, where the two must agree to rounding."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.ops.cases import (
 
 @pytest.mark.parametrize("so_far", [False, True])
 @pytest.mark.parametrize("index", [PACKED, UNORDERED, [-1] * 5, [0]], ids=["packed", "unordered", "blind", "one row"])
-def test_grouping_rows_computes_the_masked_attention(index: list[int], so_far: bool) -> None:
-    case = cross_case(index, media=8, latents=5, width=16, so_far=so_far)
+def test_grouping_tokens_computes_the_masked_attention(index: list[int], so_far: bool) -> None:
+    case = cross_case(index, num_media=8, num_latents=5, head_dim=16, so_far=so_far)
     grouped = run_cross(reference.masked_cross_attention, case, torch.float64)
     for x, exact in zip(grouped, cross_truth(case), strict=True):
         torch.testing.assert_close(x, exact, rtol=1e-11, atol=1e-11)
 
 
-def test_rows_without_media_are_exactly_zero_even_if_latents_are_not_finite() -> None:
-    case = cross_case([-1, 0, -1], media=2, latents=4, width=16)
+def test_tokens_without_media_are_exactly_zero_even_if_latents_are_not_finite() -> None:
+    case = cross_case([-1, 0, -1], num_media=2, num_latents=4, head_dim=16)
     case.v[1] = float("nan")
     out = reference.masked_cross_attention(case.q, case.k, case.v, case.media_index, case.gate)
     assert (out[[0, 2]] == 0).all()
@@ -35,7 +35,7 @@ def test_rows_without_media_are_exactly_zero_even_if_latents_are_not_finite() ->
 
 
 def test_without_media_the_output_is_zero_and_every_input_keeps_a_gradient() -> None:
-    case = cross_case([-1] * 4, media=0, latents=4, width=16)
+    case = cross_case([-1] * 4, num_media=0, num_latents=4, head_dim=16)
     out, dq, dk, dv, dgate = run_cross(reference.masked_cross_attention, case)
     assert (out == 0).all()
     assert (dq == 0).all()
@@ -44,15 +44,15 @@ def test_without_media_the_output_is_zero_and_every_input_keeps_a_gradient() -> 
 
 
 def test_the_gradient_of_a_gate_at_zero_is_that_of_the_ungated_output() -> None:
-    case = cross_case([0] * 6, media=1, latents=4, width=16, gate=0.0)
+    case = cross_case([0] * 6, num_media=1, num_latents=4, head_dim=16, gate=0.0)
     ungated, *_ = run_cross(reference.masked_cross_attention, case._replace(gate=None), torch.float64)
     *_, dgate = run_cross(reference.masked_cross_attention, case, torch.float64)
     torch.testing.assert_close(dgate[0], (ungated * case.grad.double()).sum())
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 0, 7], [0], []])
-def test_resampler_attends_to_the_features_and_latents_of_its_own_medium(lengths: list[int]) -> None:
-    case = resampler_case(lengths, latents=3, width=16)
+def test_the_resampler_attends_to_the_features_and_latents_of_its_own_medium(lengths: list[int]) -> None:
+    case = resampler_case(lengths, num_latents=3, head_dim=16)
     out, *_ = run_resampler(reference.resampler_attention, case, torch.float64)
     offsets = case.cu_media.tolist()
     for medium in range(len(lengths)):
@@ -63,7 +63,7 @@ def test_resampler_attends_to_the_features_and_latents_of_its_own_medium(lengths
         torch.testing.assert_close(out[medium], torch.einsum("hrk,khd->rhd", scores.softmax(-1), v))
 
 
-def test_resampler_gradients_against_finite_differences() -> None:
-    case = resampler_case([2, 0, 3], latents=2, heads=1, width=4)
+def test_resampler_gradients_equal_finite_differences() -> None:
+    case = resampler_case([2, 0, 3], num_latents=2, num_heads=1, head_dim=4)
     inputs = [x.double().requires_grad_() for x in case[:5]]
     assert torch.autograd.gradcheck(lambda *x: reference.resampler_attention(*x, case.cu_media), inputs)

@@ -1,4 +1,4 @@
-"""The plan against what really runs: what two processes send, and answers for what cannot fit or is not known."""
+"""Test the plan: predicted against measured traffic, the search, and answers where nothing fits or is known."""
 
 from __future__ import annotations
 
@@ -31,26 +31,24 @@ def debug_config(overrides: list[str]) -> FlamingoRunConfig:
 
 
 def all_cases(world: Any) -> dict[str, tuple[float, float]]:
-    """In one pair of processes: starting them costs more than what they do."""
+    """Measure all cases in the same processes, because starting processes takes most of the time."""
     return {name: measured_and_planned(world, overrides) for name, overrides in CASES.items()}
 
 
 def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float]:
-    from trainer.benchmark import step
-    from trainer.benchmark.synthetic import random_model, synthetic_batches
-    from trainer.data.stream.step_plan import plan_step
+    from trainer.benchmark.step_timings import time_steps
+    from trainer.benchmark.synthetic_run import random_model, synthetic_step
     from trainer.deepspeed_engine.engine import Engine
-    from trainer.planning.cost_model import DEVICES, build_without_weights
+    from trainer.planning.devices import DEVICES
     from trainer.planning.prediction import Cluster, predict
+    from trainer.planning.random_weights import build_on_meta_device
 
     config = debug_config(overrides)
-    planned = predict(config, build_without_weights(config.model), Cluster(DEVICES["h100"], 1, world.size)).sent
-    plans = plan_step(config.data, world.size)
-    model, settings = random_model(config, world, sum(each.micro_batches for each in plans))
+    planned = predict(config, build_on_meta_device(config.model), Cluster(DEVICES["h100"], 1, world.size)).sent
+    model, settings = random_model(config, world)
     engine = Engine(model, config.optimizer, settings, world)
-    size = model.vision_encoder.image_size
-    made = [batch for each in plans for batch in synthetic_batches(each, model.tokens, size, world.rank)]
-    timings = step.measure(engine, iter(lambda: made, None), steps=3, warmup=1, trace=None)
+    made = synthetic_step(config, model, world)
+    timings = time_steps(engine, iter(lambda: made, None), steps=3, warmup=1, trace=None)
     return sum(timings.sent.values()), planned
 
 
@@ -74,20 +72,22 @@ CASES = {
 
 
 @pytest.mark.distributed
-def test_what_two_processes_send_is_what_the_plan_says() -> None:
+def test_two_processes_send_what_the_plan_predicts() -> None:
     for found in run_distributed(all_cases, 2):
         for case, (measured, planned) in found.items():
             assert measured > 0, case
             assert planned == pytest.approx(measured, rel=0.02), case
 
 
+@pytest.mark.slow
 def test_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([NINE, "--nodes", "4", "--devices-per-node", "8", "--device", "h100"]) == 0
     printed = capsys.readouterr().out
-    assert "parameters 9.376 G, of them trained 1.634 G" in printed
+    assert "parameters 9.376 G, of which 1.634 G train" in printed
     assert "32 of the language model's blocks are recomputed" in printed
 
 
+@pytest.mark.slow
 def test_the_search_shows_the_fastest_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([str(DEBUG), "--devices-per-node", "2", "--search"]) == 0
     found = capsys.readouterr().out.partition("the fastest that fit:\n")[2].splitlines()
@@ -96,31 +96,35 @@ def test_the_search_shows_the_fastest_that_fit(capsys: pytest.CaptureFixture[str
     assert "training.activation_checkpointing false" in found[0]
 
 
+@pytest.mark.slow
 def test_as_few_blocks_are_recomputed_as_the_budget_allows() -> None:
     from trainer.data.stream.step_plan import plan_step
-    from trainer.planning.cost_model import ActivationMemory, build_without_weights, checkpointed_blocks, micro_batch
+    from trainer.planning.activation_memory import ActivationMemory, recomputed_blocks
+    from trainer.planning.random_weights import build_on_meta_device
+    from trainer.planning.workload import largest_micro_batch
 
     config = debug_config([])
-    memory, plans = ActivationMemory(config, build_without_weights(config.model)), plan_step(config.data, 1)[:1]
+    memory, plans = ActivationMemory(config, build_on_meta_device(config.model)), plan_step(config.data, 1)[:1]
 
     def peak(checkpointed: int) -> int:
-        return max(memory.count(micro_batch(each), checkpointed).peak for each in plans)
+        return max(memory.count(largest_micro_batch(each), checkpointed).peak for each in plans)
 
     def chosen(most: int) -> int:
-        return checkpointed_blocks(debug_config(["--training.activation_memory_gib", str(most / 2**30)]), memory, plans)
+        return recomputed_blocks(debug_config(["--training.activation_memory_gib", str(most / 2**30)]), memory, plans)
 
     assert peak(0) > peak(2) > peak(4)
     assert chosen(peak(0)) == 0
     assert chosen(peak(2)) == 2
     assert chosen(peak(2) - 1) == 3
     for number in range(5):
-        estimated = max(memory.estimate(micro_batch(each), number).peak for each in plans)
+        estimated = max(memory.estimate(largest_micro_batch(each), number).peak for each in plans)
         assert estimated == pytest.approx(peak(number), rel=0.05)
     with pytest.raises(ValueError, match="with every block recomputed"):
         chosen(peak(4) - 1)
 
 
-def test_one_that_does_not_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_a_configuration_that_does_not_fit_names_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
     many = ["--data.sources.1.batch_size", "16384", "--data.sources.1.micro_batch_size", "16384"]
     alone = ["--devices-per-node", "1", "--device", "rtx-4090"]
     assert plan.main([str(DEBUG), *alone, *many]) == 1
@@ -131,22 +135,26 @@ def test_one_that_does_not_says_what_to_change(capsys: pytest.CaptureFixture[str
     assert plan.main([str(DEBUG), *alone, *many, *overrides]) == 0
 
 
+@pytest.mark.slow
 def test_the_search_recomputes_no_more_blocks_than_it_must() -> None:
-    from trainer.planning.cost_model import DEVICES, ActivationMemory, build_without_weights
+    from trainer.planning import search
+    from trainer.planning.activation_memory import ActivationMemory
+    from trainer.planning.devices import DEVICES
     from trainer.planning.prediction import Cluster, Prediction, predict
+    from trainer.planning.random_weights import build_on_meta_device
 
     config = debug_config(["--data.sources.0.batch_size", "512"])
-    model = build_without_weights(config.model)
+    model = build_on_meta_device(config.model)
     memory = ActivationMemory(config, model, interpolate=True)
     roomy = Cluster(DEVICES["h100"], 1, 1)
 
     def predicted(config: FlamingoRunConfig, cluster: Cluster = roomy) -> Prediction:
         return predict(config, model, cluster, memory)
 
-    _, whole = next(plan.fitting(config, 4, roomy, predicted))
+    _, whole = next(search.fitting_variants(config, 4, roomy, predicted))
     assert whole.recomputed == 0
     tight = replace(roomy, device=replace(roomy.device, memory=whole.total_memory - 1))
-    words, found = next(plan.fitting(config, 4, tight, partial(predicted, cluster=tight)))
+    words, found = next(search.fitting_variants(config, 4, tight, partial(predicted, cluster=tight)))
     assert found.fits and 0 < found.recomputed < 4
     assert words.endswith(f"training.activation_checkpointing {found.recomputed}")
     fewer = replace(config.training, activation_checkpointing=found.recomputed - 1)
@@ -167,7 +175,7 @@ def test_the_search_recomputes_no_more_blocks_than_it_must() -> None:
         ),
     ],
 )
-def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -184,19 +192,19 @@ def step_rows(world: Any, folder: str) -> list[dict[str, Any]]:
 
     trace = Path(folder) / "trace.json"
     options = argparse.Namespace(data="synthetic", steps=3, warmup=1, trace=trace, peak_tflops=2.0)
-    return [row.as_json() for row in step._run(debug_config([]), world, options)]
+    return [row.as_json() for row in step.measure_run(debug_config([]), world, options)]
 
 
 @pytest.mark.distributed
-def test_the_step_of_two_processes_with_a_trace(tmp_path: Path) -> None:
+def test_step_benchmark_of_two_processes_with_a_trace(tmp_path: Path) -> None:
     rows, _ = run_distributed(step_rows, 2, str(tmp_path))
     found = {row["measure"]: row["value"] for row in rows}
-    assert found["update, fastest"] <= found["update, median"] <= found["update, slowest"]
-    assert found["tokens per second, all"] == pytest.approx(2 * found["tokens per second and device"])
-    update = found["update, median"]
-    # 4 pairs of 32 tokens and an image, 2 documents of 64 tokens and 5 images, in all
-    assert found["tokens per second, all"] * update == pytest.approx(4 * 32 + 2 * 64)
-    assert found["images per second, all"] * update == pytest.approx(4 + 10)
-    assert found["samples per second, all"] * update == pytest.approx(6)
+    assert found["step, fastest"] <= found["step, median"] <= found["step, slowest"]
+    assert found["tokens per second"] == pytest.approx(2 * found["tokens per second and device"])
+    seconds = found["step, median"]
+    # A step has 4 pairs of 32 tokens and an image, and 2 documents of 64 tokens and 5 images.
+    assert found["tokens per second"] * seconds == pytest.approx(4 * 32 + 2 * 64)
+    assert found["images per second"] * seconds == pytest.approx(4 + 10)
+    assert found["samples per second"] * seconds == pytest.approx(6)
     assert 0 < found["MFU"] <= found["HFU"] * 1.001
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -1,8 +1,8 @@
-"""The shell commands of a Markdown file, and for each kind of command a check that it would work.
+"""Find the shell commands of a Markdown file and check that each would work.
 
-Nothing expensive runs here: entry points answer ``--help``, configurations with their overrides are loaded, launcher
-arguments go through the launcher's own parser, files have to exist. A command of no known kind is an error, so that
-whoever writes a new one into the README says how it is checked.
+Nothing expensive runs: entry points answer ``--help``, configurations with their overrides are loaded, launcher
+arguments go through the launcher's own parser, and files must exist. A command of an unknown kind is an error, so a new
+kind in the README needs a checker here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ WITH_SUBCOMMANDS = ("trainer.benchmark", "trainer.checkpoint")
 
 
 class UncheckedCommandError(AssertionError):
-    """A command that nothing here knows how to check."""
+    """A command has no checker."""
 
 
 def shell_commands(markdown: str) -> list[str]:
-    """The commands in the fenced ``sh`` blocks, without comments, continued lines joined."""
+    """Return the commands of the fenced ``sh`` blocks, without comments and with continued lines joined."""
     commands = []
     for block in re.findall(r"^```sh\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
@@ -46,7 +46,12 @@ def shell_commands(markdown: str) -> list[str]:
 
 
 def check_command(command: str) -> None:
-    """Raise AssertionError (or the command's own error) when it would not work."""
+    """Check that a command would work.
+
+    Raises:
+        UncheckedCommandError: No checker knows the command.
+        AssertionError: The command would fail; some checkers raise the command's own error instead.
+    """
     words = shlex.split(command)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
@@ -56,12 +61,13 @@ def check_command(command: str) -> None:
     elif program in CHECKERS:
         CHECKERS[program](arguments)
     else:
-        raise UncheckedCommandError(f"no test knows how to check {command!r}; add it to tests/project/commands.py")
+        raise UncheckedCommandError(f"{command!r} has no checker: add one to tests/project/commands.py")
 
 
 def check_script(program: str, arguments: list[str]) -> None:
+    """Check a launch script: it is executable, parses, documents the options, and its configuration loads."""
     path = ROOT / program
-    assert path.is_file(), f"{program} is not there"
+    assert path.is_file(), f"{program} does not exist"
     assert os.access(path, os.X_OK), f"{program} is not executable"
     subprocess.run(["bash", "-n", path], check=True)
     usage = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
@@ -73,7 +79,8 @@ def check_script(program: str, arguments: list[str]) -> None:
 
 
 def check_python(arguments: list[str]) -> None:
-    assert arguments[0] == "-m", f"README runs python only with -m: {arguments}"
+    """Check ``python -m MODULE``: its help shows every option, and its configuration loads."""
+    assert arguments[0] == "-m", f"documents run python only with -m: {arguments}"
     module, rest = arguments[1], arguments[2:]
     if module == "pytest":
         check_pytest(rest)
@@ -92,14 +99,14 @@ def check_python(arguments: list[str]) -> None:
 
 
 def check_run(module: str, arguments: list[str]) -> None:
-    """A configuration in the repository and its overrides, as the entry point would read them."""
+    """Load a configuration of the repository with its overrides, as the entry point would."""
     overrides = [word for word in arguments[1:] if word != "--help"]
     load_config(ROOT / arguments[0], overrides, SCHEMAS[module], check_files=False)
 
 
 @cache
 def help_of(module: str, *subcommand: str) -> str:
-    """What ``python -m MODULE [SUBCOMMAND] --help`` prints; it has to exit with 0."""
+    """Return the output of ``python -m MODULE [SUBCOMMAND] --help``, which must exit with 0."""
     done = subprocess.run(
         [sys.executable, "-m", module, *subcommand, "--help"],
         cwd=ROOT,
@@ -114,37 +121,51 @@ def help_of(module: str, *subcommand: str) -> str:
 
 
 def check_sbatch(arguments: list[str]) -> None:
+    """Check that the job script parses and its configuration loads."""
     position = next(index for index, word in enumerate(arguments) if word.startswith("launch_scripts/"))
     subprocess.run(["bash", "-n", ROOT / arguments[position]], check=True)
     check_run("trainer.train", arguments[position + 1 :])
 
 
 def check_deepspeed(arguments: list[str]) -> None:
+    """Check launcher arguments with the launcher's own parser, and the run behind them."""
     from deepspeed.launcher.runner import parse_args
 
     parsed = parse_args(arguments)
-    assert parsed.module, "the trainers are started with --module"
+    assert parsed.module, "the launcher starts trainers with --module"
     check_run(parsed.user_script, parsed.user_args)
 
 
 def check_pytest(arguments: list[str]) -> None:
+    """Check that test paths exist and that pyproject.toml declares the markers of ``-m``."""
     for word in arguments:
         if word.startswith("tests"):
-            assert (ROOT / word.split("::")[0]).exists(), f"{word} is not there"
+            assert (ROOT / word.split("::")[0]).exists(), f"{word} does not exist"
+    if "-m" in arguments:
+        expression = arguments[arguments.index("-m") + 1]
+        unknown = set(re.findall(r"\w+", expression)) - {"and", "or", "not"} - declared_markers()
+        assert not unknown, f"pyproject.toml declares no marker {sorted(unknown)}"
+
+
+def declared_markers() -> set[str]:
+    """Return the names of pytest's markers in pyproject.toml."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    return {marker.partition(":")[0] for marker in tool["pytest"]["ini_options"]["markers"]}
 
 
 def check_source(arguments: list[str]) -> None:
+    """Check that ``source`` activates the environment that setup.sh makes."""
     assert arguments == [".venv/bin/activate"]
 
 
 def check_tool(name: str) -> Callable[[list[str]], None]:
-    """A development tool: it has to be pinned, and its path arguments have to exist."""
+    """Return a checker for a development tool: it must be pinned, and its path arguments must exist."""
 
     def check(arguments: list[str]) -> None:
         assert f"\n{name}==" in (ROOT / "requirements-dev.txt").read_text(), f"{name} is not in requirements-dev.txt"
         for word in arguments:
             if "/" in word:
-                assert (ROOT / word).exists(), f"{word} is not there"
+                assert (ROOT / word).exists(), f"{word} does not exist"
 
     return check
 
@@ -163,6 +184,6 @@ CHECKERS: dict[str, Callable[[list[str]], None]] = {
 
 
 def project_metadata() -> dict[str, Any]:
-    """The ``[project]`` table of pyproject.toml."""
+    """Return the ``[project]`` table of pyproject.toml."""
     table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return table

@@ -1,4 +1,4 @@
-"""trainer.doctor: what it finds here, and what it says when something is missing."""
+"""Run trainer.doctor here, and with packages, programs and settings that are missing or wrong."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ def _in_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def quick(monkeypatch: pytest.MonkeyPatch, *checks: object) -> None:
+def only(monkeypatch: pytest.MonkeyPatch, *checks: object) -> None:
+    """Replace the checks, most of which take seconds."""
     monkeypatch.setattr(doctor, "CHECKS", tuple(("Check", check) for check in checks))
 
 
 def test_training_is_possible_where_the_tests_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for words in ("python", "torch 2.", "CPU", "masked_cross_attention", "adamw", "Training is possible here."):
+    for words in (
+        "python",
+        "torch 2.",
+        "CPU",
+        "masked_cross_attention",
+        "training.cpu_matmul",
+        "adamw",
+        "Training is possible here.",
+    ):
         assert words in text
     assert "missing " not in text
 
@@ -41,32 +50,34 @@ def test_a_missing_package_prevents_training(
         return "0.1" if name == "transformers" else real(name)
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
-    quick(monkeypatch, doctor._check_packages)
+    only(monkeypatch, doctor._check_packages)
     assert main([]) == 1
     text = capsys.readouterr().out
     assert "Training is NOT possible here: deepspeed, transformers" in text
     assert "0.1 is installed" in text
 
 
-def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_in_a_check_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def _check_something() -> Iterator[Finding]:
         yield Finding("ok", "first", "")
         raise OSError("libsomething.so: cannot open")
 
-    quick(monkeypatch, _check_something)
+    only(monkeypatch, _check_something)
     assert main([]) == 1
     assert "OSError: libsomething.so: cannot open" in capsys.readouterr().out
 
 
-def test_what_is_only_absent_does_not_prevent_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch, lambda: iter([Finding("absent", "nvcc", "")]))
+def test_an_absent_program_does_not_prevent_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, lambda: iter([Finding("absent", "nvcc", "")]))
     assert main([]) == 0
 
 
 def test_a_configuration_is_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    quick(monkeypatch)
+    only(monkeypatch)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("run_dir: runs/x\ntrainings: {}\n")
     assert main([str(wrong)]) == 2
@@ -84,7 +95,7 @@ def test_a_configuration_is_checked(
     assert main([str(right), "--training.steps", "0"]) == 2
 
 
-def test_nvidia_software_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nvidia_software_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     findings = {finding.name: finding for finding in doctor._check_compilers()}
     assert findings["nvcc"].verdict == "absent"

@@ -1,4 +1,4 @@
-"""The quickstart's data: what is held out never appears in training, by reading the shards."""
+"""Test by reading the quickstart's shards that held-out digits and pairs never occur in training."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_held_out_pairs_are_in_no_training_image(digits: Path) -> None:
     splits = prepare_digits.split(SETTINGS)
     assert train == {caption(*pair) for pair in splits["train"].pairs}
     for name, count in (("validation", 8), ("test", 12)):
-        own = {caption(*pair) for pair in splits[name].pairs}
-        assert len(own) == count
-        assert captions(digits / name / "held_out_pairs") == own
-        assert not own & train
+        held_out = {caption(*pair) for pair in splits[name].pairs}
+        assert len(held_out) == count
+        assert captions(digits / name / "held_out_pairs") == held_out
+        assert not held_out & train
         assert captions(digits / name / "held_out") <= train
         assert captions(digits / name / "documents") <= train
     for side in (0, 1):
@@ -63,14 +63,14 @@ def test_held_out_pairs_are_in_no_training_image(digits: Path) -> None:
 def test_held_out_digits_are_in_no_training_image() -> None:
     for seed in range(5):
         splits = prepare_digits.split(replace(SETTINGS, seed=seed))
-        sets = {name: {int(i) for own in one.digits for i in own} for name, one in splits.items()}
+        sets = {name: {int(i) for images in one.digits for i in images} for name, one in splits.items()}
         assert [len(sets[name]) for name in ("train", "validation", "test")] == [1400, 100, 297]
         assert len(set().union(*sets.values())) == 1797
-        assert all(len(own) for one in splits.values() for own in one.digits)
+        assert all(len(images) for one in splits.values() for images in one.digits)
 
 
 def test_pictures_are_drawn_from_their_own_split() -> None:
-    """With each image replaced by its number, the pixels of a picture say which images it was made of."""
+    """Replace each image by its number, so that the pixels of a picture tell which images it is made of."""
     splits = prepare_digits.split(SETTINGS)
     for name, one in splits.items():
         pictures = prepare_digits.Pictures(one.digits, distort=False)
@@ -78,16 +78,16 @@ def test_pictures_are_drawn_from_their_own_split() -> None:
         codes = np.stack([number // 256, number % 256]).astype(np.float32) / 255
         found = set()
         for code in codes:
-            pictures._images[:] = pictures._images.new_tensor(code)[:, None, None, None]
+            pictures.images[:] = pictures.images.new_tensor(code)[:, None, None, None]
             drawn = pictures.draw(np.random.default_rng(0), one.pairs * 20)
             found.add(tuple(int(v) for png in drawn for v in np.array(Image.open(io.BytesIO(png)))[16, [8, 24], 0]))
         high, low = sorted(found, key=max)
         used = {256 * first + second for first, second in zip(high, low, strict=True)}
         assert len(used) > 30
-        assert used <= {int(i) for own in one.digits for i in own}, name
+        assert used <= {int(i) for images in one.digits for i in images}, name
 
 
-def test_layouts(digits: Path) -> None:
+def test_the_layout_of_samples(digits: Path) -> None:
     pair = samples(digits / "train/pairs")[0]
     with Image.open(io.BytesIO(pair["png"])) as image:
         assert (image.size, image.mode) == ((32, 32), "RGB")
@@ -98,16 +98,16 @@ def test_layouts(digits: Path) -> None:
         assert sorted(matches) == list(range(len(content["text_list"])))
         assert all(info["image_name"] in sample for info in content["image_info"])
         orders.add(tuple(matches))
-    assert len(orders) == 2 + 6  # every order of two and of three images
+    assert len(orders) == 2 + 6  # all orders of two and of three images
     assert all(len(json.loads(s["json"])["image_info"]) == 3 for s in samples(digits / "test/documents"))
 
 
 def test_an_image_of_a_document_belongs_to_its_sentence() -> None:
-    """All-white digits of class 1 and all-black ones of class 0 make the pixels say the caption."""
-    made = prepare_digits.Pictures([np.array([0]), np.array([1])], distort=False)
-    made._images[0], made._images[1] = 0, 1
+    """Make every 0 black and every 1 white, so that the pixels of a picture tell its caption."""
+    pictures = prepare_digits.Pictures([np.array([0]), np.array([1])], distort=False)
+    pictures.images[0], pictures.images[1] = 0, 1
     choices = ((0, 0), (0, 1), (1, 0), (1, 1))
-    for members in prepare_digits.documents(np.random.default_rng(0), 20, made, choices, (2, 3)):
+    for members in prepare_digits.documents(np.random.default_rng(0), 20, pictures, choices, (2, 3)):
         content = json.loads(members["json"])
         for info in content["image_info"]:
             pixels = np.array(Image.open(io.BytesIO(members[info["image_name"]])))[16]
@@ -118,14 +118,15 @@ def test_an_image_of_a_document_belongs_to_its_sentence() -> None:
 def test_text_has_all_captions_and_more(digits: Path) -> None:
     texts = [sample["txt"].decode() for sample in samples(digits / "train/text")]
     assert len(texts) == 2000
-    every = {caption(left, right) for left in range(10) for right in range(10)}
-    assert every <= set(texts)
-    assert 0.32 < sum(text in every for text in texts) / 2000 < 0.43  # half of what is not counting
+    all_captions = {caption(left, right) for left in range(10) for right in range(10)}
+    assert all_captions <= set(texts)
+    assert 0.32 < sum(text in all_captions for text in texts) / 2000 < 0.43  # half of the sentences that do not count
     assert caption(1, 8) == "a handwritten one and an eight"
     assert caption(8, 1) == "a handwritten eight and a one"
     assert len({sentence(np.random.default_rng(i)) for i in range(100)}) > 60
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def digest(folder: Path) -> dict[str, str]:
         files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".tar", ".npz")]

@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say is true: commands, files, settings, fields."""
+"""README.md, CONTRIBUTING.md and docs/ name commands, files, settings and fields that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.config.run_config import FlamingoRunConfig
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Utilization
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMANDS = [(name, command) for name in DOCUMENTS for command in shell_commands((ROOT / name).read_text())]
 
 
@@ -35,7 +35,11 @@ def test_the_main_commands_are_in_the_readme() -> None:
         assert needed in commands
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS)
+@pytest.mark.parametrize(
+    ("document", "command"),
+    # Each python command starts an interpreter that imports the libraries.
+    [pytest.param(*pair, marks=pytest.mark.slow if pair[1].startswith("python") else ()) for pair in COMMANDS],
+)
 def test_every_command_works(document: str, command: str) -> None:
     check_command(command)
 
@@ -54,28 +58,30 @@ def test_every_command_works(document: str, command: str) -> None:
         "deepspeed --no_such_option 2 --module trainer.train configs/debug.yaml",
         "deepspeed --num_accelerators 2 --module trainer.train configs/debug.yaml --no.such 1",
         "pytest tests/no_such_folder",
+        "pytest -m no_such_marker",
     ],
 )
-def test_a_wrong_command_is_noticed(command: str) -> None:
+def test_a_wrong_command_is_refused(command: str) -> None:
     with pytest.raises((AssertionError, UncheckedCommandError, ValueError, SystemExit)):
         check_command(command)
 
 
-def test_commands_are_found_in_blocks_only() -> None:
+def test_only_fenced_blocks_hold_commands() -> None:
     markdown = "text `rm x`\n```sh\n# comment\nA=1 a b \\\n  c  # why\n\nd\n```\n```text\ne\n```\n"
     assert shell_commands(markdown) == ["A=1 a b    c", "d"]
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
-def test_files_that_are_named_exist(document: str) -> None:
+def test_named_and_linked_files_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    named = re.findall(r"`((?:configs|tests|trainer|model|csrc|launch_scripts)/[\w./-]*)`", text)
+    named = re.findall(r"`((?:configs|tests|trainer|model|csrc|launch_scripts|docs)/[\w./-]*)`", text)
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    missing = [name for name in [*named, *linked] if not (ROOT / name).exists()]
+    missing = [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in linked if not ((ROOT / document).parent / name).exists()]
     assert missing == []
 
 
-def test_every_configuration_stands_in_the_table() -> None:
+def test_the_readme_lists_every_configuration() -> None:
     text = (ROOT / "README.md").read_text()
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         assert f"`configs/{path.name}`" in text
@@ -90,9 +96,10 @@ def test_the_example_configuration_loads(tmp_path: Path) -> None:
     assert yaml.safe_load(block)["model"]["preset"] == "9b"
 
 
-def test_the_fields_of_metrics_jsonl_are_those_that_are_written() -> None:
+def test_the_readme_lists_the_fields_of_metrics_jsonl() -> None:
     (cell,) = re.findall(r"^\| `metrics.jsonl` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     documented = set(re.findall(r"`([^`]+)`", cell))
     values = (1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
-    metrics = StepMetrics(*values, replaced={"<reason>": 1}, speed=Utilization(1, 1, 1, 1, 1, 1))
+    use = Utilization(1, 1, 1, 1, 1, 1)
+    metrics = StepMetrics(*values, replaced={"<reason>": 1}, skip_reason="<reason>", utilization=use)
     assert documented == set(metrics.to_json())

@@ -1,9 +1,13 @@
-"""What every source file keeps: documented public functions, declared dependencies, no paths of one machine."""
+"""Check what every source file keeps: documentation, size, dependencies, spelling, no paths of one machine.
+
+``test_language.py`` checks the sentences.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +20,12 @@ from packaging.requirements import Requirement
 from tests.project.commands import ROOT, project_metadata
 from trainer.config.validation import setting_paths
 
-# What a distribution is called, where it differs from the package that is imported.
+# Names of distributions that differ from the package they hold.
 DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "PyYAML"}
-# Taken when somebody installed them, never required (NVIDIA apex is not on PyPI; torch brings triton).
+# Used if installed, never required (NVIDIA apex is not on PyPI; torch brings triton).
 OPTIONAL = {"apex", "flash_attn", "amp_C", "triton"}
+# Private by their underscore only: the standard library documents them.
+DOCUMENTED_PRIVATE_NAMES = {"_exit", "_replace"}
 SKIPPED = {".venv", ".git", "runs", "data", "build", "wandb"}
 
 
@@ -34,7 +40,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def public_functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Module functions and methods of classes whose names, and whose classes' names, have no leading underscore."""
+    """Yield functions and methods; neither they nor their classes have a leading underscore."""
 
     def visit(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
         for node in body:
@@ -47,7 +53,7 @@ def public_functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.As
 
 
 def is_documented_elsewhere(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Setters, overloads and overrides that torch's machinery calls (forward of an autograd function and so on)."""
+    """Return whether a function is a setter, overload or override."""
     names = {ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list}
     return bool(names & {"setter", "overload", "override"})
 
@@ -76,31 +82,84 @@ def test_modules_and_public_classes_have_docstrings() -> None:
     assert lacking == []
 
 
-def test_files_read_in_one_sitting() -> None:
-    files = python_files("model", "trainer", "tests", "launch_scripts")
-    assert [str(path) for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 450] == []
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files("model", "trainer")}
+    everything = python_files("model", "trainer", "tests", "launch_scripts")
+    long = [str(path) for path in everything if len(path.read_text(encoding="utf-8").splitlines()) > 450]
+    assert long == []
+    assert statistics.median(length for length in lengths.values() if length > 1) <= 200
+
+
+def test_functions_fit_a_screen() -> None:
+    nodes = (node for path in python_files("model", "trainer") for node in ast.walk(tree_of(path)))
+    lengths = [
+        (node.end_lineno or 0) - node.lineno + 1
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert statistics.quantiles(lengths, n=100)[98] <= 60
+
+
+def test_the_room_of_the_data_has_few_doors() -> None:
+    names = {path.name for path in (ROOT / "trainer/data").iterdir()} - {"__init__.py", "__pycache__"}
+    assert len(names) <= 8, sorted(names)
+
+
+def documented_attributes(node: ast.ClassDef) -> set[str]:
+    """Return the names under ``Attributes:`` in the docstring of a class."""
+    section = (ast.get_docstring(node) or "").partition("\nAttributes:\n")[2]
+    return set(re.findall(r"^    (\w+): \S", section, flags=re.MULTILINE))
 
 
 def test_every_setting_is_documented() -> None:
-    """``name: what it does`` stands in the class's docstring (``--help`` shows it); sections explain themselves."""
-    undocumented = []
-    config = ROOT / "trainer/config"
-    for path in (
-        *(config / f"{name}.py" for name in ("run_config", "data_config", "resilience_config", "evaluation_config")),
-        ROOT / "model/config.py",
-    ):
+    """``--help`` prints the entries of ``Attributes:`` beside the options."""
+    wrong = []
+    for path in (*sorted((ROOT / "trainer/config").glob("*_config.py")), ROOT / "model/config.py"):
         for node in tree_of(path).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            text = ast.get_docstring(node) or ""
-            for field in node.body:
-                if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                    continue
-                is_section = ast.unparse(field.annotation).endswith("Config")
-                is_fixed = ast.unparse(field.annotation).startswith("Literal") and field.target.id in ("type", "task")
-                if not is_section and not is_fixed and not re.search(rf"\b{field.target.id}\b", text):
-                    undocumented.append(f"{node.name}.{field.target.id}")
-    assert undocumented == []
+            if isinstance(node, ast.ClassDef):
+                fields = {ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)}
+                wrong += [f"{node.name}.{name}" for name in sorted(fields ^ documented_attributes(node))]
+    assert wrong == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def our_private_names() -> set[str]:
+    """Return every private name that the code here defines: functions, classes, variables and attributes."""
+    names: set[str] = set()
+    for path in python_files("model", "trainer"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                names.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return {name for name in names if is_private(name)}
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def foreign_private_names(path: Path, ours: set[str]) -> Iterator[str]:
+    """Yield the private names of other packages that a file uses."""
+    for node in ast.walk(tree_of(path)):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and node.attr not in DOCUMENTED_PRIVATE_NAMES | ours:
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("model", "trainer")):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        if isinstance(node, ast.expr | ast.stmt) and any(map(is_private, names)):
+            yield f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_private_names_of_other_packages_stay_in_the_internals() -> None:
+    ours = our_private_names()
+    files = [path for path in python_files("model", "trainer") if "internals" not in path.stem]
+    assert [name for path in files for name in foreign_private_names(path, ours)] == []
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -114,7 +173,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def declared() -> dict[str, set[str]]:
-    """Distributions in pyproject.toml: required ones, and those of all extras."""
+    """Return the distributions in pyproject.toml: required ones, and those of all extras."""
     project = project_metadata()
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
 
@@ -152,13 +211,13 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
         name = requirement.name.lower().replace("_", "-")
         if name in ("flamingo-trainer", "wandb"):
-            continue  # wandb is an extra that the tests replace by a double
+            continue  # the tests replace wandb by a double
         assert name in pinned, f"{name} has no pin"
         assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is not {requirement.specifier}"
 
 
 def tracked_text_files() -> list[Path]:
-    """Files git would commit, or without git (an archive) everything but generated folders."""
+    """Return the files that git would commit; without git (in an archive), all files outside generated folders."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0 and done.stdout:

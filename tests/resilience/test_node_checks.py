@@ -1,4 +1,4 @@
-"""What a node's answers mean; the questions are asked for real in tests/distributed/test_multinode.py."""
+"""Test how reports of nodes are judged; tests/distributed/test_multinode.py collects real ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer import preflight as entry
+from trainer import preflight
 from trainer.resilience.node_checks import (
     MIN_FREE_GIB,
     NetworkReport,
@@ -17,7 +17,7 @@ from trainer.resilience.node_checks import (
     folder_problems,
     node_problems,
     node_report,
-    table,
+    verdict_table,
 )
 
 GOOD = NodeReport("a", {"python": "3.11.7", "torch": "2.15.0"}, "c0de", "1234abc", 8, 500.0, "", 0.0)
@@ -36,26 +36,26 @@ GOOD = NodeReport("a", {"python": "3.11.7", "torch": "2.15.0"}, "c0de", "1234abc
         ({"clock_skew": 7.0}, "its clock is 7 s ahead"),
     ],
 )
-def test_one_problem_each(change: dict[str, Any], expected: str) -> None:
+def test_each_difference_is_one_problem(change: dict[str, Any], expected: str) -> None:
     assert list(node_problems(GOOD, GOOD, 8, MIN_FREE_GIB)) == []
     (problem,) = node_problems(replace(GOOD, name="b", **change), GOOD, 8, MIN_FREE_GIB)
     assert expected in problem
 
 
-def test_the_table_has_a_verdict_a_node() -> None:
+def test_the_table_has_a_verdict_for_each_node() -> None:
     network = NetworkReport("nccl", 12.5, 256, {"a": ["a", "b"], "b": ["b"]})
     names, reports = ["a", "b"], {"a": GOOD, "b": replace(GOOD, name="b")}
     problems = folder_problems(network, names)
-    lines = table(names, reports, problems, network).splitlines()
+    lines = verdict_table(names, reports, problems, network).splitlines()
     assert lines[1].split()[:3] == ["a", "ok", "2.15.0"]
     assert lines[2].split()[:2] == ["b", "FAILED"]
     assert "mount the same shared folder" in lines[3]
     assert lines[4] == "all-reduce of 256 MiB over 2 nodes: 12.50 GB/s a node (nccl)"
     assert lines[5] == "preflight: 1 of 2 nodes cannot train: b"
-    assert table(names, reports, {}, network).endswith("2 of 2 nodes are ready")
+    assert verdict_table(names, reports, {}, network).endswith("2 of 2 nodes are ready")
 
 
-def test_the_digest_is_of_what_runs(tmp_path: Path) -> None:
+def test_the_digest_covers_the_source_files(tmp_path: Path) -> None:
     for folder in ("model", "trainer", "csrc"):
         (tmp_path / folder).mkdir()
     (tmp_path / "trainer" / "a.py").write_text("a = 1\n")
@@ -68,7 +68,7 @@ def test_the_digest_is_of_what_runs(tmp_path: Path) -> None:
     assert len({before, changed, code_digest(tmp_path)}) == 3
 
 
-def test_a_report_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_reports_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     report = node_report(tmp_path / "run")
     assert (report.folder_problem, report.devices) == ("", None)
@@ -78,11 +78,11 @@ def test_a_report_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "file" in node_report(tmp_path / "file" / "run").folder_problem
 
 
-def test_without_nodes_it_says_how_to_name_them(
+def test_preflight_without_nodes_names_the_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv("SLURM_PROCID", raising=False)
-    assert entry.main([]) == 2
+    assert preflight.main([]) == 2
     assert "--hostfile" in capsys.readouterr().err
-    assert entry.main(["--hostfile", str(tmp_path / "nowhere")]) == 2
+    assert preflight.main(["--hostfile", str(tmp_path / "nowhere")]) == 2
     assert "nowhere cannot be read" in capsys.readouterr().err

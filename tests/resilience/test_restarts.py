@@ -1,4 +1,4 @@
-"""When a failed job is started again, and on which nodes."""
+"""Test when a failed job is started again, and on which nodes."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from pathlib import Path
 import pytest
 
 from trainer.resilience.events import EventLog
-from trainer.resilience.hosts import Host
+from trainer.resilience.hostfile import Host
 from trainer.resilience.restarts import Failure, RestartPolicy, choose_hosts, read_events, read_failure
+from trainer.runtime.run_folder import RunFolder
 
 HOSTS = (Host("a", 2), Host("b", 2), Host("c", 2))
 
 
 def failure(step: int, *errors: tuple[str, str]) -> Failure:
+    """Describe a failure after a step, with (host, message) of each failed process."""
     return Failure(step, frozenset(errors))
 
 
-def test_the_same_error_twice_at_the_same_update_is_a_bug() -> None:
+def test_the_same_error_twice_at_the_same_step_ends_the_run() -> None:
     policy = RestartPolicy(10, 600)
-    assert policy.why_stop(failure(7, ("a", "KeyError: x")), now=0) is None
-    why = policy.why_stop(failure(7, ("b", "KeyError: x")), now=1)
-    assert why is not None and "same error twice after update 7" in why and "KeyError: x" in why
+    assert policy.reason_to_stop(failure(7, ("a", "KeyError: x")), now=0) is None
+    reason = policy.reason_to_stop(failure(7, ("b", "KeyError: x")), now=1)
+    assert reason is not None and "after step 7" in reason and "KeyError: x" in reason
 
 
 @pytest.mark.parametrize("second", [failure(8, ("a", "KeyError: x")), failure(7, ("a", "OSError: y")), failure(7)])
-def test_another_error_or_another_update_is_none(second: Failure) -> None:
+def test_another_error_or_another_step_restarts_the_run(second: Failure) -> None:
     policy = RestartPolicy(10, 600)
-    assert policy.why_stop(failure(7, ("a", "KeyError: x")), now=0) is None
-    assert policy.why_stop(second, now=1) is None
+    assert policy.reason_to_stop(failure(7, ("a", "KeyError: x")), now=0) is None
+    assert policy.reason_to_stop(second, now=1) is None
 
 
-def test_too_many_restarts_in_the_time_end_it_and_old_ones_do_not_count() -> None:
+def test_too_many_recent_restarts_end_the_run() -> None:
     policy = RestartPolicy(2, 100)
-    assert [policy.why_stop(failure(step), now) for step, now in ((1, 0), (2, 60), (3, 130))] == [None] * 3
-    why = policy.why_stop(failure(4), now=140)
-    assert why is not None and "--restarts" in why
+    assert [policy.reason_to_stop(failure(step), now) for step, now in ((1, 0), (2, 60), (3, 130))] == [None] * 3
+    reason = policy.reason_to_stop(failure(4), now=140)
+    assert reason is not None and "--restarts" in reason
 
 
 def test_a_host_that_fails_alone_twice_is_suspect() -> None:
     policy = RestartPolicy(10, 600)
-    policy.why_stop(failure(3, ("b", "RuntimeError: ECC")), now=0)
-    policy.why_stop(failure(4, ("a", "ValueError: z"), ("b", "ValueError: z")), now=1)
+    policy.reason_to_stop(failure(3, ("b", "RuntimeError: ECC")), now=0)
+    policy.reason_to_stop(failure(4, ("a", "ValueError: z"), ("b", "ValueError: z")), now=1)
     assert policy.suspects == frozenset()
-    policy.why_stop(failure(5, ("b", "RuntimeError: ECC")), now=2)
+    policy.reason_to_stop(failure(5, ("b", "RuntimeError: ECC")), now=2)
     assert policy.suspects == {"b"}
     assert [host.name for host in choose_hosts(HOSTS, (), policy.suspects, [2, 4, 6])] == ["a", "c"]
-    assert choose_hosts(HOSTS[1:2], (), policy.suspects, [2]) == (Host("b", 2),), "better than nothing"
+    assert choose_hosts(HOSTS[1:2], (), policy.suspects, [2]) == (Host("b", 2),), "a suspect is better than no host"
 
 
 @pytest.mark.parametrize(
-    ("silent", "allowed", "expected"),
+    ("unreachable", "allowed", "expected"),
     [
         ((), [1, 2, 3, 6], [("a", 2), ("b", 2), ("c", 2)]),
         (("b",), [1, 2, 4], [("a", 2), ("c", 2)]),
@@ -60,17 +62,18 @@ def test_a_host_that_fails_alone_twice_is_suspect() -> None:
         (("a", "b"), [4], []),
     ],
 )
-def test_the_largest_world_that_the_batches_allow(
-    silent: tuple[str, ...], allowed: list[int], expected: list[tuple[str, int]]
+def test_hosts_form_the_largest_world_that_the_batches_allow(
+    unreachable: tuple[str, ...], allowed: list[int], expected: list[tuple[str, int]]
 ) -> None:
-    assert [(host.name, host.slots) for host in choose_hosts(HOSTS, silent, (), allowed)] == expected
+    assert [(host.name, host.slots) for host in choose_hosts(HOSTS, unreachable, (), allowed)] == expected
 
 
-def test_what_a_process_says_of_another_that_is_gone_is_no_error_of_its_own(tmp_path: Path) -> None:
-    log = EventLog(tmp_path)
+def test_messages_about_a_lost_peer_do_not_count_as_errors(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    log = EventLog(folder)
     log.write("failed", host="a", error="ValueError: from an earlier attempt")
-    before = len(read_events(tmp_path))
+    before = len(read_events(folder))
     log.write("failed", host="a", error="RuntimeError: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     log.write("failed", host="b", error="KeyError: 'x'")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5}\n{"st')
-    assert read_failure(tmp_path, before) == failure(5, ("b", "KeyError: 'x'"))
+    folder.metrics.write_text('{"step": 4}\n{"step": 5}\n{"st')
+    assert read_failure(folder, before) == failure(5, ("b", "KeyError: 'x'"))

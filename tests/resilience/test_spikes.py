@@ -1,27 +1,26 @@
-"""What is a spike, and what is not."""
+"""Test which losses count as a spike."""
 
 from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from trainer.config.resilience_config import SpikeConfig
-from trainer.resilience.events import EventLog
-from trainer.resilience.spikes import SkippedWindow, SpikeDetector, read_windows, robust_score, write_windows
+from trainer.resilience.spikes import SpikeDetector, robust_score
 
 CONFIG = SpikeConfig(window=32, min_steps=16, patience=2, threshold=8.0)
 
 
 def falling(count: int, seed: int = 0) -> list[float]:
-    """A loss that falls from 5 to 3, with noise."""
+    """Return a noisy loss that falls from 5 to 3."""
     rng = random.Random(seed)
     return [3 + 2 * 0.97**step + rng.gauss(0, 0.05) for step in range(count)]
 
 
 def windows_of(losses: list[float], config: SpikeConfig = CONFIG, norms: list[float] | None = None) -> list[object]:
+    """Return (first, last) of every window that a detector finds."""
     detector = SpikeDetector(config)
     pairs = zip(losses, norms or [1.0] * len(losses), strict=True)
     found = [detector.record(step, loss, norm) for step, (loss, norm) in enumerate(pairs, start=1)]
@@ -29,42 +28,42 @@ def windows_of(losses: list[float], config: SpikeConfig = CONFIG, norms: list[fl
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_loss_that_falls_with_noise_has_no_spike(seed: int) -> None:
+def test_a_noisy_falling_loss_has_no_spike(seed: int) -> None:
     assert windows_of(falling(400, seed)) == []
 
 
-def test_a_spike_is_found_with_the_update_before_it() -> None:
+def test_a_spike_is_found_with_the_step_before_it() -> None:
     losses = falling(60)
-    losses[40:42] = [9.0, 8.0]  # updates 41 and 42
+    losses[40:42] = [9.0, 8.0]  # steps 41 and 42
     assert windows_of(losses) == [(40, 42)]
 
 
-def test_one_high_update_is_not_yet_a_spike() -> None:
+def test_one_high_step_is_not_a_spike() -> None:
     losses = falling(60)
     losses[40] = 50.0
     assert windows_of(losses) == []
 
 
-def test_nothing_is_judged_by_fewer_updates_than_asked_for() -> None:
+def test_no_step_is_judged_before_min_steps() -> None:
     losses = falling(60)
     losses[14:16] = [90.0, 80.0]
     assert windows_of(losses) == []
 
 
-def test_a_constant_loss_does_not_make_every_change_a_spike() -> None:
+def test_a_small_change_of_a_constant_loss_is_not_a_spike() -> None:
     assert windows_of([1.0] * 40 + [1.05, 1.05]) == []
     assert windows_of([1.0] * 40 + [1.5, 1.5]) == [(40, 42)]
 
 
-def test_the_gradients_norm_counts_only_when_asked_for() -> None:
+def test_the_gradient_norm_counts_only_with_its_setting() -> None:
     losses, norms = falling(60), [1.0 + 0.01 * (step % 7) for step in range(60)]
     norms[40:42] = [40.0, 50.0]
     assert windows_of(losses, CONFIG, norms) == []
-    asked = SpikeConfig(window=32, min_steps=16, patience=2, threshold=8.0, grad_norm=True)
-    assert windows_of(losses, asked, norms) == [(40, 42)]
+    with_norm = SpikeConfig(window=32, min_steps=16, patience=2, threshold=8.0, grad_norm=True)
+    assert windows_of(losses, with_norm, norms) == [(40, 42)]
 
 
-def test_after_accepting_the_new_level_becomes_typical() -> None:
+def test_an_accepted_level_becomes_typical() -> None:
     detector = SpikeDetector(CONFIG)
     for step in range(20):
         detector.record(step, 1.0, 1.0)
@@ -76,7 +75,7 @@ def test_after_accepting_the_new_level_becomes_typical() -> None:
     assert 0 < spikes <= 10
 
 
-def test_a_detector_goes_on_where_another_was_saved() -> None:
+def test_a_detector_continues_from_a_saved_history() -> None:
     losses = falling(60)
     losses[40:42] = [9.0, 8.0]
     first = SpikeDetector(CONFIG)
@@ -88,23 +87,7 @@ def test_a_detector_goes_on_where_another_was_saved() -> None:
     assert [(window.first, window.last) for window in found if window] == [(40, 42)]
 
 
-def test_the_score_is_in_robust_deviations() -> None:
+def test_the_score_counts_robust_deviations() -> None:
     past = [-1.0, 0.0, 1.0, 100.0]  # median 0.5, median absolute deviation 1
     assert robust_score(0.5 + 1.4826 * 3, past) == pytest.approx(3.0)
     assert robust_score(float("nan"), past) == float("inf")
-
-
-def test_windows_survive_in_the_run_folder(tmp_path: Path) -> None:
-    assert read_windows(tmp_path) == ()
-    windows = (SkippedWindow(3, 5, "spike"), SkippedWindow(9, 9, "spike"))
-    write_windows(tmp_path, reversed(windows))
-    assert read_windows(tmp_path) == windows
-    assert 5 in windows[0] and 6 not in windows[0]
-
-
-def test_events_are_appended_with_their_time(tmp_path: Path) -> None:
-    for enabled in (True, False, True):
-        EventLog(tmp_path, enabled).write("spike", 4, why="é")
-    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [(line["event"], line["step"], line["why"]) for line in lines] == [("spike", 4, "é")] * 2
-    assert lines[0]["time"] <= lines[1]["time"]

@@ -1,1 +1,1 @@
-"""The measurements behind ``python -m trainer.benchmark NAME``: one module a name, each with a function ``run``."""
+"""Measure the speed and memory of the trainer: one module for each subcommand of ``python -m trainer.benchmark``."""

@@ -1,49 +1,45 @@
-"""Measured speed: ``python -m trainer.benchmark NAME [--device cpu|cuda] [--json FILE] [--check]``.
+"""Measure speed and memory: ``python -m trainer.benchmark NAME [--device cpu|cuda] [--json FILE] [--check]``.
 
-``[deepspeed ... --module] trainer.benchmark step CONFIG`` measures the updates of a run; it has options of its own.
+``rates``, ``report``, ``soak`` and ``step`` have options of their own. ``rates`` and ``step`` also run under the
+launcher: ``[deepspeed ... --module] trainer.benchmark step CONFIG``.
 
-Prints one line a measurement and, with --json, writes them as a list after a header with hardware, versions and
-commit. Exits with 0; with 1 under --check if a target is missed; with 2 if the arguments are wrong.
+The command prints one line per measurement. ``--json`` writes them as a list after a header with hardware, versions
+and commit. The exit code is 0, 1 where ``--check`` finds a missed target, or 2 where an argument is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.loader import without_local_rank
+from trainer.config.command_line import without_local_rank
 
-BENCHMARKS = {
-    "checkpoint": "how long training waits for a save, its bytes, and how long a resume takes",
-    "data": "decoding, iteration, hand-over and the order of 2 billion samples against what others take",
-    "kernels": "the two fused attentions against the other ways to compute them",
-    "openflamingo": "a whole update against the same model in the manner of OpenFlamingo: time and memory",
+SUBCOMMANDS = {
+    "checkpoint": "time that training waits for a save, bytes of a checkpoint, time of a resume",
+    "data": "decoding, reading and the order of 2 billion samples, against open_clip and webdataset",
+    "kernels": "the two fused attentions against other implementations",
+    "openflamingo": "time and memory of a whole step against the same model written as OpenFlamingo is",
+    "rates": "speeds from which trainer.plan --rates predicts; see rates --help",
+    "report": "a page with plots of results: report RESULTS... --html FILE",
+    "soak": "memory, threads and file descriptors over 5,000 steps; see soak --help",
+    "step": "a step of a run, with the time of its parts: step CONFIG [--steps N ...]; see step --help",
 }
+WITH_OWN_OPTIONS = ("rates", "report", "soak", "step")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark and return the exit code."""
+    """Run one subcommand and return the exit code."""
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["step"]:
-        from trainer.benchmark import step
-
-        return step.main(arguments[1:])
-    if arguments[:1] == ["rates"]:
-        from trainer.benchmark import rates
-
-        return rates.main(arguments[1:])
-    if arguments[:1] == ["report"]:
-        from trainer.benchmark import report
-
-        return report.main(arguments[1:])
+    if arguments and arguments[0] in WITH_OWN_OPTIONS:
+        code: int = importlib.import_module(f"trainer.benchmark.{arguments[0]}").main(arguments[1:])
+        return code
     options = _parse(arguments)
     import torch
 
-    from trainer.benchmark.measurements import header
+    from trainer.benchmark.result_file import write_result
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -52,30 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = importlib.import_module(f"trainer.benchmark.{options.name}").run(device)
     for row in rows:
         verdict = "" if row.met is None else f"   target {row.target:g}: {'met' if row.met else 'MISSED'}"
-        against = f"   {row.baseline} {row.baseline_value:.4g}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
-        print(f"{row.case:44s} {row.measure:24s} {row.value:10.4g} {row.unit:5s}{against}{verdict}")
+        baseline = f"   {row.baseline} {row.baseline_value:.4g}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
+        print(f"{row.case:44s} {row.measure:24s} {row.value:10.4g} {row.unit:5s}{baseline}{verdict}")
     if options.json is not None:
-        document = [header(device) | {"benchmark": options.name}, *(row.as_json() for row in rows)]
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_result(options.json, device, {"benchmark": options.name}, rows)
     missed = [row for row in rows if row.met is False]
     return 1 if options.check and missed else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    described = BENCHMARKS | {
-        "step": "an update of a run: step CONFIG [--steps N ...]; see step --help",
-        "rates": "the speeds from which trainer.plan --rates predicts; see rates --help",
-        "report": "measurements as a page with plots: report RESULTS... --html FILE",
-    }
-    names = "\n".join(f"  {name:12s} {meaning}" for name, meaning in described.items())
+    names = "\n".join(f"  {name:12s} {description}" for name, description in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m trainer.benchmark", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=sorted(BENCHMARKS), metavar="NAME", help="what to measure, see below")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    parser.add_argument("name", choices=sorted(SUBCOMMANDS), metavar="NAME", help="what to measure, see below")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to measure (default: cuda if there is a device)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the measurements to")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.name in WITH_OWN_OPTIONS:
+        parser.error(f"write {options.name} first: its options are {options.name}'s own")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two attentions as others compute them. Every function takes what ours takes and returns what ours returns."""
+"""Implement the two attentions in other ways, as baselines. They take and return the same tensors as ``model.ops``."""
 
 from __future__ import annotations
 
@@ -15,50 +15,57 @@ Attention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class CrossShape:
-    """Text of `batch` rows of `length` tokens, each with its own `media` media, spread evenly.
+    """Describe rows of text with media spread evenly over them.
 
-    leading_text: there is as much text before the first medium, which sees none, as after each of the others.
+    Attributes:
+        rows: Rows of the batch.
+        length: Tokens of a row.
+        num_media: Media of a row.
+        num_heads: Heads of the attention.
+        head_dim: Width of a head.
+        num_latents: Latents of a medium.
+        leading_text: Whether text precedes the first medium, as much as follows each medium. It sees no medium.
     """
 
-    batch: int
+    rows: int
     length: int
-    media: int
-    heads: int
-    width: int
-    latents: int = 64
+    num_media: int
+    num_heads: int
+    head_dim: int
+    num_latents: int = 64
     leading_text: bool = False
 
     def within_row(self, device: str) -> Tensor:
-        """[length]: the medium of its row that a token sees, or -1."""
+        """Return int64 [length]: the medium of its row that a token sees, or -1."""
         leading = int(self.leading_text)
-        return torch.arange(self.length, device=device) * (self.media + leading) // self.length - leading
+        return torch.arange(self.length, device=device) * (self.num_media + leading) // self.length - leading
 
     def media_index(self, device: str) -> Tensor:
-        """[batch * length]: the same in the flat media list of the batch."""
-        within = self.within_row(device)
-        of_row = self.media * torch.arange(self.batch, device=device)[:, None]
-        return torch.where(within >= 0, within + of_row, -1).flatten()
+        """Return int64 [rows * length]: the medium of the batch that a token sees, or -1."""
+        within_row = self.within_row(device)
+        first_of_row = self.num_media * torch.arange(self.rows, device=device)[:, None]
+        return torch.where(within_row >= 0, within_row + first_of_row, -1).flatten()
 
     def mask(self, device: str) -> Tensor:
-        """[1, 1, length, media * latents], true where a token sees a latent. The rows of a batch are alike."""
-        medium = torch.arange(self.media, device=device).repeat_interleave(self.latents)
+        """Return bool [1, 1, length, num_media * num_latents]: whether a token sees a latent. All rows are alike."""
+        medium = torch.arange(self.num_media, device=device).repeat_interleave(self.num_latents)
         return (self.within_row(device)[:, None] == medium)[None, None]
 
     def blind(self, device: str) -> Tensor | None:
-        """[1, 1, length, 1], true where a token sees no medium, or None if all see one."""
+        """Return bool [1, 1, length, 1]: whether a token sees no medium; None if every token sees one."""
         return (self.within_row(device) < 0)[None, None, :, None] if self.leading_text else None
 
 
 def by_batch(shape: CrossShape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, heads, rows, width] of each."""
-    heads = (shape.heads, shape.width)
-    q = q.view(shape.batch, shape.length, *heads)
-    k, v = (x.reshape(shape.batch, shape.media * shape.latents, *heads) for x in (k, v))
+    """Return q, k and v as [rows, num_heads, length or keys, head_dim]."""
+    heads = (shape.num_heads, shape.head_dim)
+    q = q.view(shape.rows, shape.length, *heads)
+    k, v = (x.reshape(shape.rows, shape.num_media * shape.num_latents, *heads) for x in (k, v))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def dense_sdpa(shape: CrossShape, device: str) -> Attention:
-    """SDPA over all media of a row, with a mask."""
+    """Return SDPA over all media of a row, with a dense mask."""
     mask, blind = shape.mask(device), shape.blind(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,12 +77,12 @@ def dense_sdpa(shape: CrossShape, device: str) -> Attention:
 
 
 def masked_einsum(shape: CrossShape, device: str) -> Attention:
-    """Scores of all media of a row, masked, softmax, weights: as OpenFlamingo computes it."""
+    """Return einsums over all media of a row with masked scores, as in OpenFlamingo's ``helpers.py``."""
     mask, blind = shape.mask(device), shape.blind(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = by_batch(shape, q, k, v)
-        scores = torch.einsum("bhid,bhjd->bhij", q * shape.width**-0.5, k)
+        scores = torch.einsum("bhid,bhjd->bhij", q * shape.head_dim**-0.5, k)
         scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         scores = scores - scores.amax(dim=-1, keepdim=True).detach()
         weights = scores.softmax(dim=-1)
@@ -86,60 +93,61 @@ def masked_einsum(shape: CrossShape, device: str) -> Attention:
 
 
 def flex(shape: CrossShape, device: str) -> Attention:
-    """FlexAttention, compiled; its block mask belongs to a batch, so it is made in every call."""
+    """Return compiled FlexAttention. Its block mask depends on the batch, so every call makes it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention)
     make_mask = torch.compile(create_block_mask)
 
     def sees(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return row * shape.media // shape.length == key // shape.latents
+        return row * shape.num_media // shape.length == key // shape.num_latents
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        block_mask = make_mask(sees, None, None, shape.length, shape.media * shape.latents, device)
+        block_mask = make_mask(sees, None, None, shape.length, shape.num_media * shape.num_latents, device)
         return compiled(*by_batch(shape, q, k, v), block_mask=block_mask).transpose(1, 2).flatten(0, 1)
 
     return attention
 
 
 def varlen(shape: CrossShape, device: str) -> Attention:
-    """torch's varlen_attn: a sequence for every medium, its text as queries. All rows must see a medium."""
+    """Return torch's varlen_attn, with the text of each medium as one query sequence. Every token must see a medium."""
     counts = shape.media_index(device).bincount()
-    cu_rows = F.pad(counts.cumsum(0), (1, 0)).int()
-    cu_keys = torch.arange(0, counts.numel() + 1, device=device, dtype=torch.int32) * shape.latents
-    return varlen_function(cu_rows, cu_keys, int(counts.max()), shape.latents)
+    cu_queries = F.pad(counts.cumsum(0), (1, 0)).int()
+    cu_keys = torch.arange(0, counts.numel() + 1, device=device, dtype=torch.int32) * shape.num_latents
+    return varlen_function(cu_queries, cu_keys, int(counts.max()), shape.num_latents)
 
 
-def varlen_function(cu_rows: Tensor, cu_keys: Tensor, most_rows: int, most_keys: int) -> Attention:
-    """varlen_attn with these offsets; keys and values may have leading dimensions [media, latents]."""
+def varlen_function(cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int) -> Attention:
+    """Return varlen_attn with these offsets; keys and values may have leading dimensions [media, latents]."""
     from torch.nn.attention.varlen import varlen_attn
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
-        out = varlen_attn(q, k, v, cu_rows, cu_keys, most_rows, most_keys)
-        assert isinstance(out, Tensor)  # with the log-sum-exp only where it is asked for
+        out = varlen_attn(q, k, v, cu_queries, cu_keys, max_queries, max_keys)
+        assert isinstance(out, Tensor)  # it comes with the log-sum-exp only on request
         return out
 
     return attention
 
 
 def flash_attention(shape: CrossShape, device: str) -> Attention:
-    """flash-attn's function of variable length, where it is installed."""
+    """Return flash-attn's attention of variable length."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     counts = shape.media_index(device).bincount()
-    cu_rows = F.pad(counts.cumsum(0), (1, 0)).int()
-    cu_keys = torch.arange(0, counts.numel() + 1, device=device, dtype=torch.int32) * shape.latents
+    cu_queries = F.pad(counts.cumsum(0), (1, 0)).int()
+    cu_keys = torch.arange(0, counts.numel() + 1, device=device, dtype=torch.int32) * shape.num_latents
     longest = int(counts.max())
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q, k.flatten(0, 1), v.flatten(0, 1), cu_rows, cu_keys, longest, shape.latents)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        return flash_attn_varlen_func(q, k, v, cu_queries, cu_keys, longest, shape.num_latents)
 
     return attention
 
 
 def cross_baselines(shape: CrossShape, device: str) -> dict[str, Attention]:
-    """By name, those that run on this device."""
+    """Return the baselines that run on this device, by name."""
     baselines = {"SDPA + dense mask": dense_sdpa(shape, device), "masked einsum": masked_einsum(shape, device)}
     if device == "cuda" and not shape.leading_text:
         baselines |= {"FlexAttention": flex(shape, device), "varlen_attn": varlen(shape, device)}
@@ -150,20 +158,28 @@ def cross_baselines(shape: CrossShape, device: str) -> dict[str, Attention]:
 
 @dataclass(frozen=True)
 class ResamplerShape:
-    """`media` media of `features` features each."""
+    """Describe media before the resampler.
 
-    media: int
-    features: int
-    heads: int
-    width: int
-    latents: int = 64
+    Attributes:
+        num_media: Media of the batch.
+        num_features: Features of a medium.
+        num_heads: Heads of the attention.
+        head_dim: Width of a head.
+        num_latents: Latents of a medium.
+    """
+
+    num_media: int
+    num_features: int
+    num_heads: int
+    head_dim: int
+    num_latents: int = 64
 
 
 def resampler_baselines(shape: ResamplerShape, device: str) -> dict[str, Attention]:
-    """By name; inputs are q, k_features, v_features, k_latents, v_latents."""
+    """Return the baselines by name. Their inputs are q, k_features, v_features, k_latents, v_latents."""
 
     def concatenated(features: Tensor, latents: Tensor) -> Tensor:
-        features = features.view(shape.media, shape.features, shape.heads, shape.width)
+        features = features.view(shape.num_media, shape.num_features, shape.num_heads, shape.head_dim)
         return torch.cat([features, latents], dim=1)
 
     def sdpa(q: Tensor, k_f: Tensor, v_f: Tensor, k_l: Tensor, v_l: Tensor) -> Tensor:
@@ -172,10 +188,11 @@ def resampler_baselines(shape: ResamplerShape, device: str) -> dict[str, Attenti
 
     baselines: dict[str, Attention] = {"SDPA on concatenated keys": sdpa}
     if device == "cuda":
-        keys = shape.features + shape.latents
-        steps = torch.arange(shape.media + 1, device=device, dtype=torch.int32)
-        with_latents = varlen_function(steps * shape.latents, steps * keys, shape.latents, keys)
-        features_only = varlen_function(steps * shape.latents, steps * shape.features, shape.latents, shape.features)
+        keys = shape.num_features + shape.num_latents
+        media = torch.arange(shape.num_media + 1, device=device, dtype=torch.int32)
+        cu_queries = media * shape.num_latents
+        with_latents = varlen_function(cu_queries, media * keys, shape.num_latents, keys)
+        features_only = varlen_function(cu_queries, media * shape.num_features, shape.num_latents, shape.num_features)
         baselines["varlen_attn + concatenation"] = lambda q, k_f, v_f, k_l, v_l: with_latents(
             q, concatenated(k_f, k_l), concatenated(v_f, v_l)
         ).view_as(q)

@@ -1,8 +1,8 @@
-"""``python -m trainer.benchmark checkpoint``: what a checkpoint costs in bytes and in time that training waits.
+"""``python -m trainer.benchmark checkpoint``: measure bytes and time of saving and resuming.
 
-One process trains a linear layer under ZeRO-3 beside a frozen one, and saves in turns: asynchronously, synchronously
-and as DeepSpeed does alone (``torch.save``, neither durable nor with checksums). Saves go to the folder for temporary
-files (``TMPDIR`` names another).
+One process trains a linear layer under ZeRO-3 beside a frozen one. It saves in turns asynchronously, synchronously, and
+as DeepSpeed does alone (``torch.save``, without durability and checksums). Checkpoints go to the folder for temporary
+files, which ``TMPDIR`` names.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.benchmark.measurements import Measurement
+from trainer.benchmark.result_file import Measurement
 from trainer.checkpoint.catalog import find_checkpoint, read_state
+from trainer.checkpoint.layout import UNIVERSAL
 from trainer.checkpoint.load import restore
 from trainer.checkpoint.save import Checkpoints
-from trainer.checkpoint.training_state import UNIVERSAL, TrainingState
+from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.universal import convert
 from trainer.config.run_config import CheckpointConfig, OptimizerConfig
 from trainer.deepspeed_engine.engine import Engine
+from trainer.planning.peak_memory import ADAMW_STATE_BYTES
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 
 BENCHMARK = "checkpoint"
 WIDTH = 5000
-# A float32 weight and two float32 moments of each trained number.
-BYTES_A_NUMBER = 12
 
 
 class _Layers(nn.Module):
@@ -48,15 +48,17 @@ class _Layers(nn.Module):
 
 
 def run(device: str, repeats: int = 5, width: int = WIDTH) -> list[Measurement]:
-    """All measurements, in this process and the folder for temporary files."""
+    """Return all measurements.
+
+    Raises:
+        ValueError: DeepSpeed runs on another device than ``device``.
+    """
     world = distributed.initialize(timeout_seconds=600)
     if world.device.type != device:
-        raise ValueError(
-            f"DeepSpeed takes {world.device.type} here: set DS_ACCELERATOR={device} to measure on {device}"
-        )
+        raise ValueError(f"--device {device}: DeepSpeed runs on {world.device.type} here; set DS_ACCELERATOR={device}")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return list(_measure(Path(folder), world, repeats, width))
+            return list(measure(Path(folder), world, repeats, width))
     finally:
         distributed.shut_down()
 
@@ -64,7 +66,6 @@ def run(device: str, repeats: int = 5, width: int = WIDTH) -> list[Measurement]:
 def _engine(world: World, width: int) -> Engine:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": 3},
@@ -72,7 +73,8 @@ def _engine(world: World, width: int) -> Engine:
     return Engine(_Layers(width), OptimizerConfig(), settings, world)
 
 
-def _measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[Measurement]:
+def measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[Measurement]:
+    """Yield the measurements, with the checkpoints of a layer of ``width`` in ``folder``."""
     engine = _engine(world, width)
     x = torch.randn(64, width, device=world.device)
     sizes = engine.shard_sizes()
@@ -83,8 +85,8 @@ def _measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[M
     savers["synchronous"] = Checkpoints(folder / "synchronous", CheckpointConfig(1, 1, asynchronous=False), world)
     waited: defaultdict[str, list[float]] = defaultdict(list)
 
-    def update() -> None:
-        engine.forward_backward({"x": x}, scale=1.0)
+    def train_step() -> None:
+        engine.forward_backward({"x": x}, scale=1.0, is_last=True)
         engine.step(1.0)
 
     def save(mode: str, step: int) -> None:
@@ -94,16 +96,16 @@ def _measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[M
         else:
             savers[mode].save(TrainingState(step, 1, {}, {}, {}), "", engine.save)
 
-    waited["update"].append(_seconds(update))
+    waited["step"].append(_seconds(train_step))
     waited["first"].append(_seconds(partial(save, "first", 1)))
     savers["first"].wait()
     save("background", 1)
     for step in range(2, repeats + 2):
         savers["background"].wait()
-        waited["update"].append(_seconds(update))
+        waited["step"].append(_seconds(train_step))
         for mode in ("torch.save", "synchronous", "background"):
             waited[mode].append(_seconds(partial(save, mode, step)))
-        waited["update while writing"].append(_seconds(update))
+        waited["step while writing"].append(_seconds(train_step))
     savers["background"].wait()
     times = {name: statistics.median(found) for name, found in waited.items()}
     yield from _waiting(times)
@@ -113,34 +115,37 @@ def _measure(folder: Path, world: World, repeats: int, width: int) -> Iterator[M
 def _waiting(times: dict[str, float]) -> Iterator[Measurement]:
     stall, synchronous = times["background"], times["synchronous"]
     case = "training waits for a save"
-    yield _row(case, "background", "s", stall, "synchronous", synchronous, synchronous / stall, 10.0)
+    yield _row(case, "background", "s", stall, "synchronous", synchronous, 10.0)
     plain = times["torch.save"]
-    yield _row(case, "background", "s", stall, "torch.save alone", plain, plain / stall)
+    yield _row(case, "background", "s", stall, "torch.save alone", plain)
     first = times["first"]
-    yield _row(case, "first save of a run", "s", first, "synchronous", synchronous, synchronous / first, 10.0)
-    slow, alone = times["update while writing"], times["update"]
-    yield _row("an update", "while a save is written", "s", slow, "without", alone, alone / slow)
+    yield _row(case, "first save of a run", "s", first, "synchronous", synchronous, 10.0)
+    slow, alone = times["step while writing"], times["step"]
+    yield _row("a step", "while a save is written", "s", slow, "without a save", alone)
 
 
 def _size_and_resume(folder: Path, world: World, width: int) -> Iterator[Measurement]:
     checkpoint = find_checkpoint(folder)
     assert checkpoint is not None
-    state = BYTES_A_NUMBER * (width * width + width)
+    state = ADAMW_STATE_BYTES * (width * width + width)
     written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     most = 1.05 * state
-    yield _row("bytes written", "of weights and moments", "MB", written / 1e6, "limit", most / 1e6, most / written, 1.0)
-    yield _row("a resume", "checksums", "s", _seconds(lambda: find_checkpoint(folder)))
+    yield _row("bytes written", "weights and moments", "MB", written / 1e6, "limit", most / 1e6, 1.0)
+    yield Measurement(BENCHMARK, "resume", "checksums", "s", _seconds(lambda: find_checkpoint(folder)))
     fresh = _engine(world, width)
     found = read_state(checkpoint)
-    read = _seconds(lambda: restore(checkpoint, found, fresh.load, fresh.load_universal, world))
-    yield _row("a resume", "same number of processes", "s", read)
-    yield _row("another number of processes", "conversion, once", "s", _seconds(lambda: convert(checkpoint)))
+    read = _seconds(lambda: restore(checkpoint, found, fresh, world))
+    yield Measurement(BENCHMARK, "resume", "same number of processes", "s", read)
+    case = "resume with another number of processes"
+    yield Measurement(BENCHMARK, case, "conversion, once", "s", _seconds(lambda: convert(checkpoint)))
     read = _seconds(lambda: fresh.load_universal(checkpoint, UNIVERSAL))
-    yield _row("another number of processes", "reading", "s", read)
+    yield Measurement(BENCHMARK, case, "reading", "s", read)
 
 
-def _row(case: str, measure: str, unit: str, value: float, *baseline: Any) -> Measurement:
-    return Measurement(BENCHMARK, case, measure, unit, value, *baseline)
+def _row(
+    case: str, measure: str, unit: str, value: float, baseline: str, baseline_value: float, target: float | None = None
+) -> Measurement:
+    return Measurement.compared(BENCHMARK, case, measure, unit, value, baseline, baseline_value, target)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""What a GPU did in an update, from torch profiler's trace: what nothing hides, and what passed over the host link."""
+"""Read from torch profiler's trace what a GPU did in a step: exposed communication, and bytes over the host link."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.benchmark.step_parts import GATHER, REDUCE
+from trainer.benchmark.part_clock import GATHER, REDUCE
 
 TRANSFERS = "offload transfers"
 _Spans = list[tuple[float, float]]
@@ -15,8 +15,15 @@ _Spans = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class DeviceTrace:
-    """exposed: seconds in which collectives or transfers ran and no kernel that computes, by kind; two kinds at once
-    count for both. to_device, to_host: bytes over the host link. link_seconds: that it was busy."""
+    """Hold what a GPU did in a step.
+
+    Attributes:
+        exposed: Seconds by kind (gather, reduce, offload transfers) in which the kind ran and nothing computed. Where
+            two kinds ran at once, both count.
+        to_device: Bytes copied from the host.
+        to_host: Bytes copied to the host.
+        link_seconds: Seconds in which the host link was busy.
+    """
 
     exposed: dict[str, float]
     to_device: float
@@ -25,7 +32,7 @@ class DeviceTrace:
 
 
 def read_device_trace(path: Path) -> DeviceTrace:
-    """Of a trace in Chrome's format with a GPU's kernels and copies, as torch profiler exports it."""
+    """Read a trace in Chrome's format with a GPU's kernels and copies, as torch profiler exports it."""
     spans: dict[str, _Spans] = defaultdict(list)
     size = {"HtoD": 0.0, "DtoH": 0.0}
     for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]:
@@ -53,7 +60,7 @@ def _kind(category: str, name: str) -> str:
 
 
 def _union(spans: _Spans) -> _Spans:
-    """The same times without overlaps, in order."""
+    """Return the same times as sorted spans that do not overlap."""
     merged: _Spans = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:

@@ -1,7 +1,7 @@
-"""``python -m trainer.benchmark kernels``: the fused attentions of model.ops against the ways others compute them.
+"""``python -m trainer.benchmark kernels``: measure the fused attentions of ``model.ops`` against other implementations.
 
-Everything runs in one process, in turns, and the median of the repeats counts. On CUDA the L2 cache is flushed before
-every repeat. On the CPU one thread is used and its processor time counts, so that other processes matter less.
+They take turns in one process, and the median of the repeats counts. On CUDA the L2 cache is flushed before every
+repeat. On the CPU the processor time of one thread counts, which other processes influence less.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.benchmark.attention_baselines import (
     cross_baselines,
     resampler_baselines,
 )
-from trainer.benchmark.measurements import Measurement
+from trainer.benchmark.result_file import Measurement
 
 BENCHMARK = "kernels"
 H100_BYTES_PER_SECOND = 3.35e12
@@ -38,7 +38,7 @@ RESAMPLER_SHAPES = {
     "cpu": [ResamplerShape(8, 256, 8, 64)],
     "cuda": [ResamplerShape(media, features, 16, 64) for media, features in ((40, 256), (160, 1024), (320, 1024))],
 }
-# The least ratio to a baseline: (device, op, measure, baseline), with the number of media where it depends on it.
+# Lowest wanted ratio by (device, op, measure, baseline), and by number of media where it depends on that.
 TARGETS: dict[tuple[str, str, str, str], float | dict[int, float]] = {
     ("cpu", "cross", "forward + backward", "SDPA + dense mask"): 12.0,
     ("cpu", "resampler", "forward + backward", "SDPA on concatenated keys"): 1.0,
@@ -56,7 +56,11 @@ TARGETS: dict[tuple[str, str, str, str], float | dict[int, float]] = {
 
 
 def run(device: str, repeats: int = 30) -> list[Measurement]:
-    """Measure every shape on "cpu" or "cuda". Raises RuntimeError if the fused ops cannot be used there."""
+    """Measure every shape on "cpu" or "cuda".
+
+    Raises:
+        RuntimeError: The fused ops cannot be used there.
+    """
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -73,14 +77,15 @@ def run(device: str, repeats: int = 30) -> list[Measurement]:
 
 
 def _cross_rows(shape: CrossShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
-    rows, keys = (shape.batch * shape.length,), (shape.batch * shape.media, shape.latents)
-    inputs = _leaves(device, dtype, [(*size, shape.heads, shape.width) for size in (rows, keys, keys)])
+    queries, keys = (shape.rows * shape.length,), (shape.rows * shape.num_media, shape.num_latents)
+    inputs = _leaves(device, dtype, [(*size, shape.num_heads, shape.head_dim) for size in (queries, keys, keys)])
     index = shape.media_index(device)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.masked_cross_attention(q, k, v, index, backend="fused")
 
-    name = f"cross {shape.batch}x{shape.length}, {shape.media} media, {shape.heads}x{shape.width}, {_short(dtype)}"
+    heads = f"{shape.num_heads}x{shape.head_dim}"
+    name = f"cross {shape.rows}x{shape.length}, {shape.num_media} media, {heads}, {_short(dtype)}"
     q, k, v = (x.nbytes for x in inputs)
     measured = _compare(
         name,
@@ -90,24 +95,25 @@ def _cross_rows(shape: CrossShape, device: str, dtype: torch.dtype, repeats: int
         inputs,
         (2 * q + k + v, 3 * q + 2 * (k + v)),
         repeats,
-        shape.media,
+        shape.num_media,
     )
     if device == "cpu":
-        scores = shape.batch * shape.heads * shape.length * shape.media * shape.latents * 4
+        scores = shape.rows * shape.num_heads * shape.length * shape.num_media * shape.num_latents * 4
         measured.append(_memory_row(name, "cross", ours, inputs, "scores of the dense mask", scores))
     return measured
 
 
 def _resampler_rows(shape: ResamplerShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
-    features, latents = (shape.media * shape.features,), (shape.media, shape.latents)
+    features, latents = (shape.num_media * shape.num_features,), (shape.num_media, shape.num_latents)
     sizes = (latents, features, features, latents, latents)
-    inputs = _leaves(device, dtype, [(*size, shape.heads, shape.width) for size in sizes])
-    cu_media = torch.arange(shape.media + 1, device=device) * shape.features
+    inputs = _leaves(device, dtype, [(*size, shape.num_heads, shape.head_dim) for size in sizes])
+    cu_media = torch.arange(shape.num_media + 1, device=device) * shape.num_features
 
     def ours(q: Tensor, k_features: Tensor, v_features: Tensor, k_latents: Tensor, v_latents: Tensor) -> Tensor:
         return ops.resampler_attention(q, k_features, v_features, k_latents, v_latents, cu_media, backend="fused")
 
-    name = f"resampler {shape.media} media, {shape.features} features, {shape.heads}x{shape.width}, {_short(dtype)}"
+    heads = f"{shape.num_heads}x{shape.head_dim}"
+    name = f"resampler {shape.num_media} media, {shape.num_features} features, {heads}, {_short(dtype)}"
     read, q = sum(x.nbytes for x in inputs), inputs[0].nbytes
     measured = _compare(
         name,
@@ -117,7 +123,7 @@ def _resampler_rows(shape: ResamplerShape, device: str, dtype: torch.dtype, repe
         inputs,
         (read + q, 2 * read + q),
         repeats,
-        shape.media,
+        shape.num_media,
     )
     if device == "cpu":
         concatenated = sum(x.nbytes for x in inputs[1:])
@@ -131,42 +137,50 @@ def _compare(
     ours: Attention,
     baselines: dict[str, Attention],
     inputs: Sequence[Tensor],
-    least_bytes: tuple[int, int],
+    min_bytes: tuple[int, int],
     repeats: int,
-    media: int,
+    num_media: int,
 ) -> list[Measurement]:
-    """Rows of every measure against every baseline, and bytes a second.
+    """Compare an op with every baseline.
 
-    least_bytes: what the forward and the backward must read and write at least.
+    Args:
+        case: Case of the rows.
+        op: Name of the op in ``TARGETS``.
+        ours: The fused op.
+        baselines: Baselines by name.
+        inputs: Inputs of all of them.
+        min_bytes: Bytes that forward and backward read and write at least.
+        repeats: Repetitions.
+        num_media: Media of a row, on which some targets depend.
     """
     device = inputs[0].device.type
     grad = torch.randn_like(ours(*inputs))
-    least = {"forward": least_bytes[0], "backward": least_bytes[1], "forward + backward": sum(least_bytes)}
+    moved = {"forward": min_bytes[0], "backward": min_bytes[1], "forward + backward": sum(min_bytes)}
     measures = ("forward", "backward") if device == "cuda" else ("forward", "forward + backward")
     rows = []
     for measure in measures:
-        steps = {name: _step(measure, f, inputs, grad) for name, f in {"ours": ours, **baselines}.items()}
-        seconds = _medians(list(steps.values()), device, repeats)
+        calls = {name: _call(measure, f, inputs, grad) for name, f in {"ours": ours, **baselines}.items()}
+        seconds = _medians(list(calls.values()), device, repeats)
         mine = seconds[0]
         for baseline, theirs in zip(baselines, seconds[1:], strict=True):
             target = TARGETS.get((device, op, measure, baseline))
-            target = target.get(media) if isinstance(target, dict) else target
+            target = target.get(num_media) if isinstance(target, dict) else target
             rows.append(
-                Measurement(BENCHMARK, case, measure, "ms", mine * 1e3, baseline, theirs * 1e3, theirs / mine, target)
+                Measurement.compared(BENCHMARK, case, measure, "ms", mine * 1e3, baseline, theirs * 1e3, target)
             )
-        rows.append(Measurement(BENCHMARK, case, f"{measure}, bandwidth", "GB/s", least[measure] / mine / 1e9))
+        rows.append(Measurement(BENCHMARK, case, f"{measure}, bandwidth", "GB/s", moved[measure] / mine / 1e9))
         if device == "cuda":
-            floor = least[measure] / H100_BYTES_PER_SECOND
-            rows.append(Measurement(BENCHMARK, case, f"{measure}, of H100's floor", "1", floor / mine))
-            peak, *peaks = [_cuda_peak(step) / 1e6 for step in steps.values()]
+            shortest = moved[measure] / H100_BYTES_PER_SECOND
+            rows.append(Measurement(BENCHMARK, case, f"{measure}, share of H100's bandwidth", "1", shortest / mine))
+            peak, *peaks = [_cuda_peak(call) / 1e6 for call in calls.values()]
             rows += [
-                Measurement(BENCHMARK, case, f"{measure}, peak memory", "MB", peak, baseline, theirs, theirs / peak)
+                Measurement.compared(BENCHMARK, case, f"{measure}, peak memory", "MB", peak, baseline, theirs)
                 for baseline, theirs in zip(baselines, peaks, strict=True)
             ]
     return rows
 
 
-def _step(measure: str, attention: Attention, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+def _call(measure: str, attention: Attention, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
     if measure == "forward":
         detached = [x.detach() for x in inputs]
         return lambda: attention(*detached)
@@ -176,42 +190,45 @@ def _step(measure: str, attention: Attention, inputs: Sequence[Tensor], grad: Te
     return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
 
 
-def _medians(steps: Sequence[Callable[[], object]], device: str, repeats: int) -> list[float]:
-    """Median seconds of each step. The steps take turns of six repeats, the first two of which do not count: they
-    bring the allocator and the caches into the state that repeating this step leads to."""
-    times: list[list[float]] = [[] for _ in steps]
+def _medians(calls: Sequence[Callable[[], object]], device: str, repeats: int) -> list[float]:
+    """Return the median seconds of each call.
+
+    The calls take turns of six repeats. The first two of a turn do not count, because they bring the allocator and the
+    caches into the state of repeating this call.
+    """
+    times: list[list[float]] = [[] for _ in calls]
     flush = torch.empty(256 * 2**20 if device == "cuda" else 0, dtype=torch.int8, device=device)
     while len(times[-1]) < repeats:
-        for step, seconds in zip(steps, times, strict=True):
+        for call, seconds in zip(calls, times, strict=True):
             for turn in range(6):
                 flush.zero_()
-                elapsed = _cuda_seconds(step) if device == "cuda" else _cpu_seconds(step)
+                elapsed = _cuda_seconds(call) if device == "cuda" else _cpu_seconds(call)
                 if turn >= 2:
                     seconds.append(elapsed)
     return [statistics.median(seconds) for seconds in times]
 
 
-def _cpu_seconds(step: Callable[[], object]) -> float:
-    """Processor time: with one thread it is the time that passes, less what other processes took."""
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    """Return processor time, which for one thread is the wall time without the share of other processes."""
     started = time.process_time()
-    step()
+    call()
     return time.process_time() - started
 
 
-def _cuda_seconds(step: Callable[[], object]) -> float:
+def _cuda_seconds(call: Callable[[], object]) -> float:
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
-    step()
+    call()
     after.record()
     after.synchronize()
     return before.elapsed_time(after) / 1e3
 
 
-def _cuda_peak(step: Callable[[], object]) -> int:
+def _cuda_peak(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
+    call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -219,31 +236,23 @@ def _cuda_peak(step: Callable[[], object]) -> int:
 def _memory_row(
     case: str, op: str, ours: Attention, inputs: Sequence[Tensor], baseline: str, baseline_bytes: int
 ) -> Measurement:
-    """Peak memory of forward and backward beyond the output and the gradients, which any implementation returns."""
+    """Measure the peak memory of forward and backward beyond the output and the gradients."""
     grad = torch.randn_like(ours(*inputs))
     returned = grad.nbytes + sum(x.nbytes for x in inputs)
-    extra = max(_cpu_peak(_step("forward + backward", ours, inputs, grad)) - returned, 1)
+    extra = max(_cpu_peak(_call("forward + backward", ours, inputs, grad)) - returned, 1)
     target = TARGETS["cpu", op, "extra memory", baseline]
     assert not isinstance(target, dict)
-    return Measurement(
-        BENCHMARK,
-        case,
-        "extra memory",
-        "KB",
-        extra / 1e3,
-        baseline,
-        baseline_bytes / 1e3,
-        baseline_bytes / extra,
-        target,
+    return Measurement.compared(
+        BENCHMARK, case, "extra memory", "KB", extra / 1e3, baseline, baseline_bytes / 1e3, target
     )
 
 
-def _cpu_peak(step: Callable[[], object]) -> int:
-    """Bytes of resident memory that a step needs at its peak, beyond what is there before. Linux only.
+def _cpu_peak(call: Callable[[], object]) -> int:
+    """Return the bytes of resident memory that a call adds at its peak (Linux only).
 
-    Memory that the allocator or the kernels keep would hide what a step needs, so it is given back first.
+    Memory that the allocator or the kernels keep would hide the need of a call, so it is released first.
     """
-    step()
+    call()
     peaks = []
     for _ in range(5):
         gc.collect()
@@ -251,7 +260,7 @@ def _cpu_peak(step: Callable[[], object]) -> int:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
         before = _status_bytes("VmRSS")
-        step()
+        call()
         peaks.append(_status_bytes("VmHWM") - before)
     return int(statistics.median(peaks))
 

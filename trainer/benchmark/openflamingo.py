@@ -1,14 +1,16 @@
-"""``python -m trainer.benchmark openflamingo``: one whole update against the same model in the manner of OpenFlamingo.
+"""``python -m trainer.benchmark openflamingo``: measure a whole step against the same model written as OpenFlamingo is.
 
-Forward, backward, clipping and AdamW over a mixture of documents and pairs (``trainer.benchmark.mixture``), with the
-same weights and the same samples on both sides: a language model of 12 x 512 with 32,000 words, ViT-S/16 at 224 px,
-cross-attention before every second block. Ours trains through ``trainer.deepspeed_engine.engine`` as ``trainer.train`` does, with packed
-rows; the baseline (``tests/benchmarks/openflamingo_baseline.py``) with padded ones and torch's AdamW.
+A step is forward, backward, clipping and AdamW over a mixture of documents and pairs (``synthetic_mixture``). Both
+sides have the same weights and samples: a language model of 12 blocks of width 512 with 32,000 words, ViT-S/16 at 224
+pixels, and cross-attention before every second block. Ours trains with packed rows through the engine, as
+``trainer.train`` does. The baseline (``tests/benchmarks/openflamingo_baseline.py``) trains with padded rows and torch's
+AdamW.
 
-Each is a process of its own on one thread; they take turns, update by update, and processor time counts, so that other
-processes matter less. Memory is the peak of the resident set, above what the process held when model and samples were
-loaded ("of the update") and in all. "bfloat16" is mixed precision on both sides: frozen weights, activations and
-gradients of ours in bfloat16 with float32 master weights, torch's autocast for the baseline (its ``amp_bf16``).
+Each side is a process of one thread. They take turns, step by step, and processor time counts, so that other processes
+matter less. Memory is the peak of the resident set: in all ("total memory"), and without what the process held after
+model and samples were loaded ("memory of the step"). "bfloat16" is mixed precision on both sides. Ours has frozen
+weights, activations and gradients in bfloat16 and float32 master weights; the baseline uses torch's autocast, as
+OpenFlamingo's ``amp_bf16`` does.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from model.factory import build_flamingo, build_language_model
 from model.flamingo import Flamingo
 from model.presets import openflamingo
 from model.tokens import SpecialTokenIds
-from trainer.benchmark.measurements import Measurement
-from trainer.benchmark.mixture import (
+from trainer.benchmark.result_file import Measurement
+from trainer.benchmark.synthetic_mixture import (
     DOCUMENT_TOKENS,
     MOST_IMAGES,
     PAIR_TOKENS,
@@ -48,20 +50,20 @@ from trainer.benchmark.mixture import (
 )
 from trainer.config.run_config import OptimizerConfig
 
-BENCHMARK, BASELINE = "openflamingo", "OpenFlamingo's manner"
+BENCHMARK, BASELINE = "openflamingo", "OpenFlamingo baseline"
 DOCUMENTS = 8
 TOKENS = SpecialTokenIds(image_id=32_000, end_of_chunk_id=32_001, bos_id=1, eos_id=2, pad_id=0)
 WEIGHTS = {"documents": 1.0, "pairs": 0.2}
 OPTIMIZER = OptimizerConfig()
-TARGETS = {"time": 2.0, "memory of the update": 1 / 0.6, "padding": 1.0}
-_GATES = 0.5  # as if it had been trained: at 0 media would not matter to the loss
+TARGETS = {"time": 2.0, "memory of the step": 1 / 0.6, "padding": 1.0}
+_GATE = 0.5  # at 0, their initial value, media would not change the loss
 _ROOT = Path(__file__).parents[2]
 
-Update = Callable[[], dict[str, float]]
+Step = Callable[[], dict[str, float]]
 
 
 def measured_model() -> FlamingoConfig:
-    """The model of the benchmark: OpenFlamingo's variant, for the baseline has no other."""
+    """Return the configuration to measure, in OpenFlamingo's variant, which the baseline implements."""
     architecture = {
         "model_type": "llama",
         "vocab_size": TOKENS.image_id,
@@ -73,28 +75,27 @@ def measured_model() -> FlamingoConfig:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     }
-    config = openflamingo(LanguageModelConfig(architecture=architecture), every=2)
+    config = openflamingo(LanguageModelConfig(architecture=architecture), every_n_layers=2)
     return replace(config, vision=VisionEncoderConfig(name="ViT-S-16", feature_norm=False))
 
 
 def build(config: FlamingoConfig, tokens: SpecialTokenIds, dtype: DType) -> Flamingo:
-    """The model with open gates; the same weights whatever the type, up to its rounding."""
+    """Build the model with open gates. Its weights are the same for every dtype, up to rounding."""
     model = build_flamingo(config, tokens, dtype=dtype)
     with torch.no_grad():
         for block in model.blocks_with_cross_attention().values():
-            block.attention_gate.fill_(_GATES)
-            block.feed_forward_gate.fill_(_GATES)
+            block.attention_gate.fill_(_GATE)
+            block.feed_forward_gate.fill_(_GATE)
     return model
 
 
-def our_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Update:
-    """An update through DeepSpeed, of packed rows; returns each source's mean loss."""
+def our_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Step:
+    """Return a step through DeepSpeed with packed rows; it returns the mean loss of each source."""
     from trainer.deepspeed_engine.engine import Engine
     from trainer.runtime import distributed
 
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": len(WEIGHTS),
         "gradient_clipping": OPTIMIZER.clip_grad_norm,
         "steps_per_print": 1_000_000_000,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -105,29 +106,37 @@ def our_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Update:
     engine = Engine(model, OPTIMIZER, settings, distributed.initialize(60.0, threads=1))
     batches = packed_batches(mixture, model.tokens, model.vision_encoder.image_size)
 
-    def update() -> dict[str, float]:
+    def step() -> dict[str, float]:
         losses = {}
-        for name, weight in WEIGHTS.items():
-            batch = batches[name]
-            losses[name] = engine.forward_backward(batch.inputs, weight / batch.trained_tokens) / batch.trained_tokens
+        for number, (name, weight) in enumerate(WEIGHTS.items(), start=1):
+            batch, is_last = batches[name], number == len(WEIGHTS)
+            loss = engine.forward_backward(batch.inputs, weight / batch.num_trained_tokens, is_last=is_last)
+            losses[name] = loss / batch.num_trained_tokens
         engine.step(1.0)
         return {name: float(loss) for name, loss in losses.items()}
 
-    return update
+    return step
 
 
-def baseline_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Update:
-    """An update of the baseline, of padded rows; returns each source's mean loss. Run it from the clone."""
-    manner = importlib.import_module("tests.benchmarks.openflamingo_baseline")
-    baseline: nn.Module = manner.Baseline(model, build_language_model(model.config.language_model, torch.float32))
+def baseline_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Step:
+    """Return a step of the baseline with padded rows; it returns the mean loss of each source.
+
+    It works in a clone only, because the baseline is in ``tests``.
+    """
+    openflamingo_baseline = importlib.import_module("tests.benchmarks.openflamingo_baseline")
+    baseline: nn.Module = openflamingo_baseline.Baseline(
+        model, build_language_model(model.config.language_model, torch.float32)
+    )
     batches = {
-        "documents": manner.padded_batch(mixture.documents, DOCUMENT_TOKENS, MOST_IMAGES, model.tokens.pad_id),
-        "pairs": manner.padded_batch(mixture.pairs, PAIR_TOKENS, 1, model.tokens.pad_id),
+        "documents": openflamingo_baseline.padded_batch(
+            mixture.documents, DOCUMENT_TOKENS, MOST_IMAGES, model.tokens.pad_id
+        ),
+        "pairs": openflamingo_baseline.padded_batch(mixture.pairs, PAIR_TOKENS, 1, model.tokens.pad_id),
     }
     parameters = [parameter for parameter in baseline.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=OPTIMIZER.lr, fused=True)
 
-    def update() -> dict[str, float]:
+    def step() -> dict[str, float]:
         losses = {}
         for name, weight in WEIGHTS.items():
             with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
@@ -139,13 +148,20 @@ def baseline_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Update:
         optimizer.zero_grad()
         return {name: float(loss) for name, loss in losses.items()}
 
-    return update
+    return step
 
 
 def run(device: str, repeats: int = 3) -> list[Measurement]:
-    """All measurements, on the CPU. Raises ValueError for another device, RuntimeError where the two disagree."""
+    """Return all measurements, on the CPU.
+
+    Raises:
+        ValueError: Another device was asked for.
+        RuntimeError: The losses of the two sides differ.
+    """
     if device != "cpu":
-        raise ValueError("the update benchmark measures on the CPU: use --device cpu, or trainer.benchmark step")
+        raise ValueError(
+            f"--device {device}: openflamingo measures on the CPU; use --device cpu, or trainer.benchmark step"
+        )
     rows = [_padding()]
     for dtype in ("float32", "bfloat16"):
         rows += _compare(dtype, repeats)
@@ -153,50 +169,48 @@ def run(device: str, repeats: int = 3) -> list[Measurement]:
 
 
 def _padding() -> Measurement:
-    # Longer than one update, as a run is: only the last row of a stream stays unfilled.
+    # More samples than a step has, because only the last row of a whole stream stays unfilled.
     batches = packed_batches(make_mixture(40, TOKENS, image_size=1), TOKENS, image_size=1)
     share = padding_share(list(batches.values()))
-    return Measurement(
-        BENCHMARK, "120 samples, packed", "padding", "", share, "limit", 0.05, 0.05 / share, TARGETS["padding"]
+    return Measurement.compared(
+        BENCHMARK, "120 samples, packed", "padding", "", share, "limit", 0.05, TARGETS["padding"]
     )
 
 
 def _compare(dtype: str, repeats: int) -> Iterator[Measurement]:
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "baseline": []}
-    contestants = {who: _start(who, dtype) for who in found}
+    processes = {side: _start(side, dtype) for side in found}
     try:
         for number in range(repeats + 1):
-            for who, process in contestants.items():
+            for side, process in processes.items():
                 result = _one_step(process)
-                if number:  # the first one allocates
-                    found[who].append(result)
+                if number:  # the first step allocates
+                    found[side].append(result)
     finally:
-        for process in contestants.values():
+        for process in processes.values():
             process.kill()
             process.wait()
     tolerance = 1e-4 if dtype == "float32" else 1e-2
     for name in WEIGHTS:
-        ours, baseline = (found[who][0]["losses"][name] for who in ("ours", "baseline"))
+        ours, baseline = (found[side][0]["losses"][name] for side in ("ours", "baseline"))
         if abs(ours - baseline) > tolerance * baseline:
             raise RuntimeError(
-                f"the losses of {name} differ: {ours} and the baseline's {baseline}: these are two models"
+                f"the losses of {name} differ: {ours}, and {baseline} of the baseline; the sides run different models"
             )
     case = f"{DOCUMENTS} documents and {2 * DOCUMENTS} pairs, {dtype}"
     mebi = 2.0**20
     for measure, unit, size in (
         ("time", "s", lambda results: statistics.median(result["seconds"] for result in results)),
-        ("memory of the update", "MiB", lambda results: (results[-1]["peak"] - results[-1]["loaded"]) / mebi),
-        ("memory in all", "MiB", lambda results: results[-1]["peak"] / mebi),
+        ("memory of the step", "MiB", lambda results: (results[-1]["peak"] - results[-1]["loaded"]) / mebi),
+        ("total memory", "MiB", lambda results: results[-1]["peak"] / mebi),
     ):
         ours, baseline = size(found["ours"]), size(found["baseline"])
-        yield Measurement(
-            BENCHMARK, case, measure, unit, ours, BASELINE, baseline, baseline / ours, TARGETS.get(measure)
-        )
+        yield Measurement.compared(BENCHMARK, case, measure, unit, ours, BASELINE, baseline, TARGETS.get(measure))
 
 
-def _start(who: str, dtype: str) -> subprocess.Popen[str]:
+def _start(side: str, dtype: str) -> subprocess.Popen[str]:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainer.benchmark.openflamingo", who, dtype]
+    command = [sys.executable, "-m", "trainer.benchmark.openflamingo", side, dtype]
     return subprocess.Popen(
         command, cwd=_ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -205,31 +219,31 @@ def _start(who: str, dtype: str) -> subprocess.Popen[str]:
 def _one_step(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write("update\n")
+    process.stdin.write("step\n")
     process.stdin.flush()
     for line in process.stdout:
-        if line.startswith("{"):  # libraries print, too
+        if line.startswith("{"):  # libraries print too
             found: dict[str, Any] = json.loads(line)
             return found
-    raise RuntimeError(f"a contestant ended with exit code {process.wait()}; its own message stands above")
+    raise RuntimeError(f"a measured process ended with exit code {process.wait()}; see its message above")
 
 
-def _contest(who: str, dtype: DType) -> None:
-    """A contestant's process: an update for each line that comes in, its measurements as a line that goes out."""
+def _serve_steps(side: str, dtype: DType) -> None:
+    """Do a step for each line of the input, and print its measurements as a line of JSON."""
     torch.set_num_threads(1)
-    ours = who == "ours"
-    # Autocast wants float32 parameters; the engine makes float32 masters of the bfloat16 ones itself.
+    ours = side == "ours"
+    # Autocast needs float32 parameters. The engine makes float32 master weights of bfloat16 ones.
     model = build(measured_model(), TOKENS, dtype if ours else "float32")
     mixture = make_mixture(DOCUMENTS, TOKENS, model.vision_encoder.image_size)
-    update = (our_step if ours else baseline_step)(model, mixture, dtype)
+    step = (our_step if ours else baseline_step)(model, mixture, dtype)
     loaded = psutil.Process().memory_info().rss
     for _ in sys.stdin:
         start = time.process_time()
-        losses = update()
+        losses = step()
         seconds = time.process_time() - start
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"seconds": seconds, "losses": losses, "loaded": loaded, "peak": peak}), flush=True)
 
 
 if __name__ == "__main__":
-    _contest(sys.argv[1], "bfloat16" if sys.argv[2] == "bfloat16" else "float32")
+    _serve_steps(sys.argv[1], "bfloat16" if sys.argv[2] == "bfloat16" else "float32")

@@ -1,4 +1,4 @@
-"""Plots as SVG, for a page that needs neither a network nor a script: bars, stacked bars, and lines of points."""
+"""Draw bars, stacked bars and lines as SVG, for a page that needs neither a network nor a script."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from html import escape
 from itertools import cycle
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
-_HEIGHT = 22  # of a bar with the space around it
+_HEIGHT = 22  # pixels of a bar with the space around it
 _WIDTH = 960
 
 
 def bars(values: Sequence[tuple[str, float, str]], left: float = 160, line: float | None = None) -> str:
-    """A bar each of (label, value, what stands behind it). left: room for the labels, in pixels. line: of a value that
-    all are compared with."""
+    """Draw horizontal bars.
+
+    Args:
+        values: Label, value and annotation of each bar.
+        left: Width of the labels in pixels.
+        line: Value to mark with a line across all bars.
+    """
     scale = (_WIDTH - left - 300) / max([value for _, value, _ in values] + [line or 0.0, 1e-300])
     parts = [
-        _bar(number, left, value * scale, COLORS[0], label, behind)
-        for number, (label, value, behind) in enumerate(values)
+        _bar(number, left, value * scale, COLORS[0], label, annotation)
+        for number, (label, value, annotation) in enumerate(values)
     ]
     if line is not None:
         x = left + line * scale
@@ -27,7 +32,12 @@ def bars(values: Sequence[tuple[str, float, str]], left: float = 160, line: floa
 
 
 def stacked_bars(values: Mapping[str, Mapping[str, float]], left: float = 160) -> str:
-    """A bar each of a label, made of named parts, under a legend. All have the same parts."""
+    """Draw horizontal bars of parts, under a legend.
+
+    Args:
+        values: Value of each part, by label of the bar; all bars have the same parts.
+        left: Width of the labels in pixels.
+    """
     names = list(next(iter(values.values())))
     scale = (_WIDTH - left - 200) / max(sum(found.values()) for found in values.values())
     parts = []
@@ -41,7 +51,13 @@ def stacked_bars(values: Mapping[str, Mapping[str, float]], left: float = 160) -
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """Points (x, y), joined in the order of x, a color each series; x on a logarithmic scale, y from 0."""
+    """Draw lines through points, with a logarithmic x axis and a y axis from 0.
+
+    Args:
+        series: Points (x, y) of each line, by name.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+    """
     width, height, left, bottom = 640, 260, 70, 40
     xs = [x for points in series.values() for x, _ in points]
     low, high = math.log(min(xs)), math.log(max(xs))
@@ -67,10 +83,10 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
     return _legend(series) + _svg(parts, height)
 
 
-def _bar(number: int, x: float, width: float, color: str, label: str, behind: str) -> str:
+def _bar(number: int, x: float, width: float, color: str, label: str, annotation: str) -> str:
     y = _HEIGHT * number
     box = f'<rect x="{x:.1f}" y="{y + 2}" width="{width:.1f}" height="{_HEIGHT - 6}" fill="{color}"/>'
-    return _text(0, y + 14, label) + box + _text(x + width + 6, y + 14, behind)
+    return _text(0, y + 14, label) + box + _text(x + width + 6, y + 14, annotation)
 
 
 def _legend(names: Iterable[str]) -> str:

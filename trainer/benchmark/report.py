@@ -1,8 +1,8 @@
-"""``python -m trainer.benchmark report RESULTS... --html FILE``: measurements as one page, without a network.
+"""``python -m trainer.benchmark report RESULTS... --html FILE``: write results as one page that needs no network.
 
-Results of one benchmark share a plot only if they come from the same hardware, versions and configuration. Those of
-``step`` may differ in the number of processes and in the model: throughput is plotted against the one, memory against
-the other's size.
+Results of one benchmark share a plot only if they come from the same hardware, versions and configuration. Results of
+``step`` may differ in the number of processes and in the model. The page plots throughput against the processes, and
+memory against the size of the model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.benchmark.plots import bars, lines, stacked_bars
-from trainer.benchmark.results import differing, read_result
+from trainer.benchmark.result_file import differing_paths, read_result
 from trainer.runtime.files import write_atomically
 
 _SAME = ("hardware", "device", "versions", "data", "config")
-_PLOTTED = ("samples per second, all", "peak memory of a device", "peak memory of a process", "parameters")
+_PLOTTED = ("samples per second", "peak memory of a device", "peak memory of a process", "parameters")
 _PART = "part: "
 _STYLE = (
     "body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -31,10 +31,10 @@ _STYLE = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page; returns 0, or 2 for results that cannot be read or must not be compared."""
+    """Write the page and return the exit code, which is 2 for results that cannot be read or compared."""
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark report")
-    parser.add_argument("results", type=Path, nargs="+", help="files that --json wrote")
-    parser.add_argument("--html", type=Path, required=True, metavar="FILE")
+    parser.add_argument("results", type=Path, nargs="+", help="files written by --json of trainer.benchmark")
+    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="page to write")
     options = parser.parse_args(argv)
     try:
         write_atomically(options.html, page(options.results))
@@ -45,7 +45,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def page(paths: Sequence[Path]) -> str:
-    """The HTML. Raises ValueError for a file that is no result, or results that must not share a plot."""
+    """Return the HTML.
+
+    Raises:
+        ValueError: A file is not a result, or results must not share a plot.
+    """
     groups: dict[str, list[tuple[Path, Any, list[Any]]]] = defaultdict(list)
     for path in paths:
         head, rows = read_result(path)
@@ -65,18 +69,18 @@ def page(paths: Sequence[Path]) -> str:
 def _check_comparable(name: str, results: list[tuple[Path, Any, list[Any]]]) -> None:
     first_path, first, _ = results[0]
     for path, head, _ in results[1:]:
-        different = [found for key in _SAME for found in differing(key, head.get(key), first.get(key))]
+        different = [found for key in _SAME for found in differing_paths(key, head.get(key), first.get(key))]
         if name == "step":
             different = [one for one in different if not f"{one}.".startswith(("config.model.", "config.run_dir."))]
         if different:
             raise ValueError(
                 f"{first_path} and {path} are results of {name} with different {', '.join(different)}: "
-                "they do not belong into one plot; write a page for each"
+                "write a page for each"
             )
 
 
 def _baseline_plot(rows: list[Any]) -> str:
-    """How many times better than its baseline each measurement is, with 1 as a line."""
+    """Plot how many times better than its baseline each measurement is, with a line at 1."""
     compared = [
         (f"{row['case']}, {row['measure']} / {row['baseline']}", row["ratio"], f"{row['ratio']:.2f} x{_missed(row)}")
         for row in rows
@@ -91,7 +95,16 @@ def _missed(row: Any) -> str:
 
 @dataclass(frozen=True)
 class _StepResult:
-    """What the plots show of one result of ``step``. parts: seconds."""
+    """Hold the plotted values of one result of ``step``.
+
+    Attributes:
+        processes: Number of processes.
+        parameters: Parameters of the model.
+        speed: Samples per second, over all processes.
+        device_memory: Peak memory of a device in MiB.
+        process_memory: Peak memory of a process in MiB.
+        parts: Seconds of each part of a step.
+    """
 
     processes: int
     parameters: float
@@ -102,12 +115,12 @@ class _StepResult:
 
     @property
     def model(self) -> str:
-        """Its size in words."""
+        """Size of the model in words."""
         return f"{self.parameters / 1e6:.4g} M parameters"
 
     @property
     def devices(self) -> str:
-        """How many took part, in words."""
+        """Number of processes in words."""
         return f"{self.processes} process" + ("es" if self.processes > 1 else "")
 
 
@@ -116,18 +129,18 @@ def _step_result(path: Path, head: Any, rows: list[Any]) -> _StepResult:
     parts = {name.removeprefix(_PART): value for name, value in values.items() if name.startswith(_PART)}
     missing = [name for name in _PLOTTED if name not in values]
     if "processes" not in head or missing or not parts:
-        raise ValueError(f"{path} lacks {', '.join(missing) or 'the processes or the parts'}: measure it anew")
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'the processes or the parts'}: measure it again")
     speed, device_memory, process_memory, parameters = (values[name] for name in _PLOTTED)
     return _StepResult(head["processes"], parameters, speed, device_memory, process_memory, parts)
 
 
 def _step_plots(results: list[tuple[Path, Any, list[Any]]]) -> str:
-    """Samples a second by number of processes, the parts of an update, and memory by the model's size."""
+    """Plot samples per second by processes, the parts of a step, and memory by size of the model."""
     measured: dict[tuple[float, int], _StepResult] = {}
     for path, head, rows in results:
         one = _step_result(path, head, rows)
         if (one.parameters, one.processes) in measured:
-            raise ValueError(f"{path}: another result is of {one.model} on {one.devices} too; give one of them")
+            raise ValueError(f"{path}: another result is of {one.model} on {one.devices} too; pass one of them")
         measured[one.parameters, one.processes] = one
     ordered = [measured[key] for key in sorted(measured)]
     plots = ["<h3>Scaling</h3>"]
@@ -135,13 +148,13 @@ def _step_plots(results: list[tuple[Path, Any, list[Any]]]) -> str:
         of_model = list(same_model)
         plots.append(f"<p>{model}</p>" + bars([(one.devices, one.speed, _speed(one, of_model[0])) for one in of_model]))
     parts = {f"{one.model}, {one.devices}": one.parts for one in ordered}
-    plots.append("<h3>Parts of an update</h3>" + stacked_bars(parts, left=240))
+    plots.append("<h3>Parts of a step</h3>" + stacked_bars(parts, left=240))
     plots.append("<h3>Memory against model size</h3>" + _memory_plot(ordered))
     return "".join(plots)
 
 
 def _speed(one: _StepResult, fewest: _StepResult) -> str:
-    """Against as many times the speed on the fewest processes as there are more of them."""
+    """Return the speed, and its share of perfect scaling from the fewest processes."""
     ideal = fewest.speed / fewest.processes * one.processes
     return f"{one.speed:.4g} samples/s" + ("" if one is fewest else f", {100 * one.speed / ideal:.0f} % of ideal")
 

@@ -1,4 +1,4 @@
-"""Whether a model can be measured on a machine at all, within less memory than it has, and what it takes on a CPU."""
+"""Limit and check the memory of ``trainer.benchmark step``, and measure it on a CPU."""
 
 from __future__ import annotations
 
@@ -13,66 +13,74 @@ from torch import Tensor
 from model.activations import AllocatedMemory
 from model.factory import torch_dtype
 from trainer.config.run_config import FlamingoRunConfig
-from trainer.planning.cost_model import build_without_weights
+from trainer.planning.peak_memory import ADAMW_STATE_BYTES
+from trainer.planning.random_weights import build_on_meta_device
 from trainer.runtime.distributed import World
+
+_GRADIENT_BYTES = 4  # float32
 
 
 def limit_memory(gib: float | None, world: World) -> None:
-    """Let torch allocate so much of this process's GPU and no more; None: all of it.
+    """Limit what torch may allocate on this process's GPU; None sets no limit.
 
-    Raises: ValueError where there is no GPU, or not so much.
+    Raises:
+        ValueError: There is no GPU, or it has less memory.
     """
     if gib is None:
         return
     if world.device.type != "cuda":
         raise ValueError("--device-memory-gib limits a GPU's memory; there is none here")
-    there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
-    if not 0 < gib <= there:
+    available = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+    if not 0 < gib <= available:
         raise ValueError(
-            f"--device-memory-gib {gib:g}: the GPU has {there:.1f} GiB; give more than 0 and no more than it"
+            f"--device-memory-gib {gib:g}: the GPU has {available:.1f} GiB; set a number above 0 and up to that"
         )
-    torch.cuda.set_per_process_memory_fraction(gib / there, world.device)
+    torch.cuda.set_per_process_memory_fraction(gib / available, world.device)
 
 
 def check_memory(config: FlamingoRunConfig, world: World) -> None:
-    """Whether the states of the model alone fit: the system would end the processes without a word.
+    """Check that parameters, gradients and optimizer state fit into the free memory, as a lower bound of a step's need.
 
-    Raises: ValueError when they do not, whatever else an update needs.
+    Without this check, the operating system would kill the processes without a message.
+
+    Raises:
+        ValueError: They do not fit.
     """
-    model = build_without_weights(config.model)
-    total, trainable = (
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or every)
-        for every in (True, False)
-    )
-    width = torch_dtype(config.training.dtype).itemsize
-    held = width * total / (world.size if config.deepspeed.zero_stage == 3 else 1)
-    optimizer = 16 * trainable / world.size  # AdamW's copies and moments, and a gradient, in float32
+    model = build_on_meta_device(config.model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    itemsize = torch_dtype(config.training.dtype).itemsize
+    held = itemsize * total / (world.size if config.deepspeed.zero_stage == 3 else 1)
+    optimizer = (ADAMW_STATE_BYTES + _GRADIENT_BYTES) * trainable / world.size
     on_host = world.device.type == "cpu"
     if on_host:
         needed = (held + optimizer) * int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        there = float(psutil.virtual_memory().available)
+        available = float(psutil.virtual_memory().available)
     else:
         needed = held * (config.deepspeed.offload_param.device == "none")
         needed += optimizer * (config.deepspeed.offload_optimizer.device == "none")
-        there = float(torch.cuda.mem_get_info(world.device)[0])
-    if needed > there:
+        available = float(torch.cuda.mem_get_info(world.device)[0])
+    if needed > available:
         raise ValueError(
             f"it does not fit: parameters, gradients and optimizer alone take {needed / 2**30:.1f} GiB "
-            f"of {'the host' if on_host else 'a device'}, and {there / 2**30:.1f} GiB are free; "
+            f"of {'the host' if on_host else 'a device'}, and {available / 2**30:.1f} GiB are free; "
             "python -m trainer.plan CONFIG --search looks for settings that fit"
         )
 
 
 def tensor_memory() -> AllocatedMemory:
-    """Counts the process's tensors, those that exist already too, while it is open: of a CPU, what ``torch.cuda``'s
-    allocator says of a GPU. The resident set would count libraries, and leave out pages that nothing has touched."""
-    gc.collect()  # what only waits for that is not in use
+    """Return a context that counts the CPU memory of all tensors, those that exist already included.
+
+    It does for a CPU what ``torch.cuda``'s allocator does for a GPU. The resident set would count libraries too, and
+    leave out pages that nothing has touched yet.
+    """
+    gc.collect()  # tensors that only wait to be collected are not in use
     return AllocatedMemory(_living_tensors())
 
 
 def _living_tensors() -> Iterator[Tensor]:
     for found in gc.get_objects():
-        # By type: asking the object itself would run the code of lazily imported modules.
+        # isinstance would run the code of lazily imported modules.
         if issubclass(type(found), Tensor) and found.layout == torch.strided and found.device.type == "cpu":
             yield found
             if found.is_leaf and found.grad is not None:

@@ -1,0 +1,1 @@
+"""Save, find, verify, restore and remove the checkpoints of a run."""

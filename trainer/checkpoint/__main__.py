@@ -1,12 +1,12 @@
-"""``python -m trainer.checkpoint verify|list|convert|prune PATH``: look after a run's checkpoints.
+"""Verify, list, convert and prune a run's checkpoints: ``python -m trainer.checkpoint COMMAND PATH``.
 
-PATH is a run folder, its ``checkpoints``, or (for verify and convert) one ``step-...`` in there.
+PATH is a run folder or its ``checkpoints`` folder; ``verify`` and ``convert`` also take one ``step-...`` folder.
 
-verify: reads every file and names each that is damaged. list: what is there. convert: makes the form that other numbers
-of processes read, which a resume would make otherwise. prune: removes what is not to be kept; half-written ones too,
-but for those that a run may be writing.
+verify reads every file and names each damaged one. list shows all checkpoints. convert writes the form that any number
+of processes can read; a resume with another number of processes would do so otherwise. prune removes the checkpoints
+that its options do not keep, incomplete ones included, unless a run may still be writing them.
 
-Exits with 0; with 1 if something is damaged or nothing was found; with 2 if the arguments are wrong.
+Exit codes: 0 success; 1 a file is damaged or no checkpoint was found; 2 the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.checkpoint.catalog import is_complete, latest_step, problems_of, read_state, steps_in
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import MANIFEST, UNIVERSAL, step_of, tag_of
 from trainer.checkpoint.retention import expired, remove
-from trainer.checkpoint.training_state import MANIFEST, UNIVERSAL, CheckpointError, step_of, tag_of
 from trainer.config.run_config import CheckpointConfig
+from trainer.runtime.run_folder import RunFolder
 
 BEING_WRITTEN_SECONDS = 3600.0
 
@@ -30,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     checkpoints = _checkpoints(options.path)
     if not checkpoints:
-        print(f"no checkpoints in {options.path}: name a run_dir, its checkpoints/, or one of them", file=sys.stderr)
+        print(
+            f"no checkpoints in {options.path}: name a run_dir, its checkpoints/ folder, or one checkpoint",
+            file=sys.stderr,
+        )
         return 1
     try:
         code: int = options.run(checkpoints, options)
@@ -43,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _checkpoints(path: Path) -> list[Path]:
     if step_of(path.name) is not None:
         return [path] if path.is_dir() else []
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    inside = RunFolder(path).checkpoints
+    folder = inside if inside.is_dir() else path
     return [folder / tag_of(step) for step in steps_in(folder)]
 
 
@@ -66,7 +72,7 @@ def _list(checkpoints: list[Path], options: argparse.Namespace) -> int:
         step, complete = step_of(checkpoint.name), is_complete(checkpoint)
         processes = str(read_state(checkpoint).world_size) if complete else "?"
         universal = "yes" if is_complete(checkpoint / UNIVERSAL) else "no"
-        state = "complete" if complete else "half-written"
+        state = "complete" if complete else "incomplete"
         if step == latest_step(checkpoint.parent):
             state += ", latest"
         size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
@@ -82,23 +88,23 @@ def _convert(checkpoints: list[Path], options: argparse.Namespace) -> int:
     if not complete:
         raise CheckpointError(f"no complete checkpoint in {options.path}")
     made = convert(complete[-1])
-    print(f"{complete[-1] / UNIVERSAL} {'is made' if made else 'was there already'}")
+    print(f"{complete[-1] / UNIVERSAL} {'was written' if made else 'exists already'}")
     return 0
 
 
 def _prune(checkpoints: list[Path], options: argparse.Namespace) -> int:
     if step_of(options.path.name) is not None:
-        raise CheckpointError(f"{options.path} is one checkpoint; name its run_dir")
+        raise CheckpointError(f"{options.path} is a single checkpoint; name its run_dir")
     config = CheckpointConfig(
         keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best or 0
     )
     for checkpoint in expired(checkpoints[0].parent, config):
         if not is_complete(checkpoint) and time.time() - _newest_change(checkpoint) < BEING_WRITTEN_SECONDS:
-            print(f"{checkpoint} is half-written and less than an hour old: kept, a run may be writing it")
+            print(f"{checkpoint} is incomplete and less than an hour old: kept, because a run may be writing it")
             continue
         if not options.dry_run:
             remove(checkpoint)
-        print(f"{checkpoint} {'would be' if options.dry_run else 'is'} removed")
+        print(f"{checkpoint} {'would be' if options.dry_run else 'was'} removed")
     return 0
 
 
@@ -138,19 +144,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, meaning in (
+    for name, run, summary in (
         ("verify", _verify, "name every damaged file"),
-        ("list", _list, "step, size, age, number of processes, state"),
-        ("convert", _convert, "make the newest complete one readable for other numbers of processes"),
-        ("prune", _prune, "remove what is not to be kept"),
+        ("list", _list, "show step, size, age, number of processes and state of each checkpoint"),
+        ("convert", _convert, "make the newest complete checkpoint readable for any number of processes"),
+        ("prune", _prune, "remove the checkpoints that the options do not keep"),
     ):
-        command = commands.add_parser(name, help=meaning, description=meaning)
-        command.add_argument("path", type=Path, metavar="PATH")
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoints folder or checkpoint")
         command.set_defaults(run=run)
-    command.add_argument("--keep-last", type=_positive, required=True, metavar="K", help="keep the newest K")
-    command.add_argument("--keep-every", type=_positive, metavar="N", help="keep those of every N-th step")
-    command.add_argument("--keep-best", type=_positive, metavar="B", help="keep the B of lowest smoothed training loss")
-    command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    command.add_argument(
+        "--keep-last", type=_positive, required=True, metavar="K", help="keep the newest K checkpoints"
+    )
+    command.add_argument(
+        "--keep-every", type=_positive, metavar="N", help="keep the checkpoint of every N-th step (default: none)"
+    )
+    command.add_argument(
+        "--keep-best",
+        type=_positive,
+        metavar="B",
+        help="keep the B checkpoints with the lowest smoothed training loss (default: none)",
+    )
+    command.add_argument("--dry-run", action="store_true", help="only print which checkpoints would be removed")
     return parser
 
 

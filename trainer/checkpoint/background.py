@@ -1,7 +1,7 @@
-"""Work that goes on in a thread while the ranks agree, by short collectives, whether it is finished or has failed.
+"""Run work in a thread of each rank, and let the ranks agree on whether it has finished or failed.
 
-No rank ever waits in one collective for another's long work, so no collective's timeout has to cover it; and an error
-of one rank reaches all of them at once.
+A rank never waits inside one collective for the long work of another rank, so the timeout of collectives can stay
+short. An error of one rank reaches all ranks at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from trainer.checkpoint.training_state import CheckpointError
+from trainer.checkpoint.errors import CheckpointError
 from trainer.runtime.distributed import World, gather_objects, sum_over_ranks
 
 Result = TypeVar("Result")
@@ -22,9 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 class BackgroundWork(Generic[Result]):
-    """``work`` of this rank in a thread; every rank of ``world`` makes one at the same place. It uses no collectives.
+    """Run this rank's ``work`` in a thread; all ranks create theirs at the same point of the program.
 
-    purpose: begins the message when it fails ("cannot write ..."). remedy: ends it, saying what to do.
+    Args:
+        work: Function to run; it must not call collectives.
+        world: Ranks that take part.
+        purpose: Start of the error message ("cannot write ...").
+        remedy: End of the error message, which says what to do.
     """
 
     def __init__(self, work: Callable[[], Result], world: World, *, purpose: str, remedy: str) -> None:
@@ -33,20 +37,21 @@ class BackgroundWork(Generic[Result]):
         self._result: Result
         self._error: Exception | None = None
         self._finished = threading.Event()
-        # A daemon: a rank that fails elsewhere does not stay for it.
+        # A daemon thread does not keep a rank alive that fails elsewhere.
         threading.Thread(target=self._run, name=purpose, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except Exception as error:  # noqa: BLE001  raised on all ranks by finished_everywhere
+        except Exception as error:  # noqa: BLE001  finished_everywhere raises it on all ranks
             self._error = error
         self._finished.set()
 
     def finished_everywhere(self) -> bool:
-        """Whether all ranks' work is done; a short collective.
+        """Return whether the work of all ranks has finished; a short collective.
 
-        Raises: CheckpointError on every rank, with the same message, as soon as one rank's work has failed.
+        Raises:
+            CheckpointError: The work of a rank failed. All ranks raise it with the same message.
         """
         finished = self._finished.is_set()
         failed = finished and self._error is not None
@@ -56,7 +61,7 @@ class BackgroundWork(Generic[Result]):
         return all_finished == self._world.size
 
     def wait(self) -> Result:
-        """This rank's result, when all ranks have theirs. Raises: CheckpointError as ``finished_everywhere``."""
+        """Wait for all ranks and return this rank's result; errors as ``finished_everywhere``."""
         pause = _FIRST_PAUSE_SECONDS
         while not self.finished_everywhere():
             time.sleep(pause)

@@ -1,37 +1,36 @@
-"""Which checkpoints a folder holds, what is wrong with them, and which is the newest good one. Needs no torch."""
+"""List the checkpoints of a folder, verify them and find the newest good one, without torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.training_state import (
-    LATEST,
-    MANIFEST,
-    STATE,
-    CheckpointError,
-    TrainingState,
-    entries_checksum,
-    step_of,
-    tag_of,
-)
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import LATEST, MANIFEST, STATE, step_of, tag_of
+from trainer.checkpoint.training_state import TrainingState
 from trainer.runtime.files import canonical_json, checksum, write_json
 
 _log = logging.getLogger(__name__)
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of all checkpoints in the folder, half-written ones included, in order; none where it is missing."""
+    """Return the steps of all checkpoints in ascending order, incomplete ones included; none without the folder."""
     if not folder.is_dir():
         return []
     return sorted(step for path in folder.iterdir() if (step := step_of(path.name)) is not None)
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Return the steps of all complete checkpoints, in ascending order."""
+    return [step for step in steps_in(folder) if is_complete(folder / tag_of(step))]
+
+
 def latest_step(folder: Path) -> int | None:
-    """What ``latest`` names; None where there is none."""
+    """Return the step that ``latest`` names; None without that file."""
     try:
         return step_of((folder / LATEST).read_text(encoding="utf-8").strip())
     except FileNotFoundError:
@@ -39,22 +38,24 @@ def latest_step(folder: Path) -> int | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether it was finished (not: whether it is still as it was)."""
+    """Return whether a checkpoint was completed; ``problems_of`` tells whether it is still undamaged."""
     return (checkpoint / MANIFEST).is_file()
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is there with its checksum, or None in a new run.
+    """Return the newest checkpoint whose files all have their checksums; None in a new run.
 
-    ``latest`` is looked at first, then older ones; one that is passed over is named in a warning with its reason.
-    Raises: CheckpointError when there are checkpoints, but none is good: starting anew would silently lose the run.
+    Looks at the checkpoint that ``latest`` names first, then at older ones. A warning names each damaged checkpoint.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none is good. A new start would silently lose the run.
     """
     steps = steps_in(folder)[::-1]
     newest = latest_step(folder)
-    if newest is not None:  # what is newer than latest was never finished
+    if newest is not None:  # a checkpoint newer than latest was never completed
         steps = [step for step in steps if step <= newest]
-    elif not any(is_complete(folder / tag_of(step)) for step in steps):
-        return None  # only leftovers of a run that died before its first checkpoint was complete
+    elif not complete_steps(folder):
+        return None  # the run died before its first checkpoint was complete
     for step in steps:
         candidate = folder / tag_of(step)
         problem = next(problems_of(candidate), None)
@@ -67,19 +68,19 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def problems_of(checkpoint: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint (or its universal form): each damaged file by name; nothing when all are good."""
+    """Yield a message for each damaged file of a checkpoint or of its universal form; reads all files."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         entries = manifest["files"]
     except FileNotFoundError:
-        yield f"{MANIFEST} is missing: it was never finished"
+        yield f"{MANIFEST} is missing: the checkpoint was never completed"
         return
     except (ValueError, KeyError, TypeError) as error:
         yield f"{MANIFEST} is damaged: {error}"
         return
-    if text != canonical_json(manifest) or manifest.get("sha256") != entries_checksum(entries):
-        yield f"{MANIFEST} is damaged: it is not as it was written"
+    if text != canonical_json(manifest) or manifest.get("sha256") != _entries_checksum(entries):
+        yield f"{MANIFEST} is damaged: it differs from what was written"
         return
     for name, entry in entries.items():
         path = checkpoint / name
@@ -92,17 +93,28 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
 
 
 def write_manifest(checkpoint: Path, entries: Mapping[str, Any]) -> None:
-    """Declare a checkpoint complete: ``entries`` has each file's size and sha256 (``bytes``, ``sha256``) by name.
+    """Write the manifest, which makes a checkpoint complete.
 
-    Raises: OSError when a file is not there with its size, as happens where processes do not share the folder.
+    Args:
+        checkpoint: Folder with the files.
+        entries: Size (``bytes``) and ``sha256`` of each file by name.
+
+    Raises:
+        OSError: A file is missing or has another size, as happens when the nodes do not share the folder.
     """
     for name, entry in entries.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise OSError(f"{path} was written by another process, and is not here: all nodes have to share run_dir")
-    write_json(checkpoint / MANIFEST, {"files": dict(entries), "sha256": entries_checksum(entries)})
+            raise OSError(
+                f"{path} was written by another process and is not visible here: all nodes must share run_dir"
+            )
+    write_json(checkpoint / MANIFEST, {"files": dict(entries), "sha256": _entries_checksum(entries)})
+
+
+def _entries_checksum(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(entries).encode()).hexdigest()
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """The state of a checkpoint. Raises: CheckpointError for another format version."""
+    """Read the state of a checkpoint; errors as ``TrainingState.from_json``."""
     return TrainingState.from_json(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))

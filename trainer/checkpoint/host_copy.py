@@ -1,7 +1,7 @@
-"""A copy of a state dict in host memory that is kept from one save to the next.
+"""Copy a state dict to host memory that is reused from one save to the next.
 
-Touching fresh memory costs more than copying into memory that is there already, and pinning it costs more still. What
-is known of the first save is therefore touched ahead, in a thread.
+Memory that was touched before takes a copy faster than fresh memory, and far faster than memory that must be pinned
+first. A thread therefore touches the memory of the first save in advance, as far as its sizes are known.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 
-class HostCopies:
-    """Copies tensors (and what they stand in) to host memory; ``recycle`` before the next save.
+class HostCopier:
+    """Copy tensors to host memory; ``recycle`` frees the copies for the next save.
 
-    device: where the tensors are; with a GPU the memory is pinned, and the copies run at the bus's speed.
-    expected: type and length of tensors that are going to be copied; all other memory is made when it is needed.
+    Args:
+        device: Device of the tensors. For a GPU, the host memory is pinned.
+        expected: Type and length of tensors that will be copied. Other memory is allocated when it is needed.
     """
 
     def __init__(self, device: torch.device, expected: Sequence[tuple[torch.dtype, int]] = ()) -> None:
@@ -38,13 +39,13 @@ class HostCopies:
             self._free[dtype, numel].append(buffer)
 
     def recycle(self) -> None:
-        """What was copied so far is no longer needed."""
+        """Reuse the memory of all copies made so far; they must not be read any more."""
         for buffer in self._used:
             self._free[buffer.dtype, buffer.numel()].append(buffer)
         self._used = []
 
     def copy(self, value: Any) -> Any:
-        """``value`` with every tensor copied, and only what the tensor shows of its storage."""
+        """Copy a value with all its tensors, without the parts of their storages that they do not show."""
         self._preparing.join()
         copied = self._copy(value)
         if self._device.type == "cuda":

@@ -1,4 +1,7 @@
-"""Which checkpoints are kept: the last ones, every n-th, the best, and what ``latest`` names. Needs no torch."""
+"""Decide which checkpoints are kept, and remove the others, without torch.
+
+Kept are the last ones, those of every n-th step, those with the lowest loss, and the one that ``latest`` names.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,28 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.checkpoint.catalog import is_complete, latest_step, steps_in
-from trainer.checkpoint.training_state import MANIFEST, tag_of
+from trainer.checkpoint.catalog import complete_steps, latest_step, steps_in
+from trainer.checkpoint.layout import MANIFEST, tag_of
 from trainer.config.run_config import CheckpointConfig
+from trainer.runtime.run_folder import RunFolder
 
 SMOOTHED_STEPS = 100
 
 
 def smoothed_losses(metrics: Path, steps: Sequence[int]) -> dict[int, float]:
-    """The mean training loss over the last ``SMOOTHED_STEPS`` steps up to each of ``steps``, from metrics.jsonl.
+    """Return, for each of ``steps``, the mean training loss of the ``SMOOTHED_STEPS`` steps that end with it.
 
-    Steps without a loss (skipped ones) do not count; a checkpoint with none before it is left out.
+    Skipped steps do not count. A step without any loss before it is left out.
+
+    Args:
+        metrics: The run's metrics.jsonl.
+        steps: Steps of checkpoints.
     """
     losses: dict[int, float] = {}
     if metrics.is_file():
         with metrics.open(encoding="utf-8") as file:
             for line in file:
-                if line.endswith("\n"):  # a line that is being written, or that a kill cut off, has none
+                if line.endswith("\n"):  # otherwise a writer is at work, or a kill cut the line off
                     record = json.loads(line)
                     if record.get("loss") is not None and not record.get("step_skipped"):
                         losses[record["step"]] = record["loss"]
@@ -36,7 +44,13 @@ def smoothed_losses(metrics: Path, steps: Sequence[int]) -> dict[int, float]:
 
 
 def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
-    """Of complete checkpoints' steps, in order, those that the settings keep. losses: smoothed, by step."""
+    """Return the steps whose checkpoints the settings keep.
+
+    Args:
+        steps: Steps of all complete checkpoints, in ascending order.
+        config: How many checkpoints to keep.
+        losses: Smoothed loss by step.
+    """
     kept = set(steps[-config.keep_last :])
     if config.keep_every is not None:
         kept |= {step for step in steps if step % config.keep_every == 0}
@@ -45,16 +59,29 @@ def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[i
 
 
 def expired(folder: Path, config: CheckpointConfig) -> list[Path]:
-    """The checkpoints of ``folder`` that may go, half-written ones included; never the one that ``latest`` names."""
-    steps = steps_in(folder)
-    complete = [step for step in steps if is_complete(folder / tag_of(step))]
-    losses = smoothed_losses(folder.parent / "metrics.jsonl", complete) if config.keep_best else {}
+    """Return the checkpoints that may be removed, incomplete ones included; never the one that ``latest`` names.
+
+    Args:
+        folder: ``checkpoints`` of a run folder.
+        config: How many checkpoints to keep.
+    """
+    complete = complete_steps(folder)
+    losses = smoothed_losses(RunFolder(folder.parent).metrics, complete) if config.keep_best else {}
     kept = kept_steps(complete, config, losses) | {latest_step(folder)}
-    return [folder / tag_of(step) for step in steps if step not in kept]
+    return [folder / tag_of(step) for step in steps_in(folder) if step not in kept]
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a crash in mid-removal leaves none that seems good. Raises: OSError."""
-    # Without its manifest a checkpoint does not exist.
+    """Remove a checkpoint; a crash in the middle leaves an incomplete one, never one that seems good.
+
+    Of a symbolic link, only the link is removed: the folder behind it may be somebody's copy.
+
+    Raises:
+        OSError: A file cannot be removed.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
+    # Without its manifest the folder is not a checkpoint.
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, written with their checksum in one pass."""
+"""Write files and compute their checksums in the same pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # of a manifest: {"bytes": size, "sha256": hexadecimal digest}
 
 
 class _HashingFile:
-    """What ``torch.save`` writes to: the bytes go to the file and into their checksum."""
+    """Pass written bytes on to a file and to their checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -25,7 +25,7 @@ class _HashingFile:
         self.digest.update(data)
         try:
             return self._file.write(data)
-        except OSError as error:  # torch's writer reports it as a RuntimeError without the reason
+        except OSError as error:  # torch.save turns it into a RuntimeError without the reason
             self.error = error
             raise
 
@@ -34,9 +34,10 @@ class _HashingFile:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> Entry:
-    """Let ``write`` fill the file, make it durable, and return its size and sha256, as manifests have them.
+    """Let ``write`` fill the file, sync it to the disk and return its entry for a manifest.
 
-    Raises: OSError (a full disk, for one).
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full.
     """
     with open(path, "wb") as file:
         target = _HashingFile(file)
@@ -52,10 +53,10 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> Entry:
 
 
 def write_tensors(path: Path, value: Any) -> Entry:
-    """``torch.save`` through ``write_file``."""
+    """Write a value with ``torch.save``; errors as ``write_file``."""
     return write_file(path, lambda file: torch.save(value, file))
 
 
 def write_bytes(path: Path, content: bytes) -> Entry:
-    """Bytes through ``write_file``."""
+    """Write bytes; errors as ``write_file``."""
     return write_file(path, lambda file: file.write(content))

@@ -1,53 +1,31 @@
-"""What a checkpoint says about itself beside DeepSpeed's shards, and where everything lies.
-
-::
-
-    checkpoints/latest                      the name of the newest complete checkpoint, moved atomically
-    checkpoints/step-00000010/
-        *_model_states.pt, *_optim_states.pt   DeepSpeed's shards: trainable weights and optimizer, one set a rank
-        offloaded_tensors/rankNN/              the optimizer's part of that rank where it is offloaded to NVMe
-        rng-rank-00000.safetensors             random states of that rank
-        state.json                             TrainingState
-        config.yaml                            the run's settings as they were resolved
-        manifest.json                          size and sha256 of every file above; written last: without it the
-                                               checkpoint does not exist
-        universal/                             the same tensors in DeepSpeed's universal format, for other numbers of
-                                               processes; made when first needed, with a manifest.json of its own
-"""
+"""Describe the state of a training run without its tensors (``state.json``)."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from trainer.errors import TrainerError
-from trainer.runtime.files import canonical_json
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import STATE
 
 FORMAT_VERSION = 2
-LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.yaml"
-UNIVERSAL = "universal"
-OFFLOADED = "offloaded_tensors"  # DeepSpeed's name
-_TAG = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(TrainerError):
-    """A checkpoint that cannot be used, or not for this run; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything but tensors.
+    """Hold everything that a resume needs except tensors.
 
-    step: updates done, skipped ones included; the next update is global batch ``step``.
-    world_size: processes that wrote it; another number reads its universal form.
-    data: what ``trainer.data.stream.loader.data_state`` says; the stream is a pure function of it and of ``step``.
-    frozen: a digest of every frozen tensor by name (``model.parameters``); the tensors are not in the checkpoint.
-    model: the model's configuration, as plain values.
-    stability: what ``trainer.resilience.stability`` goes on from.
+    Attributes:
+        step: Steps done, skipped ones included; the next step trains on global batch ``step``.
+        world_size: Number of processes that wrote the checkpoint; any other number reads its universal form.
+        data: State of the data stream (``StepLoader.state``); the stream is a pure function of it and of ``step``.
+        frozen: Digest of every frozen tensor by name (``model.parameters``); these tensors are not in the checkpoint.
+        model: Configuration of the model, as plain values.
+        stability: State of the stability observer (``Stability.state``).
+        layout: Settings that the layout of the shards depends on (``Engine.layout``); with other ones, only their
+            universal form can be read.
+        format_version: Version of the checkpoint format.
     """
 
     step: int
@@ -56,40 +34,24 @@ class TrainingState:
     frozen: Mapping[str, str]
     model: Mapping[str, Any]
     stability: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in state.json."""
+        """Return the object that ``state.json`` holds."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainingState:
-        """From state.json. Raises: CheckpointError for another format version."""
+        """Build the state from the object that ``state.json`` holds.
+
+        Raises:
+            CheckpointError: The format has another version, or the fields are not those of this version.
+        """
         version = value.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"checkpoint format {version}, but this trainer reads format {FORMAT_VERSION}")
         try:
             return cls(**value)
         except TypeError as error:
-            raise CheckpointError(f"{STATE} does not hold what format {FORMAT_VERSION} has: {error}") from error
-
-
-def tag_of(step: int) -> str:
-    """The folder's name for a step."""
-    return f"step-{step:08d}"
-
-
-def step_of(tag: str) -> int | None:
-    """The step of a folder's name, or None if the folder is no checkpoint."""
-    match = _TAG.fullmatch(tag)
-    return int(match.group(1)) if match else None
-
-
-def entries_checksum(entries: Mapping[str, Any]) -> str:
-    """The manifest's checksum of itself."""
-    return hashlib.sha256(canonical_json(entries).encode()).hexdigest()
-
-
-def rng_file(folder: Path, rank: int) -> Path:
-    """Where a rank keeps its random states."""
-    return folder / f"rng-rank-{rank:05d}.safetensors"
+            raise CheckpointError(f"{STATE} does not have the fields of format {FORMAT_VERSION}: {error}") from error

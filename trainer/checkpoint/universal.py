@@ -1,9 +1,11 @@
-"""A checkpoint for another number of processes: DeepSpeed's universal format, made once and kept beside the shards.
+"""Convert a checkpoint to DeepSpeed's universal format, which any number of processes and any ZeRO stage can read.
 
-The shards of ZeRO are cut for one number of processes. In the universal format every parameter has a folder with its
-whole float32 weight and Adam moments (``zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt``), and each process cuts its own
-part out of them. ``deepspeed.checkpoint.ds_to_universal`` writes every fragment to a temporary file first, on one
-machine; here each rank maps the shards into memory and writes every n-th parameter straight from them.
+ZeRO's shards fit one number of processes and one layout. In the universal format, every parameter has a folder with
+its whole float32 weight and Adam moments (``zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt``), from which each process
+reads its own part.
+The result stays beside the shards, so the conversion happens once. DeepSpeed's own converter
+(``deepspeed.checkpoint.ds_to_universal``) runs on one machine and first writes every fragment to a temporary file. Here
+each rank maps the shards into memory and writes every n-th parameter directly.
 """
 
 from __future__ import annotations
@@ -33,33 +35,38 @@ from torch import Tensor
 
 from trainer.checkpoint.background import BackgroundWork
 from trainer.checkpoint.catalog import is_complete, problems_of, write_manifest
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import UNIVERSAL
 from trainer.checkpoint.shard_files import Entry, write_tensors
-from trainer.checkpoint.training_state import UNIVERSAL, CheckpointError
 from trainer.runtime.distributed import World, broadcast, gather_objects
 from trainer.runtime.files import sync_folder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUILDING = ".universal.building"
-# What a shard's optimizer state has of its own rank; everything else is the same on all.
+_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-1 and 2; ZeRO-3
+# Entries of a shard's optimizer state that belong to its rank; all other entries are equal on all ranks.
 _SHARDED = (BASE_OPTIMIZER_STATE, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_GROUPS, FP32_FLAT_GROUPS)
 
 _log = logging.getLogger(__name__)
 
 
 def ensure_universal(checkpoint: Path, world: World) -> Path:
-    """The universal form of a (verified) checkpoint, made by all ranks together if it is not there and good.
+    """Return the universal form of a verified checkpoint; all ranks make it together if it is missing or damaged.
 
-    A kill at any moment leaves the shards as they are, and what is half made is made again. Raises: CheckpointError.
+    A kill at any moment leaves the shards untouched, and the next start makes an incomplete form again.
+
+    Raises:
+        CheckpointError: A rank cannot write its part. All ranks raise it.
     """
     work = partial(
         BackgroundWork[Any],
         world=world,
-        purpose=f"cannot convert {checkpoint} for {world.size} processes",
-        remedy=f"The checkpoint is untouched; make {checkpoint} writable with as much space as it already takes, and "
-        "start again, or start as many processes as have written it",
+        purpose=f"cannot convert {checkpoint} for {world.size} processes and this run's settings",
+        remedy=f"The checkpoint is untouched; make {checkpoint} writable with as much free space as it takes now, and "
+        "start again, or start as many processes as have written it, with its settings",
     )
-    there = work(lambda: world.is_main and _is_good(checkpoint)).wait()
-    if not broadcast(there, world):
+    good = work(lambda: world.is_main and _is_good(checkpoint)).wait()
+    if not broadcast(good, world):
         work(lambda: _begin(checkpoint) if world.is_main else None).wait()
         entries = work(lambda: _convert_part(checkpoint, world.rank, world.size)).wait()
         merged = {name: entry for part in gather_objects(entries, world) for name, entry in part.items()}
@@ -68,9 +75,11 @@ def ensure_universal(checkpoint: Path, world: World) -> Path:
 
 
 def convert(checkpoint: Path) -> bool:
-    """Make the universal form in this process alone; False when it was there already.
+    """Make the universal form in this process alone and return True; return False if it exists already.
 
-    Raises: CheckpointError when the checkpoint is damaged; OSError.
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        OSError: The form cannot be written.
     """
     problem = next(problems_of(checkpoint), None)
     if problem is not None:
@@ -94,6 +103,8 @@ def _is_good(checkpoint: Path) -> bool:
 
 def _begin(checkpoint: Path) -> None:
     for leftover in (checkpoint / _BUILDING, checkpoint / UNIVERSAL):
+        if leftover.is_symlink():
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
     (checkpoint / _BUILDING / "zero").mkdir(parents=True)
 
@@ -108,7 +119,7 @@ def _complete(checkpoint: Path, entries: dict[str, Entry]) -> None:
 
 
 def _convert_part(checkpoint: Path, rank: int, ranks: int) -> dict[str, Entry]:
-    """Write every ``ranks``-th parameter, and on rank 0 what all parameters share. Returns the files' entries."""
+    """Write every ``ranks``-th parameter, and on rank 0 the state that all share; return the entries of the files."""
     building, entries = checkpoint / _BUILDING, {}
 
     def write(name: str, value: Any) -> None:
@@ -116,7 +127,7 @@ def _convert_part(checkpoint: Path, rank: int, ranks: int) -> dict[str, Entry]:
         path.parent.mkdir(parents=True, exist_ok=True)
         entries[name] = write_tensors(path, value)
 
-    model_file, model = _model_states(checkpoint)
+    model = _model_states(checkpoint)
     shards = _Shards(checkpoint, model[PARAM_SHAPES])
     for number, (group, name, shape) in enumerate(shards.parameters()):
         if number % ranks == rank:
@@ -126,26 +137,24 @@ def _convert_part(checkpoint: Path, rank: int, ranks: int) -> dict[str, Entry]:
         write("zero/optimizer_state.pt", shards.common())
         buffers = set(model[BUFFER_NAMES])
         model["module"] = {name: value.clone() for name, value in model["module"].items() if name in buffers}
-        write(model_file, model)
+        for name in _MODEL_FILES:  # ZeRO-3 looks for another name than ZeRO-1 and 2
+            write(name, model)
     return entries
 
 
-def _model_states(checkpoint: Path) -> tuple[str, dict[str, Any]]:
-    [path] = [
-        *checkpoint.glob("mp_rank_00_model_states.pt"),
-        *checkpoint.glob("zero_pp_rank_0_mp_rank_00_model_states.pt"),
-    ]
-    return path.name, _read(path)
+def _model_states(checkpoint: Path) -> dict[str, Any]:
+    [path] = [checkpoint / name for name in _MODEL_FILES if (checkpoint / name).exists()]
+    return _read(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # Our own files, whose checksums were verified.
+    # Pickle is safe here: the trainer wrote these files itself, and their checksums were verified.
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return state
 
 
 class _Shards:
-    """The optimizer files of all ranks, mapped into memory: what is not touched is not read."""
+    """Read parameters and moments from the optimizer files of all ranks, mapped into memory."""
 
     def __init__(self, checkpoint: Path, shapes: list[dict[str, torch.Size]]) -> None:
         paths = list(checkpoint.glob("*_optim_states.pt"))
@@ -155,26 +164,25 @@ class _Shards:
         self._partitioned_parameters = FP32_FLAT_GROUPS in self._shards[0]  # ZeRO-3
 
     def parameters(self) -> Iterator[tuple[int, str, torch.Size]]:
-        """Group, name and shape of every trained parameter."""
+        """Yield group, name and shape of every trained parameter."""
         for group, shapes in enumerate(self._shapes):
             for name, shape in shapes.items():
                 yield group, name, shape
 
     def whole(self, group: int, name: str, shape: torch.Size) -> dict[str, Any]:
-        """A parameter's weight, moments and step, put together from all ranks' parts."""
+        """Merge the parts of all ranks into a parameter's weight, moments and step."""
         states = [self._optimizer(shard)["state"][group] for shard in self._shards]
         weights = [shard[self._weights][group] for shard in self._shards]
         flat = {"fp32": weights, **{key: [state[key] for state in states] for key in _MOMENTS}}
         result: dict[str, Any] = {}
         for key, ranks in flat.items():
-            parts = [part.narrow(0, *where) for part, where in zip(ranks, self._places(group, name), strict=True)]
+            parts = [part.narrow(0, *place) for part, place in zip(ranks, self._places(group, name), strict=True)]
             result[key] = {PARAM: torch.cat(parts)[: shape.numel()].reshape(shape), CAT_DIM: 0}
-        if not self._partitioned_parameters:
-            result["step"] = _own_storage(states[0]["step"])
+        result["step"] = _own_storage(states[0]["step"])  # ZeRO-1 and 2 read it here, ZeRO-3 in optimizer_state.pt
         return result
 
     def common(self) -> dict[str, Any]:
-        """What is the same for all parameters: step, hyperparameters of the groups, DeepSpeed's own settings."""
+        """Return the state that all parameters share: step, hyperparameters of groups, DeepSpeed's own settings."""
         first = self._shards[0]
         result = {key: value for key, value in first.items() if key not in (*_SHARDED, OPTIMIZER_STATE_DICT)}
         groups = self._optimizer(first)[PARAM_GROUPS]
@@ -195,7 +203,7 @@ class _Shards:
         return optimizer
 
     def _places(self, group: int, name: str) -> Iterable[tuple[int, int]]:
-        """Where a parameter lies in its group, as (start, length), for each rank."""
+        """Yield the place of a parameter in its group, as (start, length), for each rank."""
         if not self._partitioned_parameters:
             for shard in self._shards:
                 fragment = shard[PARAM_SLICE_MAPPINGS][group].get(name)

@@ -20,7 +20,8 @@ class FilterConfig:
     """Select samples by header, text and metadata, before anything is decoded.
 
     A filtered sample is replaced by another one and counted as ``filtered_<setting>``. None, or an empty list, turns a
-    filter off. An interleaved document loses only the images that fail; it is filtered when none is left.
+    filter off. An interleaved document loses only the images that fail; it is filtered when none is left. Filtered
+    samples are not bad samples, so any share may be left out; the samples that are kept are repeated instead.
 
     Attributes:
         min_side: Shortest side of an image or video frame, in pixels (the paper: 64).
@@ -149,22 +150,29 @@ class PairSource(MediaSource):
 
 @dataclass(frozen=True)
 class ImageTextSource(PairSource):
-    """Read pairs of an image and a ``.txt`` member: ``<BOS><image>caption<EOC>`` (paper, appendix A.3.2)."""
+    """Read pairs of an image and a ``.txt`` member: ``<BOS><image>caption<EOC>`` (paper, appendix A.3.2).
+
+    Attributes:
+        type: Kind of source; fixed.
+    """
 
     type: Literal["image_text"] = "image_text"
 
 
 @dataclass(frozen=True)
 class VideoTextSource(PairSource):
-    """Read pairs of a video (``.mp4``, ``.webm``, ``.mkv``, ...) and a ``.txt`` member: ``<BOS><image>caption<EOC>``.
+    """Read pairs of a video and a ``.txt`` member: ``<BOS><image>caption<EOC>``.
+
+    The video is an mp4, mov, webm, mkv, avi, ts or gif.
 
     Attributes:
+        type: Kind of source; fixed.
         num_frames: Frames taken from each video; they form one medium (the paper: 8). Beyond
             ``model.resampler.num_frames`` the time embeddings are interpolated.
         frames_per_second: Frames taken per second of video (the paper: 1). A video shorter than
             ``num_frames / frames_per_second`` repeats its last frame.
         start: Where the frames begin: at a "random" time, or so that they lie in the "center" of the video.
-        max_seconds: Longest video in seconds, by its header; longer ones are replaced before they are decoded.
+        max_seconds: Longest video in seconds; longer ones are filtered before they are decoded.
     """
 
     type: Literal["video_text"] = "video_text"
@@ -184,12 +192,15 @@ class InterleavedSource(MediaSource):
     """Read documents in MMC4's format: ``text_list`` and ``image_info`` (paper, appendix A.3.1).
 
     Attributes:
+        type: Kind of source; fixed.
         max_images: Most images of a row; it ends before the next one (the paper: 5).
         subsequence: Where a row begins in its document: at a "random" token (the paper) or at the "start".
         p_next: Probability that the text of a document sees the following image instead of the preceding one (the
             paper: 0.5).
         min_similarity: Lowest ``matched_sim`` of an image, in the unit of the data (MMC4: 0 to 1); images below it are
             dropped. None keeps all.
+        max_document_characters: Most characters of a document; the rest of a longer one is cut off before anything
+            else. It bounds the time of the tokenizer, which encodes about a million characters a second.
     """
 
     type: Literal["interleaved"] = "interleaved"
@@ -197,6 +208,7 @@ class InterleavedSource(MediaSource):
     subsequence: Literal["random", "start"] = "random"
     p_next: Probability = 0.0
     min_similarity: float | None = None
+    max_document_characters: Positive = 500_000
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,7 @@ class TextSource(SourceBase):
     """Read text alone (``.txt`` members): ``<BOS>text<BOS>text...``, cut or padded to ``max_tokens``.
 
     Attributes:
+        type: Kind of source; fixed.
         samples_per_row: Consecutive samples that are concatenated to one row.
     """
 
@@ -236,7 +249,7 @@ class DataConfig:
             and pads with the mean color (the paper), "crop" resizes the short side and crops the center (open_clip),
             "stretch" ignores the aspect.
         max_pixels: Most pixels of an image or video frame, by its header; larger ones are replaced before they are
-            decoded.
+            decoded. Decoding takes up to 16 bytes a pixel for an image, and 32 for a video, whose decoder keeps frames.
         ledger: Write ``ledger/rank-N.jsonl``, one line for each sample that an applied step consumed.
         max_bad_fraction: Largest share of bad samples among the last ``bad_window`` samples of a source, over all
             ranks. The run stops above it and names the reasons. Bad replacements count; filtered samples do not.

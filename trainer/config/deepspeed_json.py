@@ -1,99 +1,55 @@
-"""The DeepSpeed json that a run needs, and what becomes of a raw one.
-
-Everything DeepSpeed could also decide (batch sizes, clipping, precision, optimizer, schedule) has one owner elsewhere
-in the configuration. A raw json may tune whatever has no owner; where it contradicts one, both places are named.
-"""
+"""Generate DeepSpeed's JSON for a run, and merge the user's raw JSON into it."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from trainer.config.deepspeed_schema import key_problems
+from trainer.config.raw_deepspeed_json import AUTO, conflicts, read_raw
 from trainer.config.run_config import OffloadConfig, RunConfig
 from trainer.errors import ConfigError, Problem
 
-AUTO = "auto"  # Hugging Face's jsons leave values to be filled in by writing this
-
-# The top-level keys DeepSpeed 0.19 reads; it ignores all others without a word, so a misspelled one is refused here.
-KNOWN_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 bfloat16 bf16_master_weights_and_grads checkpoint comet
-    communication_data_type comms_logger compile csv_monitor data_efficiency data_types
-    dataloader_drop_last ddp_bf16 disable_allgather disable_python_gc dump_state expert_parallel
-    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine keep_in_fp32_modules log_level managed_gradient_accumulation
-    memory_breakdown optimizer pipeline prescale_gradients scheduler
-    seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard
-    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    use_node_local_storage wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
-
-# Which setting owns a key of the json. "*" stands for everything below.
-_OWNERS = {
-    "train_batch_size": "data.sources.*.batch_size",
-    "train_micro_batch_size_per_gpu": "data.sources.*.micro_batch_size",
-    "gradient_accumulation_steps": "data.sources.*.micro_batch_size",
-    "managed_gradient_accumulation": "data.sources.*.micro_batch_size",
-    "gradient_clipping": "optimizer.clip_grad_norm",
-    "bf16.enabled": "training.dtype",
-    "bfloat16.enabled": "training.dtype",
-    "fp16.enabled": "training.dtype",
-    "torch_autocast.enabled": "training.dtype",
-    "zero_force_ds_cpu_optimizer": "optimizer.name",
-    "zero_optimization.stage": "deepspeed.zero_stage",
-    "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz_partition_size",
-    "zero_optimization.offload_param.device": "deepspeed.offload_param.device",
-    "zero_optimization.offload_param.nvme_path": "deepspeed.offload_param.path",
-    "zero_optimization.offload_param.pin_memory": "deepspeed.offload_param.pin_memory",
-    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer.device",
-    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.offload_optimizer.path",
-    "zero_optimization.offload_optimizer.pin_memory": "deepspeed.offload_optimizer.pin_memory",
-}
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# Values of keys that the generated json leaves out.
-_IMPLIED = {
-    "fp16.enabled": False,
-    "torch_autocast.enabled": False,
-    "managed_gradient_accumulation": True,
-    "zero_force_ds_cpu_optimizer": True,
-    "zero_optimization.zero_hpz_partition_size": 1,
-    "zero_optimization.offload_param.device": "none",
-    "zero_optimization.offload_optimizer.device": "none",
-    "zero_optimization.offload_param.nvme_path": None,
-    "zero_optimization.offload_optimizer.nvme_path": None,
-    "zero_optimization.offload_param.pin_memory": False,
-    "zero_optimization.offload_optimizer.pin_memory": False,
-}
+# Sections that the trainer's own settings replace, and old names of offload that DeepSpeed refuses beside the new ones.
+_LEFT_OUT = ("optimizer", "scheduler", "activation_checkpointing", "zero_allow_untested_optimizer")
+_OLD_OFFLOAD = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
 
 
-def deepspeed_json(config: RunConfig, *, world_size: int, micro_batches_per_step: int) -> dict[str, Any]:
-    """The mapping for ``deepspeed.initialize``, with the raw one merged over it.
+def deepspeed_json(config: RunConfig) -> dict[str, Any]:
+    """Return the JSON for ``deepspeed.initialize``, with the raw JSON merged into it.
 
-    world_size: number of (data-parallel) processes.
-    micro_batches_per_step: forward-backward passes of a rank before the optimizer steps, over all sources. Their
-        sizes differ between sources and DeepSpeed never sees them, so a micro-batch counts as one to it.
-
-    Raises: ConfigError with every key of the raw json that contradicts another section.
+    Raises:
+        ConfigError: The raw JSON contradicts other sections or has keys that DeepSpeed does not read; the error names
+            all such keys.
     """
-    generated = _generate(config)
-    generated["train_micro_batch_size_per_gpu"] = 1
-    generated["gradient_accumulation_steps"] = micro_batches_per_step
-    generated["train_batch_size"] = micro_batches_per_step * world_size
-    raw, problems = _read_raw(config.deepspeed.raw, check_files=True)
-    problems += _conflicts(raw, generated, config)
+    merged, problems = _merged(config, check_files=True)
     if problems:
         raise ConfigError(problems, title="deepspeed.raw")
-    return _merge(generated, {key: value for key, value in raw.items() if key not in ("optimizer", "scheduler")})
+    return merged
 
 
 def raw_problems(config: RunConfig, *, check_files: bool = True) -> list[Problem]:
-    """What is wrong with ``deepspeed.raw``, as far as it can be told before the number of processes is known."""
-    raw, problems = _read_raw(config.deepspeed.raw, check_files=check_files)
-    known = {key: value for key, value in raw.items() if key not in _BATCH_KEYS}
-    return [*problems, *_conflicts(known, _generate(config), config)]
+    """Return all problems of ``deepspeed.raw``.
+
+    Args:
+        config: Settings of the run.
+        check_files: Whether it is a problem that the file does not exist.
+    """
+    return _merged(config, check_files=check_files)[1]
+
+
+def _merged(config: RunConfig, *, check_files: bool) -> tuple[dict[str, Any], list[Problem]]:
+    generated = _generate(config)
+    raw, problems = read_raw(config.deepspeed.raw, check_files=check_files)
+    problems += conflicts(raw, generated, config)
+    over = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    zero = over.get("zero_optimization")
+    if isinstance(zero, dict):
+        over["zero_optimization"] = {key: value for key, value in zero.items() if key not in _OLD_OFFLOAD}
+    merged = _merge(generated, over)
+    reported = {problem.path for problem in problems}
+    problems += [problem for problem in key_problems(raw, merged) if problem.path not in reported]
+    return merged, problems
 
 
 def _generate(config: RunConfig) -> dict[str, Any]:
@@ -109,7 +65,7 @@ def _generate(config: RunConfig) -> dict[str, Any]:
             "overlap_comm": True,
             "stage3_prefetch_bucket_size": settings.prefetch_bucket_size,
             "zero_hpz_partition_size": settings.hpz_partition_size,
-            # Gates, norms and biases stay whole on every rank: gathering them costs a message each and saves nothing.
+            # Gates, norms and biases stay whole on every rank: each gather costs a message and saves little memory.
             "stage3_param_persistence_threshold": 100_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
@@ -118,16 +74,19 @@ def _generate(config: RunConfig) -> dict[str, Any]:
             zero[name] = _offload(offload)
     bf16 = config.training.dtype == "bfloat16"
     result: dict[str, Any] = {
-        "steps_per_print": 1_000_000_000,  # metrics.jsonl and the console line say it
+        # Micro-batches of the sources differ in size, and DeepSpeed never sees their sizes. ``Engine`` marks the last
+        # micro-step of each step, so DeepSpeed needs no number of micro-steps either.
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 1_000_000_000,  # the trainer has its own console line
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
     }
     if bf16 and stage >= 2:
-        # The gradients of all sources are summed in fp32; stage 1 would switch to another optimizer wrapper for this.
+        # Gradients of all sources are summed in float32. Stage 1 would use another optimizer wrapper with this key.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if settings.offload_optimizer.device != "none" and config.optimizer.name != "cpu_adam":
-        result["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW then steps on the host
+        result["zero_force_ds_cpu_optimizer"] = False  # lets torch's AdamW step on the host
     return result
 
 
@@ -138,75 +97,8 @@ def _offload(offload: OffloadConfig) -> dict[str, Any]:
     return settings
 
 
-def _read_raw(raw: dict[str, Any] | Path | None, *, check_files: bool) -> tuple[dict[str, Any], list[Problem]]:
-    def wrong(message: str) -> tuple[dict[str, Any], list[Problem]]:
-        return {}, [Problem("deepspeed.raw", message)]
-
-    if raw is None or isinstance(raw, dict):
-        return raw or {}, []
-    if not raw.is_file():
-        return wrong(f"no such file: {raw}") if check_files else ({}, [])
-    try:
-        values = json.loads(raw.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        return wrong(f"{raw} is not a readable JSON file: {error}")
-    return (values, []) if isinstance(values, dict) else wrong(f"{raw} must hold a JSON object")
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _conflicts(raw: dict[str, Any], generated: dict[str, Any], config: RunConfig) -> list[Problem]:
-    problems: list[Problem] = []
-    for key in raw:
-        if key not in KNOWN_KEYS:
-            close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(Problem(f"deepspeed.raw.{key}", f"DeepSpeed reads no such key{hint}"))
-    ours = {**_IMPLIED, "bfloat16.enabled": generated["bf16"]["enabled"], **dict(_leaves(generated))}
-    ours |= _optimizer_values(config)
-    for key, value in _leaves(raw):
-        section = key.partition(".")[0]
-        owner = _OWNERS.get(key) or {"optimizer": "optimizer", "scheduler": "schedule"}.get(section)
-        if owner is None or value == AUTO or (key in ours and _equal(ours[key], value)):
-            continue
-        if section == "scheduler" and _only_auto(raw[section]):
-            continue
-        said = f", which says {ours[key]!r}" if key in ours else ""
-        message = f'{value!r} contradicts {owner}{said}; set it there and remove it here (or write "{AUTO}")'
-        problems.append(Problem(f"deepspeed.raw.{key}", message, related=(owner,)))
-    return problems
-
-
-def _optimizer_values(config: RunConfig) -> dict[str, Any]:
-    """What an ``optimizer`` section may repeat."""
-    optimizer = config.optimizer
-    return {
-        "optimizer.type": "AdamW",
-        "optimizer.params.lr": optimizer.lr,
-        "optimizer.params.betas": list(optimizer.betas),
-        "optimizer.params.eps": optimizer.eps,
-        "optimizer.params.weight_decay": optimizer.weight_decay,
-    }
-
-
-def _equal(left: Any, right: Any) -> bool:
-    # True == 1 in Python, but "stage": true is not stage 1.
-    return bool(left == right) and isinstance(left, bool) == isinstance(right, bool)
-
-
-def _only_auto(section: Any) -> bool:
-    """Whether a scheduler section names a type and leaves every number to be filled in."""
-    return isinstance(section, dict) and all(value == AUTO for value in section.get("params", {}).values())
-
-
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``; "auto" takes the base's value, or DeepSpeed's default where it has none."""
+    """Merge ``over`` into a copy of ``base``; "auto" keeps the base's value or else DeepSpeed's default."""
     result = dict(base)
     for key, value in over.items():
         if value == AUTO:

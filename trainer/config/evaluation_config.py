@@ -1,4 +1,4 @@
-"""The settings of ``trainer.evaluate``."""
+"""Define the settings of ``trainer.evaluate``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config.types import Positive, Probability
+from trainer.config.types import FORBID_UNKNOWN_KEYS, Positive, Probability
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One figure: the share of samples whose caption is generated exactly.
+    """Score one task: the share of samples whose generated caption equals the true one.
 
-    name: key in the report. manifest, type: where the samples are and what they are.
-    image: the caption of this image of each document is generated, after the true captions of those before it.
-    image_tokens: as the source's in training: None for squares (``image_fit``), else the most patches of an image.
-    control: what is done to the images to see whether they matter: "shuffled" gives each sample another one's target
-        image, "first_replaced" gives each document another one's first image, "without_images" gives none.
-    minimum, maximum: what the figure must reach, or must not exceed.
+    Attributes:
+        name: Key of the score in the report.
+        manifest: File written by ``python -m trainer.index``.
+        type: Kind of samples in the manifest.
+        image: Image of each document whose caption is generated, counted from 1. The prompt holds the true captions of
+            the images before it.
+        image_tokens: The source's ``image_tokens`` in training: most patches of an image, or None for squares
+            (``image_fit``).
+        control: Change of the images that shows whether they matter: "shuffled" gives each sample the target image of
+            another one, "first_replaced" replaces the first image of each document by another document's,
+            "without_images" gives none.
+        minimum: Lowest score that passes; None sets no bound.
+        maximum: Highest score that passes; None sets no bound.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
     name: str
     manifest: Path
@@ -35,23 +42,30 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Captions are generated for every task, and compared with the true ones.
+    """Generate the captions of every task and compare them with the true ones.
 
-    model: an export folder. report: the JSON file to write. tasks: the figures.
-    samples: how many of each manifest; None takes all.
-    batch_size: captions generated together. max_new_tokens: where a caption is cut. num_beams: 1 is greedy.
-    image_fit: as in training. seed: of the shuffling in controls.
-    threads: of torch on the CPU; None leaves torch's own choice.
-    device, dtype: None takes the GPU where there is one, and the type that the model was trained in.
-    show: that many captions of the first task are printed beside the true ones.
+    Attributes:
+        model: Export folder.
+        report: JSON file to write.
+        tasks: Tasks to score.
+        num_samples: Samples taken from the beginning of each manifest; None takes all.
+        batch_size: Captions generated together.
+        max_new_tokens: Longest generated caption in tokens.
+        num_beams: Beams of the beam search; 1 is greedy.
+        image_fit: ``data.image_fit`` of the training run.
+        device: Device of torch, such as "cuda:1"; None takes a GPU if there is one.
+        dtype: Type of weights and activations; None takes the type in which the model was trained.
+        seed: Seed of the random choices of controls.
+        num_examples: Captions of the first task that are printed beside the true ones.
+        threads: Threads of torch on the CPU; None leaves the choice to torch.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
     model: Path
     report: Path
     tasks: tuple[EvaluationTask, ...]
-    samples: Positive | None = None
+    num_samples: Positive | None = None
     batch_size: Positive = 64
     max_new_tokens: Positive = 32
     num_beams: Positive = 1
@@ -59,5 +73,5 @@ class EvaluationConfig:
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 0
-    show: int = 3
+    num_examples: int = 3
     threads: Positive | None = None

@@ -1,14 +1,23 @@
-"""``--help``: every setting with its type, its documentation and the value the given file gives it (tyro's layout)."""
+"""Print ``--help``: every setting with its type, its documentation and its value in the given file."""
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource
+from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource, VideoTextSource
 from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, TrainingConfig
@@ -16,23 +25,97 @@ from trainer.errors import ConfigError
 
 C = TypeVar("C")
 
+_INTRODUCTION = """\
+Settings come from the YAML file. The options below change them for this run; - and _ are the same in names.
+List elements go by number or by name: --data.sources.0.weight 0.5, --data.sources.mmc4.weight 0.5.
+"""
+_YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+_INDENT = " " * 8  # of the text below an option, in tyro's layout
+_registry = ConstructorRegistry()
+
 
 def print_help(schema: type[C], file: Path | None) -> None:
-    """Print all settings of ``schema``; the defaults shown are those of ``file``, or an example's without one."""
+    """Print all settings of ``schema`` with their values in ``file``, or in an example if there is no readable file."""
     program = _program_name()
-    print(f"usage: {program} CONFIG.yaml [--section.key VALUE ...]\n")
-    print("Settings come from the YAML file; those below change one for this run (- and _ are the same in names).")
-    print("Elements of a list go by number or name: --data.sources.0.weight 0.5, --data.sources.mmc4.weight 0.5.\n")
-    default = _example(schema)
+    print(f"usage: {program} CONFIG.yaml [--section.key VALUE ...]\n\n{_INTRODUCTION}")
+    values = example_settings(schema)
     if file is not None:
         try:
-            default = load_config(file, [], schema, check_files=False)
+            values = load_config(file, [], schema, check_files=False)
         except ConfigError as error:
-            print(f"{error}\n\nThe values below are an example's.\n", file=sys.stderr)
-    try:
-        tyro.cli(schema, default=default, args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
-    except SystemExit:
-        return  # argparse's way to end after its help
+            print(f"{error}\n\nThe values below are those of an example.\n", file=sys.stderr)
+    print(settings_help(values))
+
+
+def settings_help(values: object) -> str:
+    """Return the help of all settings of a dataclass; its values are the defaults that the help shows."""
+    _, _, text = _printed_by_tyro(values).partition("\n\n")  # drops tyro's usage line, which lacks CONFIG.yaml
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    # On narrow terminals, tyro begins the help text of an option on the option's line.
+    text = re.sub(r"^(  -\S+(?: \S+)*)  +(?=\S)", rf"\1\n{_INDENT}", text, flags=re.MULTILINE)
+    text = _in_words_of_yaml(text.replace("``", ""))
+    text = re.sub(rf"(?:^{_INDENT}.*\n?)+", lambda paragraph: _rewrap(paragraph[0]), text, flags=re.MULTILINE)
+    return "\n\n".join(_sections(text))
+
+
+def _printed_by_tyro(values: object) -> str:
+    printed = io.StringIO()
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    # tyro exits after printing.
+    with redirect_stdout(printed), suppress(SystemExit):
+        tyro.cli(
+            type(values), default=values, args=["--help"], use_underscores=True, config=markers, registry=_registry
+        )
+    return printed.getvalue()
+
+
+def _in_words_of_yaml(text: str) -> str:
+    """Replace Python's words by those that the command line and YAML take."""
+    text = text.replace("{None}", "null").replace("(default: )", "(default: [])")
+    return re.sub(r"\b(None|True|False)\b", lambda word: _YAML_WORDS[word[0]], text)
+
+
+def _rewrap(paragraph: str) -> str:
+    """Wrap the help of one option again: tyro keeps line breaks of docstrings, and breaks within ``(default: ...)``."""
+    words = " ".join(paragraph.split())
+    words = re.sub(r"\(default: .{1,60}\)$", lambda default: default[0].replace(" ", "\N{NO-BREAK SPACE}"), words)
+    width = max(60, shutil.get_terminal_size().columns)
+    filled = textwrap.fill(words, width, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False)
+    return filled.replace("\N{NO-BREAK SPACE}", " ") + "\n"
+
+
+def _sections(text: str) -> Iterator[str]:
+    """Yield the sections of the help; a list element with the options of an earlier one names only other values."""
+    seen: dict[tuple[str, ...], tuple[str, list[str]]] = {}
+    for section in re.split(r"\n+(?= [\w.]+ options\n)", text):
+        name = section.split()[0]
+        options = re.findall(r"^  (--[a-z]\S*).*?\(default: (.*?)\)$", section, flags=re.MULTILINE | re.DOTALL)
+        kind = tuple(re.sub(r"\.\d+\.", ".N.", option) for option, _ in options)
+        first, values = seen.setdefault(kind, (name, [value for _, value in options]))
+        if first == name:
+            yield section
+            continue
+        changed = [
+            f"  {option} {value}" for (option, value), other in zip(options, values, strict=True) if value != other
+        ]
+        same = f"  Same options as {first}, " + ("with other values:" if changed else "with the same values.")
+        yield "\n".join([*section.split("\n")[:2], same, *changed])
+
+
+@_registry.primitive_rule
+def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Tell tyro how to show a setting that takes a mapping; without this rule it leaves the setting out."""
+    members = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+    if not any(get_origin(member) is dict for member in members):
+        return None
+    names = {NoneType: "{None}", Path: "PATH", str: "STR"}
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="|".join(names.get(member, "MAPPING") for member in members),
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [json.dumps(value) if isinstance(value, dict) else str(value)],
+    )
 
 
 def _program_name() -> str:
@@ -40,7 +123,8 @@ def _program_name() -> str:
     return f"python -m {module.name}" if module is not None else Path(sys.argv[0]).name
 
 
-def _example(schema: type[C]) -> C:
+def example_settings(schema: type[C]) -> C:
+    """Return settings with one source or task of each kind that ``schema`` takes."""
     manifest = Path("data/example/manifest.npz")
     settings: dict[str, Any]
     if schema is EvaluationConfig:
@@ -48,9 +132,11 @@ def _example(schema: type[C]) -> C:
         settings = {"model": Path("runs/example/export"), "report": Path("runs/example/report.json"), "tasks": tasks}
     else:
         common: dict[str, Any] = {"batch_size": 64, "manifest": manifest}
-        pairs, documents = ImageTextSource(name="pairs", **common), InterleavedSource(name="documents", **common)
-        texts = TextSource(name="texts", **common)
-        sources = {FlamingoRunConfig: (pairs, documents), ContrastiveRunConfig: (pairs,)}.get(schema, (texts,))
+        pairs, texts = ImageTextSource(name="pairs", **common), TextSource(name="texts", **common)
+        videos = VideoTextSource(name="videos", **common)
+        documents = InterleavedSource(name="documents", **common)
+        every_kind = (pairs, documents, videos, texts)
+        sources = {FlamingoRunConfig: every_kind, ContrastiveRunConfig: (pairs,)}.get(schema, (texts,))
         training = TrainingConfig(steps=1000)
         settings = {"run_dir": Path("runs/example"), "data": DataConfig(sources=sources), "training": training}
     return schema(**settings)

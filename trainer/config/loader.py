@@ -1,15 +1,14 @@
-"""From a YAML file and a command line to validated dataclasses: the only place that parses settings.
+"""Load the settings of a run from a YAML file and dotted overrides.
 
-YAML -> dotted overrides -> the preset under ``model.preset`` -> pydantic -> checks across settings. What is wrong is
-reported all at once (``ConfigError``), before torch is imported. Relative paths are relative to the current directory,
-like every path on the command line, and not to the file.
+The steps are: YAML, overrides, the preset under ``model.preset``, pydantic, ``~`` and variables in paths, checks across
+settings. One ``ConfigError`` reports everything that is wrong, before torch is imported. Relative paths are relative to
+the current directory, not to the file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trainer.config.cross_checks import check_settings, world_size_problems
+from model.presets import PRESETS, get_preset
+from trainer.config.batch_sizes import world_size_problems
+from trainer.config.checks.all_checks import check_settings
 from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
+from trainer.config.path_settings import expand_paths
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
 from trainer.config.validation import dotted, validate
 from trainer.config.yaml_file import KeyPath, YamlFile, read_yaml
@@ -29,13 +31,17 @@ C = TypeVar("C")
 
 
 def load_config(path: Path, overrides: Sequence[str], schema: type[C], *, check_files: bool = True) -> C:
-    """The settings of a run.
+    """Return the settings of a run.
 
-    path: a YAML file. overrides: the rest of the command line ("--training.steps", "10").
-    check_files: whether manifests, local model folders and optional libraries have to be there; off for looking at a
-        configuration on a machine that will not run it.
+    Args:
+        path: YAML file.
+        overrides: Rest of the command line ("--training.steps", "10").
+        schema: Dataclass of the settings.
+        check_files: Whether manifests, local model folders and optional libraries must exist. False suits a machine
+            that will not run the configuration.
 
-    Raises: ConfigError with everything that is wrong in the file and on the command line.
+    Raises:
+        ConfigError: The file or the command line is wrong; the error lists every problem.
     """
     file = read_yaml(path)
     given, problems = parse_overrides(overrides)
@@ -47,13 +53,17 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[C], *, check_
         config, messages = validate(values, schema)
     found = [Problem(dotted(key), text) for key, text in messages.items()]
     if config is None:
-        # What is well-formed is checked across settings too, so that one run of the program shows everything.
+        # Check the well-formed settings too, so that one start of the program shows every problem.
         config, _ = validate(_without(values, messages), schema)
     if config is not None:
+        config, unexpanded = expand_paths(config, dict(os.environ))
+        found += unexpanded
+        reported = {problem.path for problem in unexpanded}
+        # A section with a wrong key was checked with a default in its place: its other problems may be consequences.
         touched = {dotted(key).rpartition(".")[0] for key in messages}
         for problem in check_settings(config, check_files=check_files):
             sections = {name.rpartition(".")[0] for name in (problem.path, *problem.related)}
-            if not sections & touched:
+            if not sections & touched and problem.path not in reported:
                 found.append(problem)
     problems += misplaced + unknown_preset + found
     if problems:
@@ -63,18 +73,27 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[C], *, check_
 
 
 def _keep_as_text(messages: dict[KeyPath, str], given: list[Override], paths: list[KeyPath]) -> bool:
-    """Where text is wanted and the command line looked like a number (``--run_dir 20261123``), take it as written."""
+    """Take overrides as text where the setting needs text (``--run_dir 20261123``); return whether any changed."""
+
+    def wants_text(path: KeyPath) -> bool:
+        return any(word in messages.get(path, "") for word in ("string", "path"))
+
     changed = False
     for index, (override, path) in enumerate(zip(given, paths, strict=True)):
-        wants_text = any(word in messages.get(path, "") for word in ("string", "path"))
-        if wants_text and override.text is not None and not isinstance(override.value, str | None):
-            given[index] = replace(override, value=override.text)
+        value = override.value
+        if isinstance(override.text, list):
+            items = zip(override.value, override.text, strict=True)
+            value = [text if wants_text((*path, number)) else item for number, (item, text) in enumerate(items)]
+        elif wants_text(path) and override.text is not None and override.value is not None:
+            value = override.text
+        if value != override.value:
+            given[index] = replace(override, value=value)
             changed = True
     return changed
 
 
 def _without(values: Any, messages: dict[KeyPath, str]) -> Any:
-    """The mapping less everything that is wrong in it."""
+    """Return the mapping without its wrong keys."""
 
     def prune(node: Any, path: KeyPath) -> Any:
         if isinstance(node, dict):
@@ -87,13 +106,12 @@ def _without(values: Any, messages: dict[KeyPath, str]) -> Any:
 
 
 def _locate(problem: Problem, file: YamlFile, overridden: list[KeyPath]) -> Problem:
-    """The same problem with the file and line, or "command line"."""
+    """Return the problem with its file and line, or with "command line"."""
     if problem.source or not problem.path:
         return problem
-    parts = problem.path.split(".") if problem.path else []
-    key: KeyPath = tuple(int(part) if part.isdigit() else part for part in parts)
+    key: KeyPath = tuple(int(part) if part.isdigit() else part for part in problem.path.split("."))
     from_command_line = any(
-        # A section that only the command line names ("--optimzer.eps 1") is wrong there, too.
+        # A section that only the command line names ("--optimzer.eps 1") is wrong on the command line.
         path and (key[: len(path)] == path or (path[: len(key)] == key and key not in file.lines))
         for path in overridden
     )
@@ -102,19 +120,17 @@ def _locate(problem: Problem, file: YamlFile, overridden: list[KeyPath]) -> Prob
 
 
 def _expand_preset(values: dict[str, Any], schema: type) -> tuple[dict[str, Any], list[Problem]]:
-    """``model.preset`` as the preset's values with the user's laid over them."""
+    """Replace ``model`` by the values of ``model.preset``, with the user's values merged over them."""
     model = values.get("model")
     if not issubclass(schema, FlamingoRunConfig) or not isinstance(model, dict) or model.get("preset") is None:
         return values, []
-    from model.presets import PRESETS, preset
-
     name = model["preset"]
     if name not in PRESETS:
         return values, [Problem("model.preset", f"there is no preset {name!r}; there are {', '.join(sorted(PRESETS))}")]
-    base = preset(name).to_dict()
+    base = get_preset(name).to_dict()
     language_model = model.get("language_model")
     if isinstance(language_model, dict) and ("name" in language_model) != ("architecture" in language_model):
-        # Naming a pretrained language model replaces the preset's random one, and the other way round.
+        # A pretrained language model replaces the preset's random one, and vice versa.
         base["language_model"].update(name=None, architecture=None)
     return {**values, "model": _merge(base, model)}, []
 
@@ -130,9 +146,10 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Whether this number of processes divides every source's batch.
+    """Check that this number of processes divides the batch of every source.
 
-    Raises: ConfigError with the sizes that are possible.
+    Raises:
+        ConfigError: It does not; the error names the possible numbers.
     """
     problems = world_size_problems(config, world_size)
     if problems:
@@ -140,17 +157,17 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
 
 
 def config_to_yaml(config: object) -> str:
-    """The resolved settings as YAML; ``load_config`` of it gives the same settings."""
+    """Return the resolved settings as YAML, from which ``load_config`` reads the same settings."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A settings dataclass as what YAML and JSON can hold: paths become text, tuples lists."""
+    """Return a dataclass of settings as values that YAML and JSON can hold: paths become text, tuples lists."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
 def schema_of(values: Mapping[str, Any]) -> type:
-    """Which trainer's settings a YAML mapping holds: by its ``task``, or else by the sections only one of them has."""
+    """Return the schema of a YAML mapping, by its ``task`` or by sections that only one schema has."""
     schemas: dict[Any, type] = {
         "flamingo": FlamingoRunConfig,
         "language_model": LanguageModelRunConfig,
@@ -164,42 +181,3 @@ def schema_of(values: Mapping[str, Any]) -> type:
         return FlamingoRunConfig
     sources = (values.get("data") or {}).get("sources") or [{}]
     return LanguageModelRunConfig if sources[0].get("type") == "text" else ContrastiveRunConfig
-
-
-def parse_arguments(schema: type[C], argv: Sequence[str] | None = None) -> C:
-    """The command line of an entry point: ``CONFIG.yaml [--section.key VALUE ...]``; None takes ``sys.argv``.
-
-    ``--local_rank``, which the deepspeed launcher adds, is ignored: LOCAL_RANK says the same. ``--help`` prints every
-    setting with the value that CONFIG.yaml gives it. Wrong settings are printed and exit with code 2.
-    """
-    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
-    file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
-    if "--help" in arguments or "-h" in arguments:
-        from trainer.config.help import print_help
-
-        print_help(schema, file)
-        raise SystemExit(0)
-    try:
-        if file is None:
-            message = "the first argument must be the run's YAML file; --help lists all settings"
-            raise ConfigError([Problem("", message, COMMAND_LINE)], title="the command line")
-        return load_config(file, arguments, schema)
-    except ConfigError as error:
-        # Every process of a node would say the same; on another node the missing file may be another one.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-
-
-def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """The arguments less ``--local_rank N``, ``--local-rank N`` and their ``=`` forms."""
-    kept: list[str] = []
-    skip = False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word in ("--local_rank", "--local-rank"):
-            skip = True
-        elif not word.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(word)
-    return kept

@@ -1,7 +1,7 @@
-"""Dotted command-line settings (``--data.sources.0.batch_size 8``), applied to the mapping that the YAML gave.
+"""Apply dotted command-line settings (``--data.sources.0.batch_size 8``) to the mapping from a YAML file.
 
-They go into the mapping before anything is validated, and not through an argument parser over the validated result:
-so a setting that the file leaves out may be given on the command line, and the errors of both come in one list.
+They are applied before validation. Thus the command line can supply a setting that the file leaves out, and the errors
+of both come in one list.
 """
 
 from __future__ import annotations
@@ -19,18 +19,24 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Override:
-    """One setting from the command line.
+    """Hold one setting from the command line.
 
-    name: dotted, as written. value: as YAML reads it. text: the single word it was, None for flags and lists.
+    Attributes:
+        name: Dotted name, as written.
+        value: Value, as YAML reads it.
+        text: Value, as written: one word, or the words of a list; None for flags.
     """
 
     name: str
     value: Any
-    text: str | None
+    text: str | list[str] | None
 
 
 def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Problem]]:
-    """What the command line sets: ``--key value``, ``--key=value``, ``--key a b`` for lists, ``--key`` for true."""
+    """Parse a command line into settings and problems.
+
+    The forms are ``--key value``, ``--key=value``, ``--key a b`` for lists and ``--key`` for true.
+    """
     overrides: list[Override] = []
     problems: list[Problem] = []
     position = 0
@@ -48,19 +54,20 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Prob
         if len(texts) == 1:
             overrides.append(Override(name, parse_scalar(texts[0]), texts[0]))
         else:
-            overrides.append(Override(name, [parse_scalar(text) for text in texts] or True, None))
+            overrides.append(Override(name, [parse_scalar(text) for text in texts] or True, texts or None))
     return overrides, problems
 
 
 def apply_overrides(
     values: dict[str, Any], overrides: Sequence[Override]
 ) -> tuple[dict[str, Any], list[KeyPath], list[Problem]]:
-    """A copy of ``values`` with the settings in it, one after the other.
+    """Apply settings one after another to a copy of ``values``.
 
-    Dashes and underscores in names are the same. An element of a list goes by its number or by its ``name``
-    (``--data.sources.mmc4.weight``). Mappings that are not there yet, or are null, are made.
+    Dashes and underscores in names are the same. A list element goes by its number or by its ``name``
+    (``--data.sources.mmc4.weight``). Mappings that are missing or null are created.
 
-    Returns the mapping, the key path that each override set (() where it could not), and what was wrong.
+    Returns:
+        The mapping, the key path of each override (() for one that failed), and the problems.
     """
     result = copy.deepcopy(values)
     paths: list[KeyPath] = []
@@ -74,7 +81,7 @@ def apply_overrides(
 
 
 def _set(values: dict[str, Any], names: list[str], value: Any) -> tuple[KeyPath, str | None]:
-    """Put the value into its place; where that fails, how far the path went and why it ends there."""
+    """Set a value; return its key path and None, or the path up to the obstacle and a message."""
     node: Any = values
     path: list[str | int] = []
     for depth, name in enumerate(names):
@@ -98,7 +105,7 @@ def _set(values: dict[str, Any], names: list[str], value: Any) -> tuple[KeyPath,
 
 
 def _element(items: list[Any], name: str) -> int | str:
-    """The number of the element, or why there is none."""
+    """Return the index of a list element, or a message if there is none of that name."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if name.isdigit() and int(name) < len(items):
         return int(name)

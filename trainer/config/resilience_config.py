@@ -1,4 +1,4 @@
-"""Settings of what a long run does about spikes of the loss, processes that hang, and slow ones."""
+"""Define the reactions of a long run to loss spikes, hung processes and slow ranks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from trainer.config.types import FORBID_UNKNOWN_KEYS, NonNegative, NonNegativeFl
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """A loss far above what it was: the run goes back to a checkpoint from before, and passes these data over.
+    """Detect loss spikes: return to a checkpoint before the spike and skip its data.
 
-    action: "rewind", or only "warn", or "off". Without a checkpoint from before the spike, "rewind" warns and goes on.
-    threshold: an update is suspect when its loss is that many robust standard deviations (1.4826 x the median absolute
-        deviation) above the median of the last ``window`` applied updates.
-    min_steps: the fewest applied updates that are judged by.
-    patience: suspect updates one after another that make a spike.
-    grad_norm: judge the gradient's norm as well as the loss.
-    skip_before: updates before the first suspect one that are passed over too; a bad update shows in the next one's
-        loss.
-    max_rewinds: a run that would go back more often ends with an error.
+    Attributes:
+        action: "rewind" returns to a checkpoint, or warns and continues if there is none before the spike; "warn" only
+            warns; "off" does not look.
+        threshold: A step is suspect when its loss lies this many robust standard deviations (1.4826 times the median
+            absolute deviation) above the median of the last ``window`` applied steps.
+        window: Applied steps that a loss is compared with.
+        min_steps: Fewest applied steps to compare with; none is suspect before.
+        patience: Consecutive suspect steps that make a spike.
+        grad_norm: Whether the gradient norm is judged in the same way.
+        skip_before: Steps before the first suspect one that are skipped too: the data of a step shows in the loss of
+            the next one.
+        max_rewinds: Rewinds of a run; it fails instead of rewinding once more.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -39,12 +42,13 @@ class SpikeConfig:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """A process that hangs: stacks of all processes go to ``run_dir/stacks``, and the job ends with exit code 124.
+    """End a hung job with exit code 124, after all processes wrote their stacks to ``run_dir/stacks``.
 
-    seconds: without progress, between updates; longer than the longest update and than ``data.read_deadline_seconds``.
-        None watches nothing.
-    startup_seconds: the same for the resume, the first two updates, and each checkpoint.
-    grace_seconds: how long the processes wait for one another to write their stacks.
+    Attributes:
+        seconds: Longest time without progress between steps, in seconds. It must exceed the longest step and
+            ``data.read_deadline_seconds``. None turns the watchdog off.
+        startup_seconds: The same limit for the resume, the first two steps and each checkpoint, in seconds.
+        grace_seconds: Seconds that the processes wait for each other's stacks.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -56,12 +60,15 @@ class WatchdogConfig:
 
 @dataclass(frozen=True)
 class StragglerConfig:
-    """Ranks that hold up the others, named with their hosts in events.jsonl and in a warning.
+    """Report slow ranks and their hosts, in ``events.jsonl`` and as a warning.
 
-    At every look events.jsonl also gets ``rank_times``: the least, median and most of all ranks, and who is slowest.
+    Each check also writes the event ``rank_times``: least, median and largest time, and the slowest rank. It compares
+    the wait for data and the time of a fixed computation.
 
-    every: updates between two looks. factor: how many times the median a rank's own time has to be; looked at are its
-        waiting for data (also at least ``least_seconds`` an update above the median) and a fixed piece of arithmetic.
+    Attributes:
+        every: Steps between two checks.
+        factor: A rank is slow when its time exceeds the median of all ranks by this factor.
+        least_seconds: Least excess of a slow rank's wait for data over the median, in seconds per step.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -73,10 +80,14 @@ class StragglerConfig:
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    """What a long run does by itself; everything it did stands in ``run_dir/events.jsonl``.
+    """Hold the reactions of a long run to failures. ``run_dir/events.jsonl`` records each of them.
 
-    skip_steps: updates that are passed over, each as [first, last] counted from 1 as in metrics.jsonl: their data are
-        not trained on, and they change nothing.
+    Attributes:
+        skip_steps: Ranges of steps to skip, each as [first, last], counted from 1 as in metrics.jsonl. Their data is
+            not trained on.
+        spikes: Loss spikes: return to a checkpoint before the spike and skip its data.
+        watchdog: Hung processes: write the stacks of all processes to ``run_dir/stacks`` and exit with code 124.
+        stragglers: Slow ranks: name them and their hosts in ``events.jsonl`` and in a warning.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS

@@ -1,8 +1,6 @@
-"""Every setting of a run, as dataclasses: the one schema of YAML, command line, documentation and code.
+"""Define every setting of a training run as dataclasses: one schema for YAML, command line and code.
 
-``trainer.config.loader`` reads YAML, applies dotted overrides (tyro) and validates with pydantic; nothing else in the
-project parses settings. Units are in the names or in the docstrings; sizes named ``batch_size`` are always global
-(over all ranks), so that the number of processes never changes what is trained.
+``trainer.config.loader`` reads and validates them. ``--help`` prints the entries under ``Attributes``.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import DType, FlamingoConfig
+from model.config import FlamingoConfig
 from trainer.config.data_config import DataConfig
 from trainer.config.resilience_config import ResilienceConfig
 from trainer.config.types import (
@@ -26,14 +24,18 @@ from trainer.config.types import (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (paper: betas and eps are absent there; weight decay 0.1, 0 on the resampler).
+    """Configure AdamW. Norms, gates, biases and embeddings never decay.
 
-    name: "adamw" is torch's fused one, "cpu_adam" DeepSpeed's for optimizer state that is offloaded, "apex_fused_adam"
-        NVIDIA apex's, where it is installed.
-    lr: the peak of the schedule. betas, eps, weight_decay: AdamW's own.
-    gate_lr_multiplier: multiplies the learning rate of the tanh gates.
-    no_decay_resampler: the paper's rule; norms, gates, biases and embeddings never decay.
-    clip_grad_norm: the global norm that the gradient of the whole update is clipped to.
+    Attributes:
+        name: Implementation: "adamw" is torch's fused one, "cpu_adam" is DeepSpeed's for offloaded optimizer state,
+            "apex_fused_adam" is NVIDIA apex's, if installed.
+        lr: Peak learning rate of the schedule.
+        betas: Decay rates of AdamW's running averages of the gradient and its square (the paper names none).
+        eps: Constant added to AdamW's denominator.
+        weight_decay: AdamW's decoupled weight decay (the paper: 0.1).
+        no_decay_resampler: Whether the resampler is left out of weight decay, as in the paper.
+        gate_lr_multiplier: Factor on the learning rate of the tanh gates.
+        clip_grad_norm: Global norm to which the gradient of a step is clipped.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -50,7 +52,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up from 0 over ``warmup_steps``, then ``decay`` down to ``final_lr_ratio`` at the last step."""
+    """Raise the learning rate from 0 linearly, then decay it until the last step.
+
+    Attributes:
+        warmup_steps: Steps until the learning rate reaches ``optimizer.lr``.
+        decay: Shape of the decay after the warm-up.
+        final_lr_ratio: Learning rate at the last step as a share of ``optimizer.lr``; unused by "constant".
+    """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
@@ -61,10 +69,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Where ZeRO keeps partitioned parameters or optimizer state.
+    """Choose where ZeRO keeps partitioned parameters or optimizer state.
 
-    device: "none" is the GPU itself. path: a folder on the drive, for nvme only.
-    pin_memory: page-locked host memory: faster copies, and the memory cannot be swapped out.
+    Attributes:
+        device: "none" keeps them on the training device, "cpu" in host memory, "nvme" on a drive.
+        path: Folder on the drive, for "nvme" only.
+        pin_memory: Whether host memory is page-locked, which makes copies faster. Such memory is never swapped out.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -76,15 +86,22 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """ZeRO settings; all other keys of DeepSpeed's json follow from the other sections.
+    """Configure ZeRO. The other sections determine all other keys of DeepSpeed's JSON.
 
-    zero_stage: 1 partitions the optimizer state, 2 also the gradients, 3 also the parameters, frozen ones included.
-    hpz_partition_size: ZeRO-3 keeps a second copy of the parameters in each group of that many neighboring processes
-        (a node's devices), from which the backward gathers without the network; 1 keeps none.
-    reduce_bucket_size, prefetch_bucket_size: numbers whose gradients are reduced at once, and that are gathered ahead
-        of their use (ZeRO-3). Smaller ones take less memory, larger ones fewer messages; a raw json's are taken first.
-    raw: a json (file or mapping) merged over the generated one; keys that contradict another section are refused.
-    timeout_seconds: how long a collective waits for a process that does not come.
+    Attributes:
+        zero_stage: Stage 1 partitions the optimizer state, 2 also the gradients, 3 also the parameters (frozen ones
+            included).
+        hpz_partition_size: ZeRO-3 keeps a second copy of the parameters in each group of this many neighboring
+            processes (the devices of a node), so that the backward pass gathers them without the network. 1 keeps none.
+        reduce_bucket_size: Gradient elements reduced in one message. Smaller buckets take less memory. A value in
+            ``raw`` has precedence.
+        prefetch_bucket_size: Parameter elements that ZeRO-3 gathers ahead of their use. A value in ``raw`` has
+            precedence.
+        offload_param: Offload of the partitioned parameters (ZeRO-3).
+        offload_optimizer: Offload of the optimizer state.
+        raw: DeepSpeed JSON, as a file or a mapping, merged over the generated one. Keys that contradict another section
+            are errors.
+        timeout_seconds: Seconds that a collective waits for a missing process.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -101,13 +118,16 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved, and what is kept of it.
+    """Choose when checkpoints are written and which are kept.
 
-    every: steps between checkpoints; the last update and a preemption get theirs in any case.
-    keep_last: the newest so many are kept. keep_every: every so many steps, one is kept for good.
-    keep_best: that many with the lowest training loss (the mean over the 100 steps before each) are kept as well.
-    asynchronous: training goes on while a checkpoint is written, after the tensors were copied to host memory, which
-        has to hold each process's own shards once more. False: training waits until it is on the disk.
+    Attributes:
+        every: Steps between two checkpoints. The last step and a preemption always write one.
+        keep_last: Number of newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept forever, a multiple of ``every``; None keeps none forever.
+        keep_best: Number of checkpoints with the lowest training loss (mean over the 100 steps before each) that are
+            also kept.
+        asynchronous: Whether training continues while a checkpoint is written. Host memory then holds a copy of each
+            process's own shards. False waits until the checkpoint is on the disk.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -121,19 +141,22 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """metrics.jsonl is always written; the others are choices.
+    """Choose where metrics go besides ``metrics.jsonl``, which is always written.
 
-    log_every: steps between console lines; skipped updates and the last one always get theirs.
-    tensorboard: event files in the run folder. wandb_project: where wandb logs to; None does not use it.
-    peak_tflops: 10^12 operations a second that a device can do at most in ``training.dtype``, of which MFU and HFU are
-        shares; None takes the data sheet's of a known GPU in bfloat16, and leaves them out on others.
-    profile_steps: [first, last] update, counted from 1, that torch profiler traces on the main process, into ``traces/``
-        in the run folder; opens in Perfetto and TensorBoard. Traced updates are slow, and a file grows by each.
+    Attributes:
+        log_every: Steps between console lines. Skipped steps and the last step are always printed. None adapts it to
+            ``training.steps`` (about 100 lines, but at most 100 steps between two) and prints the first step too.
+        tensorboard: Whether TensorBoard event files are written to the run folder.
+        wandb_project: Project of Weights & Biases to log to; None does not use it.
+        peak_tflops: Peak of a device in ``training.dtype``, in 10^12 operations per second; MFU and HFU are shares of
+            it. None takes the bfloat16 peak from the data sheet of a known GPU; other devices then report neither.
+        profile_steps: First and last step, counted from 1, that torch's profiler traces on the main process. Files in
+            ``traces/`` open in Perfetto and TensorBoard. Traced steps are slow, and each enlarges the file.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
-    log_every: Positive = 1
+    log_every: Positive | None = None
     tensorboard: bool = True
     wandb_project: str | None = None
     peak_tflops: PositiveFloat | None = None
@@ -142,20 +165,25 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop.
+    """Configure the training loop.
 
-    steps: updates of the whole run. seed: of new weights and of dropout.
-    dtype: of activations, gradients and frozen weights; what is trained has float32 copies in the optimizer.
-    loss_normalization: "token_mean" divides each source's summed loss by its trained tokens in the global batch;
-        "token_sum" by its sequences, as in the paper (a sum over tokens).
-    max_skipped_in_a_row: that many non-finite updates one after another abort the run.
-    activation_checkpointing: recompute language-model blocks (each with its cross-attention) in the backward instead of
-        keeping their activations: true for all, or how many; the first ones, which the backward reaches last.
-    activation_memory_gib: the most that activations may take of a device, in GiB. As few blocks are recomputed as that
-        allows, counted at the start; activation_checkpointing is left out then.
-    threads: torch threads a process on the CPU; None leaves torch's own choice.
-    ops: implementation of the fused attention ops: "auto" takes the fastest that is there (or what the
-        environment variable FLAMINGO_OPS says), "fused" insists on it.
+    Attributes:
+        steps: Steps of the whole run.
+        seed: Seed of new weights and of dropout.
+        dtype: Type of activations, gradients and frozen weights. The optimizer keeps trained weights in float32.
+        loss_normalization: "token_mean" divides each source's summed loss by its target tokens in the global batch;
+            "token_sum" divides it by its rows, as in the paper.
+        max_skipped_in_a_row: Consecutive steps with a non-finite gradient after which the run stops.
+        activation_checkpointing: Language-model blocks, each with its cross-attention, that are recomputed in the
+            backward pass to save memory: true for all, or a number for that many first blocks.
+        activation_memory_gib: Most memory of a device for activations, in GiB. The run then recomputes as few blocks as
+            possible; leave ``activation_checkpointing`` out. None does not limit it.
+        threads: Threads of torch per process on the CPU; None leaves the choice to torch.
+        ops: Implementation of the fused attention ops: "auto" takes the environment variable FLAMINGO_OPS, or else the
+            fastest available one; "fused" fails where it is unavailable; "reference" is plain torch.
+        cpu_matmul: Library that multiplies float32 matrices when training on the CPU: "torch" leaves the choice to
+            torch (MKL); "onednn" fails where it is unavailable; "auto" takes oneDNN on AMD's processors with AVX-512,
+            where it is about twice as fast, and else leaves the choice to torch.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -169,13 +197,23 @@ class TrainingConfig:
     activation_memory_gib: PositiveFloat | None = None
     threads: Positive | None = None
     ops: Literal["auto", "reference", "fused"] = "auto"
+    cpu_matmul: Literal["auto", "onednn", "torch"] = "auto"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What all three trainers share (``trainer.train``, ``pretrain_lm``, ``pretrain_vision``).
+    """Hold the settings that all three trainers share.
 
-    run_dir: the folder of everything the run writes. It resumes from what is in there.
+    Attributes:
+        run_dir: Folder of everything the run writes. The run resumes from the checkpoints in it.
+        data: Stream of samples. Global batch t is a pure function of manifests, seed, t and these settings.
+        training: Training loop.
+        optimizer: AdamW. Norms, gates, biases and embeddings never decay.
+        schedule: Learning rate: linear warm-up from 0, then decay until the last step.
+        deepspeed: ZeRO. The other sections determine all other keys of DeepSpeed's JSON.
+        checkpoint: When checkpoints are written and which are kept.
+        logging: Metrics besides ``metrics.jsonl``, which is always written.
+        resilience: Reactions to loss spikes, hung processes and slow ranks, recorded in ``events.jsonl``.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -193,7 +231,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FlamingoRunConfig(RunConfig):
-    """``trainer.train``."""
+    """Train a Flamingo with ``trainer.train``.
+
+    Attributes:
+        task: Kind of training; fixed.
+        model: Flamingo model.
+    """
 
     task: Literal["flamingo"] = "flamingo"
     model: FlamingoConfig = field(default_factory=FlamingoConfig)
@@ -201,21 +244,30 @@ class FlamingoRunConfig(RunConfig):
 
 @dataclass(frozen=True)
 class TokenizerTrainingConfig:
-    """A byte-level BPE of ``vocabulary`` entries, trained on the first ``samples`` texts of the first source.
+    """Train a byte-level BPE tokenizer on texts of the first source.
 
-    end_of_text: the token that begins, ends and pads.
+    Attributes:
+        vocab_size: Entries of the vocabulary.
+        num_samples: Number of first samples whose texts the tokenizer is trained on.
+        end_of_text: Token that begins, ends and pads a row.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
-    vocabulary: Positive = 500
-    samples: Positive = 4000
+    vocab_size: Positive = 500
+    num_samples: Positive = 4000
     end_of_text: str = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class LanguageModelRunConfig(RunConfig):
-    """``trainer.pretrain_lm``. ``architecture`` is a Hugging Face config with its ``model_type``."""
+    """Pretrain a language model on text with ``trainer.pretrain_lm``.
+
+    Attributes:
+        task: Kind of training; fixed.
+        architecture: Hugging Face config as a mapping, with its ``model_type``.
+        tokenizer: Byte-level BPE tokenizer, trained on texts of the first source.
+    """
 
     task: Literal["language_model"] = "language_model"
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -224,17 +276,16 @@ class LanguageModelRunConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ContrastiveRunConfig(RunConfig):
-    """``trainer.pretrain_vision``.
+    """Pretrain a vision encoder on image-text pairs with ``trainer.pretrain_vision``.
 
-    architecture: an open_clip model config (embed_dim, vision_cfg, text_cfg) or the name of one.
-    tokenizer: folder of a Hugging Face tokenizer for the captions; None takes open_clip's own for ``architecture``.
-    mask_duplicate_captions: equal captions in a batch are not each other's negatives.
+    Attributes:
+        task: Kind of training; fixed.
+        architecture: open_clip model config (``embed_dim``, ``vision_cfg``, ``text_cfg``), or the name of one.
+        tokenizer: Folder of a Hugging Face tokenizer for the captions; None takes open_clip's own.
+        mask_duplicate_captions: Whether pairs with equal captions in a batch are left out of each other's negatives.
     """
 
     task: Literal["contrastive"] = "contrastive"
     architecture: dict[str, Any] | str = "ViT-B-32"
     tokenizer: Path | None = None
     mask_duplicate_captions: bool = True
-
-
-__all__ = [name for name in globals() if name.endswith("Config")] + ["DType"]

@@ -1,4 +1,4 @@
-"""Numbers within bounds, which pydantic checks, and what every class of settings has."""
+"""Define number types with bounds, which pydantic checks, and the pydantic setting of every settings class."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
+# As __pydantic_config__ of a dataclass, it makes a misspelled key an error.
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
 
 Positive = Annotated[int, Gt(0)]

@@ -1,6 +1,7 @@
-"""A mapping against the dataclasses: every error with its dotted path and, for a misspelled key, a suggestion.
+"""Validate a mapping against the dataclasses of the settings.
 
-pydantic does the checking; this module turns its errors into sentences that name settings as the user wrote them.
+pydantic does the checking. This module turns its errors into sentences with dotted names, and suggests the right name
+for a misspelled one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ T = TypeVar("T")
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as it is written on the command line."""
+    """Return a key path as it is written on the command line."""
     return ".".join(map(str, path))
 
 
 def validate(values: dict[str, Any], schema: type[T]) -> tuple[T | None, dict[KeyPath, str]]:
-    """The settings as ``schema``'s dataclasses, or None and the message for each wrong key path."""
+    """Return the settings as dataclasses of ``schema``, or None and a message for each wrong key path."""
     try:
         config = TypeAdapter(schema).validate_python(values)
         wrong = dict(_numbers_from_booleans(values, config, ()))
@@ -35,13 +36,13 @@ def validate(values: dict[str, Any], schema: type[T]) -> tuple[T | None, dict[Ke
             path = _plain_path(item["loc"], values, item["type"])
             message = _message(item, path, values, schema)
             if path in problems and message not in problems[path]:
-                message = f"{problems[path]}; or: {message}"  # the members of a union each say what they expect
+                message = f"{problems[path]}; or: {message}"  # one message from each member of a union
             problems[path] = message
         return None, problems
 
 
 def _numbers_from_booleans(values: Any, config: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """pydantic takes true for 1: ``--training.steps`` with its number forgotten would train one step."""
+    """Yield booleans given for numbers, which pydantic accepts: ``--training.steps`` without a number would mean 1."""
     if isinstance(values, dict):
         for key, value in values.items():
             below = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
@@ -54,7 +55,7 @@ def _numbers_from_booleans(values: Any, config: Any, path: KeyPath) -> Iterator[
 
 
 def _plain_path(location: tuple[str | int, ...], values: Any, kind: str) -> KeyPath:
-    """pydantic's location without the names of union members, which are in no file."""
+    """Return pydantic's location without the names of union members, which are not keys of the mapping."""
     path: list[str | int] = []
     node: Any = values
     for position, segment in enumerate(location):
@@ -97,7 +98,7 @@ def _tags(path: KeyPath, values: dict[str, Any], schema: type) -> str:
 
 
 def _suggestion(path: KeyPath, values: dict[str, Any], schema: type) -> str:
-    """What the unknown key was probably meant to be: a neighbor that is spelled alike, or its namesake elsewhere."""
+    """Suggest what an unknown key was meant to be: a similar neighbor, or the same name in another section."""
     name = str(path[-1])
     known = sorted({f.name for cls in _classes_at(path[:-1], values, schema) for f in fields(cls)})
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -115,7 +116,7 @@ def _did_you_mean(text: str, options: list[str]) -> str:
 
 
 def setting_paths(schema: type) -> Iterator[str]:
-    """The dotted path of every setting; the elements of a list are written as 0."""
+    """Yield the dotted path of every setting; list elements have the number 0."""
     for name, classes, is_leaf, in_list in _members(schema):
         if is_leaf:
             yield name
@@ -127,20 +128,20 @@ def setting_paths(schema: type) -> Iterator[str]:
 def _members(schema: type) -> Iterator[tuple[str, list[type], bool, bool]]:
     hints = get_type_hints(schema, include_extras=False)
     for entry in fields(schema):
-        classes, is_leaf, in_list = _dataclasses_in(hints[entry.name])
+        classes, is_leaf, in_list = dataclasses_in(hints[entry.name])
         yield entry.name, classes, is_leaf, in_list
 
 
-def _dataclasses_in(hint: Any) -> tuple[list[type], bool, bool]:
-    """The dataclasses that a type hint allows, whether it allows anything else, whether they are in a tuple."""
+def dataclasses_in(hint: Any) -> tuple[list[type], bool, bool]:
+    """Return the dataclasses that a type hint allows, whether it allows other values, and whether it is a tuple."""
     origin = get_origin(hint)
     if origin is Annotated:
-        return _dataclasses_in(get_args(hint)[0])
+        return dataclasses_in(get_args(hint)[0])
     if origin in (Union, types.UnionType):
-        parts = [_dataclasses_in(part) for part in get_args(hint)]
+        parts = [dataclasses_in(part) for part in get_args(hint)]
         return [cls for part in parts for cls in part[0]], all(part[1] for part in parts), any(p[2] for p in parts)
     if origin is tuple:
-        classes, is_leaf, _ = _dataclasses_in(get_args(hint)[0])
+        classes, is_leaf, _ = dataclasses_in(get_args(hint)[0])
         return classes, is_leaf, bool(classes)
     if isinstance(hint, type) and is_dataclass(hint):
         return [hint], False, False
@@ -148,7 +149,7 @@ def _dataclasses_in(hint: Any) -> tuple[list[type], bool, bool]:
 
 
 def _classes_at(path: KeyPath, values: Any, schema: type) -> list[type]:
-    """The dataclasses that may stand at a key path; a ``type`` in the values narrows a union to one."""
+    """Return the dataclasses allowed at a key path; a ``type`` in the values narrows a union to one."""
     classes: list[type] = [schema]
     node: Any = values
     for segment in path:

@@ -1,8 +1,13 @@
-"""YAML as plain mappings that remember where each key stood.
+"""Read YAML into plain mappings and remember the line of each key.
 
-PyYAML's safe loader with three differences: a duplicate key is an error (it would silently keep the last one), ``1e-4``
-is a number (YAML 1.1 reads it as text, which a free-form ``architecture`` mapping would carry into the model), and
-the line of every key is kept for error messages.
+This differs from PyYAML's safe loader, which implements YAML 1.1:
+
+- A duplicate key is an error; PyYAML keeps the last one silently.
+- ``1e-4`` is a number; YAML 1.1 reads text, which a free-form ``architecture`` would pass on to the model.
+- ``010`` is ten and ``1:30`` is text, as in YAML 1.2; YAML 1.1 reads 8 and 90.
+- A date is text: no setting is a date, but names and folders look like one.
+
+The line of every key is kept for error messages.
 """
 
 from __future__ import annotations
@@ -21,26 +26,55 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader of its own, so that the resolver below does not change everybody's YAML."""
+    """Subclass the safe loader, so that the rules below leave the YAML of other packages alone."""
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Return an integer; a leading zero does not make it octal."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        sign, digits = (-1 if text.startswith("-") else 1), text.lstrip("+-")
+        base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2].lower(), 10)
+        return sign * int(digits, base)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+_REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+_INTEGER = re.compile(r"^[-+]?(?:0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|"
+    r"\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
+# PyYAML's errors for a value that begins with a character of YAML's own syntax.
+_SYNTAX_ERRORS = (
+    "cannot start any token",
+    "could not determine a constructor",
+    "undefined alias",
+    "expected alphabetic",
 )
 
 
 @dataclass
 class YamlFile:
-    """values: the file's mapping. lines: from a key path to its line, counted from 1."""
+    """Hold the content of a YAML file.
+
+    Attributes:
+        path: The file.
+        values: Its mapping.
+        lines: Line of each key path, counted from 1.
+    """
 
     path: Path
     values: dict[str, Any]
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """``file:line`` of the key, or of the nearest key above it that stands in the file."""
+        """Return ``file:line`` of a key, or of its nearest parent in the file."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return f"{self.path}:{self.lines[path[:length]]}"
@@ -48,17 +82,28 @@ class YamlFile:
 
 
 def parse_scalar(text: str) -> Any:
-    """One value as YAML reads it ("8", "1e-4", "true", "null", "[0.9, 0.95]"); what is not YAML stays text."""
+    """Parse one value as YAML ("8", "1e-4", "true", "null", "[0.9, 0.95]"), or return the text as it was typed.
+
+    Comments, anchors and tags of YAML are not looked for in text: ``runs/try #2`` stays as it is. Quotes around the
+    whole text are removed, so that ``'"8"'`` is text.
+    """
+    if text == "~":  # the home folder; YAML reads null
+        return text
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text.count(text[0]) == 2
+    if (isinstance(value, str) and not is_quoted) or (value is None and text.lower() not in ("", "null")):
+        return text
+    return value
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
-    Raises ConfigError for a file that is missing, not UTF-8, not YAML or not a mapping, and for all its duplicate keys.
+    Raises:
+        ConfigError: The file is missing, not UTF-8, not YAML or not a mapping, or it has duplicate keys.
     """
 
     def fail(message: str, line: int | None = None) -> ConfigError:
@@ -84,7 +129,8 @@ def read_yaml(path: Path) -> YamlFile:
         values = {} if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise fail(f"is not valid YAML: {error.problem}", mark.line + 1 if mark else None) from None
+        hint = "; put the value in quotes" if any(part in str(error.problem) for part in _SYNTAX_ERRORS) else ""
+        raise fail(f"is not valid YAML: {error.problem}{hint}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise fail(f"is not valid YAML: {error}") from None
     finally:

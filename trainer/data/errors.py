@@ -21,7 +21,11 @@ class ShardError(DataError):
 
 
 class TooManyBadSamplesError(DataError):
-    """A sample and all of its substitutes failed."""
+    """More samples are bad than ``data.max_bad_fraction`` allows, or all samples of an epoch."""
+
+
+class NoSamplesLeftError(DataError):
+    """The filters of a source leave no sample of an epoch."""
 
 
 class SampleError(DataError):
@@ -31,6 +35,8 @@ class SampleError(DataError):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # Names of members need not be UTF-8; then they hold surrogates, which no file and few consoles take.
+        detail = detail.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

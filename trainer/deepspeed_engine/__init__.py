@@ -1,1 +1,1 @@
-"""The only room that drives DeepSpeed."""
+"""Drive DeepSpeed; no other room does."""

@@ -1,4 +1,4 @@
-"""AdamW in its three implementations, its parameter groups, and the learning-rate schedule."""
+"""Build AdamW in one of its three implementations, with its parameter groups and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.parameters import full_shape
 from trainer.config.run_config import OptimizerConfig, ScheduleConfig
 
 GATE, RESAMPLER = "gate", "resampler"
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups of trainable parameters: matrices that decay, what never decays, and the gates.
+    """Group the trainable parameters by weight decay and learning rate.
 
-    Never decayed: vectors (norms, biases), the rows of new tokens, the gates, and with ``no_decay_resampler`` the whole
+    These never decay: vectors (norms, biases), rows of new tokens, gates and, with ``no_decay_resampler``, the whole
     resampler (paper, appendix B.1.2). Each group carries ``lr_multiplier``, which ``set_learning_rate`` applies.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
@@ -26,7 +27,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         if not parameter.requires_grad:
             continue
         is_gate = name.rpartition(".")[2].endswith(GATE)
-        decays = not is_gate and _is_matrix(parameter) and not _is_embedding(name)
+        is_matrix = len(full_shape(parameter)) > 1
+        decays = is_matrix and not is_gate and not _is_embedding(name)
         if config.no_decay_resampler and name.startswith(f"{RESAMPLER}."):
             decays = False
         groups[decays, is_gate].append(parameter)
@@ -41,20 +43,14 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     ]
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    # A parameter that ZeRO-3 partitioned has an empty local tensor; its own shape stands in ds_shape.
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) > 1
-
-
 def _is_embedding(name: str) -> bool:
     return "rows" in name or "embed" in name
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names; what is missing was reported before anything loaded.
+    """Build the optimizer that ``optimizer.name`` selects; the configuration's checks found its package installed.
 
-    torch's fused AdamW (default), DeepSpeedCPUAdam (optimizer state offloaded to the host) or NVIDIA apex's FusedAdam.
+    It is torch's fused AdamW, DeepSpeedCPUAdam (for state offloaded to the host) or NVIDIA apex's FusedAdam.
     """
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     match config.name:
@@ -71,15 +67,20 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
-    """The schedule at update ``step`` (counted from 0) of ``steps``, as a factor of the peak learning rate.
+    """Return the learning rate of a step as a factor of the peak learning rate.
 
-    Linear warm-up (the paper: from 0 over 5,000 steps), then constant, or cosine or linear down to
-    ``final_lr_ratio`` at the last update.
+    It warms up linearly (in the paper over 5,000 steps). Then it stays constant, or decays along a cosine or a line to
+    ``final_lr_ratio`` at the last step.
+
+    Args:
+        step: Step counted from 0.
+        steps: Steps of the whole run.
+        schedule: Settings of the schedule.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
-    decaying = max(1, steps - 1 - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decaying)
+    decay_steps = max(1, steps - 1 - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
     final = schedule.final_lr_ratio
     match schedule.decay:
         case "constant":
@@ -90,7 +91,23 @@ def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> flo
             return final + (1.0 - final) * (1.0 - progress)
 
 
+def set_type_of_steps(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Give the counted steps of a loaded state the type that this implementation of AdamW needs.
+
+    Args:
+        optimizer: Optimizer whose state was loaded, possibly from another implementation.
+        name: ``optimizer.name``.
+    """
+    for parameter, state in optimizer.state.items():
+        if "step" not in state:
+            continue
+        if name == "cpu_adam":
+            state["step"] = int(state["step"])
+        elif not isinstance(state["step"], torch.Tensor):
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=parameter.device)
+
+
 def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """Put a learning rate into every group, times the group's own multiplier."""
+    """Set the learning rate of every group, times the group's multiplier."""
     for group in groups:
         group["lr"] = learning_rate * group["lr_multiplier"]

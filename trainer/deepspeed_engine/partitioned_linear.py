@@ -1,35 +1,45 @@
-"""The projection ``input @ weight.T + bias`` while ZeRO-3 partitions parameters.
+"""Compute ``input @ weight.T + bias`` while ZeRO-3 partitions parameters.
 
-torch's own would keep the gathered weight alive until the backward. DeepSpeed therefore puts a function in its place
-that keeps the parameter, which is partitioned in between and gathered again. But it keeps the input too, which is
-needed for nothing but the weight's gradient: of a frozen language model that is most of what a forward would leave.
+torch's function would keep the gathered weight alive until the backward pass. DeepSpeed therefore replaces it by a
+function that keeps only the parameter, which is partitioned in between and gathered again. But that function also keeps
+the input, which only the weight's gradient needs. In a frozen language model, such inputs are most of what a forward
+pass would leave in memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from deepspeed.runtime.zero import partition_parameters
-from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from torch import Tensor
 
+from trainer.deepspeed_engine.internals import Zero3LinearFunction, set_zero3_linear
 
-class _Linear(LinearFunctionForZeroStage3):
+
+class _PartitionedLinear(Zero3LinearFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        """What DeepSpeed keeps, but for the input of a frozen weight."""
-        LinearFunctionForZeroStage3.setup_context(ctx, inputs, output)
+        """Keep the same as DeepSpeed, except for the input of a frozen weight."""
+        Zero3LinearFunction.setup_context(ctx, inputs, output)
         _, weight, bias = inputs
         if not ctx.needs_input_grad[1]:
             ctx.save_for_backward(None, weight, bias)
 
 
 def partitioned_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    """As ``torch.nn.functional.linear``, with its names: input [..., I], weight [O, I], bias [O]; returns [..., O]."""
-    output: Tensor = _Linear.apply(input, weight, bias)
+    """Compute ``torch.nn.functional.linear``, with the same argument names.
+
+    Args:
+        input: [..., I].
+        weight: [O, I].
+        bias: [O], or None.
+
+    Returns:
+        [..., O].
+    """
+    output: Tensor = _PartitionedLinear.apply(input, weight, bias)
     return output
 
 
 def install() -> None:
-    """Have DeepSpeed use it when it next replaces torch's, with the first model that it partitions."""
-    partition_parameters.zero3_linear_wrap = partitioned_linear
+    """Have DeepSpeed use this function for the first model that it partitions, and from then on."""
+    set_zero3_linear(partitioned_linear)

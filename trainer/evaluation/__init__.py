@@ -1,1 +1,1 @@
-"""Scores of a trained model on held-out samples."""
+"""Score a trained model on held-out samples."""

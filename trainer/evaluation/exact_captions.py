@@ -1,7 +1,7 @@
-"""Exact captions: generated greedily (or with num_beams) for held-out images, and compared word by word.
+"""Score a model by the share of held-out images whose generated caption equals the true one.
 
-Each example is a prompt of images and true captions that ends with the image whose caption is asked for. Controls
-change only the images, so that what a figure loses by them is what the model had from seeing.
+Each example is a prompt of images with their true captions, which ends with the image to caption. A control changes
+only the images: the score that it costs is what the model gained from seeing them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from model.generation import generate
 from model.tokens import FlamingoTokenizer
 from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
 from trainer.data.errors import SampleError
-from trainer.data.samples.decode import ImageDecoder, decode_json, image_member, text_member
-from trainer.data.samples.mmc4 import image_bytes, parse_document
+from trainer.data.samples.image_decoder import ImageDecoder
+from trainer.data.samples.mmc4_document import image_bytes, parse_document
 from trainer.data.samples.prompt_images import model_media
+from trainer.data.samples.sample_members import decode_json, image_member, text_member
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.reader import ShardReader
 
 
 @dataclass(frozen=True)
 class Example:
-    """images: uint8 [1, 3, height, width] each, the last one asked for.
+    """Hold the images and captions of one prompt.
 
-    captions: of each image, the last one the truth.
+    Attributes:
+        images: uint8 [1, 3, height, width] each; the last one is to be captioned.
+        captions: True caption of each image.
     """
 
     images: tuple[Tensor, ...]
@@ -38,31 +41,44 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """value: share of exact captions. met: whether the task's bounds hold (True without bounds)."""
+    """Hold the result of a task.
+
+    Attributes:
+        task: Task that was scored.
+        value: Share of exact captions, 0 to 1.
+        num_samples: Number of captions that were generated.
+        captions: (true, generated) caption of each sample.
+    """
 
     task: EvaluationTask
     value: float
-    samples: int
+    num_samples: int
     captions: tuple[tuple[str, str], ...]
 
     @property
     def met(self) -> bool:
-        """Whether the task's bounds hold."""
+        """Whether the score lies within the bounds of the task."""
         low, high = self.task.minimum, self.task.maximum
         return (low is None or self.value >= low) and (high is None or self.value <= high)
 
 
-def read_examples(task: EvaluationTask, decoder: ImageDecoder, samples: int | None) -> list[Example]:
-    """The examples of a task, shard after shard.
+def read_examples(task: EvaluationTask, decoder: ImageDecoder, num_samples: int | None) -> list[Example]:
+    """Read the examples of a task, shard by shard.
 
-    samples: at most this many; None takes all. Raises: ShardError; ValueError for samples that cannot be used (an
-    evaluation that silently leaves some out would not be comparable) and when there are none.
+    Args:
+        task: Task with the manifest of its samples.
+        decoder: Decodes the images.
+        num_samples: Number of samples to take; None takes all.
+
+    Raises:
+        ShardError: A shard cannot be read.
+        ValueError: There are no samples, or one cannot be used. Leaving it out would make scores incomparable.
     """
     reader = ShardReader(load_manifest(task.manifest))
     read = _read_pair if task.type == "image_text" else _read_document
     examples = []
     try:
-        for key, members in islice(_members(reader), samples):
+        for key, members in islice(_members(reader), num_samples):
             try:
                 examples.append(read(key, members, decoder, task.image))
             except SampleError as error:
@@ -87,18 +103,18 @@ def _read_pair(key: str, members: dict[str, bytes], decoder: ImageDecoder, image
 def _read_document(key: str, members: dict[str, bytes], decoder: ImageDecoder, image: int) -> Example:
     document = parse_document(decode_json(members.get("json", b"")))
     if len(document.images) < image:
-        raise SampleError("no_images", f"it has {len(document.images)} images, and image {image} is asked for")
+        raise SampleError("no_images", f"it has {len(document.images)} images, but the task captions image {image}")
     placed = document.images[:image]
     images = tuple(decoder(image_bytes(one, members, key))[None] for one in placed)
     return Example(images, tuple(document.sentences[one.sentence].strip() for one in placed))
 
 
 def apply_control(examples: Sequence[Example], task: EvaluationTask, seed: int) -> list[Example]:
-    """The examples with the images that the task's control asks for; captions stay as they are."""
+    """Return the examples with the images that the task's control prescribes and unchanged captions."""
     if task.control in ("none", "without_images"):
         return list(examples)
     place = -1 if task.control == "shuffled" else 0
-    # One cycle through a random order: every example gets another one's image, none keeps its own.
+    # The examples form one cycle in random order, and each takes the image of its neighbor; none keeps its own.
     order = np.random.default_rng(seed).permutation(len(examples))
     donor = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     controlled = []
@@ -110,7 +126,7 @@ def apply_control(examples: Sequence[Example], task: EvaluationTask, seed: int) 
 
 
 def prompt_of(example: Example, tokenizer: FlamingoTokenizer, encode: Callable[[str], list[int]]) -> list[int]:
-    """``<BOS><image>caption<EOC>...<image>``: everything up to the caption that is asked for."""
+    """Return the tokens ``<BOS><image>caption<EOC>...<image>``, up to the caption to generate."""
     prompt = [tokenizer.bos_id]
     for caption in example.captions[:-1]:
         prompt += [tokenizer.image_id, *encode(caption), tokenizer.end_of_chunk_id]
@@ -120,8 +136,8 @@ def prompt_of(example: Example, tokenizer: FlamingoTokenizer, encode: Callable[[
 def evaluate_task(
     model: Flamingo, tokenizer: FlamingoTokenizer, task: EvaluationTask, config: EvaluationConfig, decoder: ImageDecoder
 ) -> Score:
-    """Generate every caption of a task and count the exact ones."""
-    examples = apply_control(read_examples(task, decoder, config.samples), task, config.seed)
+    """Generate every caption of a task and return the share of exact ones; errors as ``read_examples``."""
+    examples = apply_control(read_examples(task, decoder, config.num_samples), task, config.seed)
     captions = []
     for start in range(0, len(examples), config.batch_size):
         batch = examples[start : start + config.batch_size]

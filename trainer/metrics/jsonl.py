@@ -1,19 +1,24 @@
-"""Files of one JSON object a line that survive a kill at any byte and continue where the checkpoint stands."""
+"""Write JSON Lines files that survive a kill at any byte and continue from the step of the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from trainer.metrics.errors import RecordError
 
 
 def drop_steps_after(path: Path, step: int) -> int:
-    """Take out the lines of steps after ``step``, lines without one, and a last line that a kill cut off.
+    """Remove the lines of later steps, lines without a step, and a last line that a kill cut off.
 
-    The file is replaced atomically, so a kill in here leaves the old one. Returns how many lines went; 0 where there is
-    no file.
+    The file is replaced atomically, so a kill in the middle leaves the old file.
+
+    Returns:
+        The number of removed lines; 0 if there is no file.
     """
     if not path.exists():
         return 0
@@ -45,22 +50,37 @@ def _keep(line: str, step: int) -> bool:
 
 
 class JsonLinesWriter:
-    """Appends objects to a file, after dropping what lies beyond the step that a run resumes from.
+    """Append objects to a file, after removing the lines of steps beyond the one that the run resumes from.
 
-    Each step therefore stands in the file exactly once, however often the run was killed.
+    The file therefore holds each step exactly once, however often the run was killed.
+
+    Raises:
+        RecordError: The file cannot be written; so do all methods.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_steps_after(path, resume_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
+        with self._naming_the_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_steps_after(path, resume_step)
+            # Without a buffer, nothing is left that could fail when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append a line for each object and hand them to the operating system in one write."""
+        """Append a line for each object and pass all lines to the operating system in one write."""
         text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        self._file.write(text)
-        self._file.flush()
+        rest = memoryview(text.encode())
+        with self._naming_the_file():
+            while rest:  # a disk that gets full takes a part
+                rest = rest[self._file.write(rest) :]
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordError(self._path, error) from error
 
     def close(self) -> None:
-        """Close the file; nothing may be written after."""
+        """Close the file; no write may follow."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""What one update did: the record behind metrics.jsonl, the console line, tensorboard and wandb."""
+"""Describe one step: the record behind metrics.jsonl, the console line, tensorboard and wandb."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from trainer.metrics.utilization import Utilization
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One update, over the global batch (all ranks).
+    """Hold the metrics of one step, over the global batch (all ranks).
 
-    step: counted from 1. loss: the weighted sum over sources. losses: each source's own, before its weight.
-    grad_norm: before clipping. lr: of this update.
-    samples: sequences of each source. tokens: without padding. images: real ones, without the dummies.
-    step_seconds: the whole update, waiting for data included. data_seconds: the waiting alone.
-    step_skipped: the update was not applied: its gradient was not finite, or ``skip_reason`` says why it was passed over.
-    padding: share of the batch's positions that hold no token.
-    replaced: samples that could not be used and were replaced, by reason.
-    speed: how well the devices were used; None where the update was passed over.
+    Attributes:
+        step: Number of the step, counted from 1.
+        loss: Weighted sum of the sources' losses.
+        losses: Loss of each source, before its weight.
+        grad_norm: Norm of the gradient, before clipping.
+        lr: Learning rate of this step.
+        samples: Rows of each source.
+        tokens: Tokens without padding.
+        step_seconds: Duration of the whole step, including the wait for data.
+        data_seconds: Duration of the wait for data.
+        step_skipped: Whether the step was not applied, because its gradient was not finite or for ``skip_reason``.
+        images: Images without the dummies of batches that have none.
+        padding: Share of the positions in the batch that hold no token.
+        replaced: Number of replaced samples by reason.
+        dropped_images: Number of unusable images that documents lost, by reason.
+        skip_reason: Reason why the data of the step were not trained on; None if they were.
+        utilization: Use of the devices; None if the data were not trained on.
     """
 
     step: int
@@ -37,28 +46,29 @@ class StepMetrics:
     images: int = 0
     padding: float = 0.0
     replaced: Mapping[str, int] = field(default_factory=dict)
+    dropped_images: Mapping[str, int] = field(default_factory=dict)
     skip_reason: str | None = None
-    speed: Utilization | None = None
+    utilization: Utilization | None = None
 
     @property
     def replaced_samples(self) -> int:
-        """Samples that were replaced, for whatever reason."""
+        """Number of replaced samples, over all reasons."""
         return sum(self.replaced.values())
 
-    def _speeds(self, speed: Utilization) -> dict[str, float | None]:
+    def _measured(self, used: Utilization) -> dict[str, float | None]:
         return {
             "tokens_per_second": self.tokens / self.step_seconds,
             "samples_per_second": sum(self.samples.values()) / self.step_seconds,
             "images_per_second": self.images / self.step_seconds,
-            "tflops": speed.tflops,
-            "mfu": speed.mfu,
-            "hfu": speed.hfu,
-            "device_memory_gib": speed.device_memory,
-            "host_memory_gib": speed.host_memory,
+            "tflops": used.tflops,
+            "mfu": used.mfu,
+            "hfu": used.hfu,
+            "device_memory_gib": used.device_memory_gib,
+            "host_memory_gib": used.host_memory_gib,
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of metrics.jsonl; numbers that are not finite become null, for JSON has none of them."""
+        """Return the flat object of metrics.jsonl; numbers that are not finite become null, since JSON lacks them."""
         values: dict[str, Any] = {
             "step": self.step,
             "loss": self.loss,
@@ -71,12 +81,13 @@ class StepMetrics:
             "images": self.images,
             "replaced_samples": self.replaced_samples,
             **{f"replaced_samples/{reason}": count for reason, count in sorted(self.replaced.items())},
+            **{f"dropped_images/{reason}": count for reason, count in sorted(self.dropped_images.items())},
             "step_seconds": round(self.step_seconds, 6),
             "data_seconds": round(self.data_seconds, 6),
             "step_skipped": self.step_skipped,
         }
-        speeds = {} if self.speed is None else self._speeds(self.speed)
-        values |= {key: float(f"{value:.4g}") for key, value in speeds.items() if value is not None}
+        measured = {} if self.utilization is None else self._measured(self.utilization)
+        values |= {key: float(f"{value:.4g}") for key, value in measured.items() if value is not None}
         if self.skip_reason is not None:
             values["skip_reason"] = self.skip_reason
         return {key: None if _not_finite(value) else value for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""How fast training goes, smoothed, and how long it will still take."""
+"""Compute smoothed rates of training and the time that remains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from trainer.metrics.step_metrics import StepMetrics
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second, over the last steps, all ranks together. data_fraction: share of the time spent waiting for data.
+    """Hold rates over the last steps, summed over all ranks.
 
-    seconds_left: to the last step at this speed. mfu: 0 to 1, None where it is not known.
+    Attributes:
+        tokens: Tokens per second.
+        samples: Samples per second.
+        images: Images per second.
+        data_fraction: Share of the time spent waiting for data.
+        seconds_left: Seconds until the last step at this rate.
+        mfu: Model FLOPs utilization, 0 to 1; None if not known.
     """
 
     tokens: float
@@ -24,20 +30,22 @@ class Rates:
 
 
 class Throughput:
-    """Rates over a window of steps.
+    """Average the rates over the last steps.
 
-    The first step after a start is left out as soon as there is another: it pays for compilation and allocation.
+    The first step after a start counts only until the second one, since it includes compilation and allocation.
 
-    total_steps: where the run ends. window: steps the rates are taken over.
+    Args:
+        total_steps: Last step of the run.
+        num_steps: Number of steps to average over.
     """
 
-    def __init__(self, total_steps: int, window: int = 50) -> None:
+    def __init__(self, total_steps: int, num_steps: int = 50) -> None:
         self._total_steps = total_steps
-        self._steps: deque[StepMetrics] = deque(maxlen=window)
+        self._steps: deque[StepMetrics] = deque(maxlen=num_steps)
         self._first_is_warmup = True
 
-    def update(self, metrics: StepMetrics) -> Rates:
-        """The rates with one more step."""
+    def add(self, metrics: StepMetrics) -> Rates:
+        """Add a step and return the new rates."""
         if self._first_is_warmup and len(self._steps) == 1:
             self._steps.clear()
             self._first_is_warmup = False
@@ -53,13 +61,14 @@ class Throughput:
         )
 
     def _mfu(self) -> float | None:
-        """Of the updates that were trained on, each by its duration."""
-        known = [(step.speed.mfu, step.step_seconds) for step in self._steps if step.speed and step.speed.mfu]
+        """Average the MFU of the steps that know theirs, weighted by duration."""
+        used = [(step.utilization, step.step_seconds) for step in self._steps]
+        known = [(utilization.mfu, seconds) for utilization, seconds in used if utilization and utilization.mfu]
         return sum(mfu * seconds for mfu, seconds in known) / sum(seconds for _, seconds in known) if known else None
 
 
 def format_duration(seconds: float) -> str:
-    """ "4s", "3m 20s", "2h 05m", "3d 04h": two units at most."""
+    """Format as "4s", "3m 20s", "2h 05m" or "3d 04h": two units at most."""
     whole = round(seconds)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)
@@ -72,7 +81,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(value: float) -> str:
-    """ "950", "12.3k", "4.56M": three digits."""
+    """Format with three digits: "950", "12.3k", "4.56M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"

@@ -1,9 +1,9 @@
-"""The most that a device holds at any moment of an update: what stays, and what the fullest moment adds.
+"""Predict the most memory that a device holds at any moment of a step.
 
-Which tensors exist when is what DeepSpeed 0.19 was seen to allocate (``tests/planning/test_plan_memory.py``). What an
-update adds is at its most when a micro-batch's loss is computed, when its backward begins (ZeRO-1 and 2 make their
-reduce bucket then), when gradients are reduced at its end, or, under ZeRO-3, in the vision tower, while the
-parameters behind it are gathered.
+Some tensors stay (parameters, optimizer state, buckets); others exist only at some moments. A step needs most memory
+at one of these: when a micro-batch's loss is computed; when its backward begins (ZeRO-1 and 2 allocate their reduce
+bucket then); when its gradients are reduced; or, under ZeRO-3, in the vision tower, while the parameters behind it are
+gathered. DeepSpeed 0.19 was observed to allocate these tensors (``tests/planning/test_peak_memory.py``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 from model.activations import Activations
 
-_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default for stage3_max_live_parameters
-_MASTER_AND_MOMENTS = 12  # bytes of an AdamW state in float32
+# DeepSpeed's default for stage3_max_live_parameters and stage3_max_reuse_distance (deepspeed/runtime/zero/config.py).
+DEFAULT_LIVE_PARAMETERS = 1_000_000_000
+# Bytes of AdamW's float32 weight and two moments per trained parameter: K in ZeRO (arXiv:1910.02054), section 3.1.
+ADAMW_STATE_BYTES = 12
 _FLOAT32 = 4
 
 Parts = dict[str, float]
@@ -23,18 +25,31 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: all, the trained, those of the vision tower. width: bytes of one. ranks: devices."""
+    """Describe a partitioned model.
+
+    Attributes:
+        total: Parameters of the model.
+        trainable: Parameters that train.
+        vision: Parameters of the vision tower.
+        itemsize: Bytes of one parameter.
+        ranks: Devices among which the model is partitioned.
+    """
 
     total: int
     trainable: int
     vision: int
-    width: int
+    itemsize: int
     ranks: int
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of a device, by what they are for, at the moment that needs most."""
+    """Describe the memory of a device at the moment that needs most.
+
+    Attributes:
+        moment: Name of the moment.
+        parts: Bytes by their purpose.
+    """
 
     moment: str
     parts: Mapping[str, float]
@@ -43,70 +58,83 @@ class PeakMemory:
 def peak_memory(
     sizes: Sizes, zero: Mapping[str, Any], micro_batches: Sequence[tuple[str, Activations, int]]
 ) -> PeakMemory:
-    """zero: the json's ``zero_optimization``. micro_batches: of an update, (source, activations, how many) in order."""
+    """Return the memory at the moment that needs most.
+
+    Args:
+        sizes: Sizes of the model.
+        zero: ``zero_optimization`` of DeepSpeed's json.
+        micro_batches: Source, activations and number of the micro-batches of a step, in their order.
+    """
     moments = list(_moments(sizes, zero, micro_batches))
     name, parts = max(moments, key=lambda moment: sum(moment[1].values()))
-    return PeakMemory(name, _staying(sizes, zero) | parts)
+    return PeakMemory(name, _permanent(sizes, zero) | parts)
 
 
-def _staying(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
-    """What exists between updates too."""
+def _permanent(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
+    """Return what also exists between steps (ZeRO, section 3; ZeRO++, arXiv:2306.10209, for the second partition)."""
     partitioned, secondary = zero["stage"] == 3, zero.get("zero_hpz_partition_size", 1)
-    held = 0.0 if _away(zero, "param") else sizes.width / (sizes.ranks if partitioned else 1)
-    on_device = 0.0 if _away(zero, "optimizer") else 1 / sizes.ranks
+    held = 0.0 if _offloads(zero, "param") else sizes.itemsize / (sizes.ranks if partitioned else 1)
+    on_device = 0.0 if _offloads(zero, "optimizer") else 1 / sizes.ranks
     parts = {
         "frozen parameters": (sizes.total - sizes.trainable) * held,
         "trainable parameters": sizes.trainable * held,
-        "optimizer": _MASTER_AND_MOMENTS * sizes.trainable * on_device,
+        "optimizer": ADAMW_STATE_BYTES * sizes.trainable * on_device,
     }
     if partitioned:
         parts["partition of the gradients"] = _FLOAT32 * sizes.trainable * on_device
-        parts["reduce bucket"] = float(sizes.width * zero["reduce_bucket_size"])
+        parts["reduce bucket"] = float(sizes.itemsize * zero["reduce_bucket_size"])
     if secondary > 1:
-        parts["node's second partition"] = sizes.width * sizes.total / secondary
+        parts["node's second partition"] = sizes.itemsize * sizes.total / secondary
     return parts
 
 
 def _moments(
     sizes: Sizes, zero: Mapping[str, Any], micro_batches: Sequence[tuple[str, Activations, int]]
 ) -> Iterator[tuple[str, Parts]]:
-    moments = _with_parameters_partitioned if zero["stage"] == 3 else _with_parameters_whole
+    moments = _moments_of_zero_3 if zero["stage"] == 3 else _moments_of_zero_1_and_2
     for number, (source, activations, count) in enumerate(micro_batches):
-        # Of several alike, a later one finds gradients that the first does not.
-        later = number > 0 or count > 1
-        for moment, parts in moments(sizes, zero, activations, later):
+        # Every micro-batch but the first of the step finds gradients of an earlier one.
+        after_another = number > 0 or count > 1
+        for moment, parts in moments(sizes, zero, activations, after_another):
             yield f"{moment} of {source}", parts
 
 
-def _with_parameters_whole(
-    sizes: Sizes, zero: Mapping[str, Any], activations: Activations, later: bool
+def _moments_of_zero_1_and_2(
+    sizes: Sizes, zero: Mapping[str, Any], activations: Activations, after_another: bool
 ) -> Iterator[tuple[str, Parts]]:
-    """ZeRO-1 keeps whole gradients and its bucket until the step; ZeRO-2 a partition, and reduces every micro-batch."""
+    """Yield what exists beside the permanent tensors.
+
+    ZeRO-1 keeps whole gradients and its bucket until the step. ZeRO-2 keeps a partition of the gradients and reduces
+    them at every micro-batch.
+    """
     first_stage = zero["stage"] == 1
-    bucket = float(sizes.width * zero["reduce_bucket_size"])
-    kept = float(sizes.width * sizes.trainable) if first_stage else _FLOAT32 * sizes.trainable / sizes.ranks
-    copied = 0.0 if first_stage else float(sizes.width * min(sizes.trainable, zero["reduce_bucket_size"]))
-    before = {"gradients": kept, "reduce bucket": bucket * first_stage} if later else {}
+    bucket = float(sizes.itemsize * zero["reduce_bucket_size"])
+    kept = float(sizes.itemsize * sizes.trainable) if first_stage else _FLOAT32 * sizes.trainable / sizes.ranks
+    copied = 0.0 if first_stage else float(sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"]))
+    before = {"gradients": kept, "reduce bucket": bucket * first_stage} if after_another else {}
     yield "the loss", before | _at_the_loss(activations)
-    at_backward = {"gradients": kept * later, "reduce bucket": bucket}
+    at_backward = {"gradients": kept * after_another, "reduce bucket": bucket}
     yield "the backward", at_backward | {"saved activations": activations.saved}
     yield "the reduction", {"gradients": kept, "reduce bucket": bucket, "reduced copy": copied}
 
 
-def _with_parameters_partitioned(
-    sizes: Sizes, zero: Mapping[str, Any], activations: Activations, later: bool
+def _moments_of_zero_3(
+    sizes: Sizes, zero: Mapping[str, Any], activations: Activations, after_another: bool
 ) -> Iterator[tuple[str, Parts]]:
-    """What is gathered lies there twice until it is used: as it came from the ranks, and put together. A single rank
-    that has all of it gathers nothing."""
-    most = zero.get("stage3_max_live_parameters", _REUSE_DISTANCE)
-    gathers = sizes.ranks > 1 or _away(zero, "param")
-    live, behind = (sizes.width * min(many, most) * gathers for many in (sizes.total, sizes.total - sizes.vision))
-    in_flight = sizes.width * gathers * min(sizes.total, zero["stage3_prefetch_bucket_size"])
-    gathered = {"gathered parameters": live, "gathered, to be put together": in_flight}
+    """Yield what exists beside the permanent tensors.
+
+    A gathered parameter exists twice until it is used: as the pieces of the ranks, and assembled. A single rank that
+    holds all parameters on its device gathers nothing.
+    """
+    most = zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)
+    gathers = sizes.ranks > 1 or _offloads(zero, "param")
+    live, behind = (sizes.itemsize * min(many, most) * gathers for many in (sizes.total, sizes.total - sizes.vision))
+    in_flight = sizes.itemsize * gathers * min(sizes.total, zero["stage3_prefetch_bucket_size"])
+    gathered = {"gathered parameters": live, "gathered, not yet assembled": in_flight}
     yield "the vision tower", gathered | {"temporaries": activations.vision}
     yield "the loss", {"gathered parameters": behind, **_at_the_loss(activations)}
-    reduced = sizes.width * min(sizes.trainable, zero["reduce_bucket_size"])
-    converted = _FLOAT32 * sizes.trainable / sizes.ranks if sizes.width < _FLOAT32 else 0.0
+    reduced = sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"])
+    converted = _FLOAT32 * sizes.trainable / sizes.ranks if sizes.itemsize < _FLOAT32 else 0.0
     yield "the reduction", {"reduced copy": reduced + converted}
 
 
@@ -114,5 +142,5 @@ def _at_the_loss(activations: Activations) -> Parts:
     return {"saved activations": activations.saved, "temporaries": activations.peak - activations.saved}
 
 
-def _away(zero: Mapping[str, Any], what: str) -> bool:
+def _offloads(zero: Mapping[str, Any], what: str) -> bool:
     return bool(zero.get(f"offload_{what}", {}).get("device", "none") != "none")

@@ -1,35 +1,55 @@
-"""``run_dir/events.jsonl``: what happened to a run beside its updates, in the order it happened, never cut back."""
+"""Log the events of a run other than steps to ``events.jsonl`` of the run folder.
+
+Training writes resumed, settings_changed, step_skipped, spike, rewind, preempted, rank_times, straggler, hung and
+failed; ``trainer.supervise`` writes start, restart, node_lost and gave_up. A resume does not remove earlier events.
+Where the file cannot be written, training goes on without its events.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-EVENTS = "events.jsonl"
+from trainer.runtime.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
 
 
 class EventLog:
-    """Appends one object a line: ``time`` (UTC), ``event``, ``step`` (updates done) and the event's own details.
+    """Append one JSON object a line: ``time`` (UTC), ``event``, ``step`` (steps done) and details of the event.
 
-    enabled: False on all ranks but one.
+    Args:
+        run_folder: Folder of the run.
+        enabled: Whether this process writes. Events of the whole run are written by one rank.
     """
 
-    def __init__(self, run_dir: Path, enabled: bool = True) -> None:
-        self._path, self._enabled = run_dir / EVENTS, enabled
+    def __init__(self, run_folder: RunFolder, enabled: bool = True) -> None:
+        self._path, self._enabled = run_folder.events, enabled
 
     def write(self, event: str, step: int | None = None, **details: Any) -> None:
-        """Append an event and have it on the disk."""
+        """Append an event and sync it to the disk; a warning names the file if that is not possible."""
         if not self._enabled:
             return
         record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "step": step, **details}
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        # The supervisor writes here as well: one write to a file opened for appending never mixes with another's.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            self._append(json.dumps(record, ensure_ascii=False).encode())
+        except OSError as error:
+            _log.warning("cannot write %s: %s; training goes on without the event %s", self._path, error, event)
+
+    def _append(self, line: bytes) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            # A full disk or a kill may have cut the last line off.
+            separator = b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
+            # The supervisor writes here too. One write to a file opened with O_APPEND never mixes with another one.
+            written = os.write(descriptor, separator + line + b"\n")
+            if written <= len(separator + line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

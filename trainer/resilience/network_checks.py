@@ -1,4 +1,4 @@
-"""What nodes can only find out together: whether they reach each other, how fast, and whether they share a folder."""
+"""Check what nodes can only find out together: connections, their speed, and whether they share a folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _TIMEOUT_SECONDS = 60
 
 
 def join(rank: int, size: int, master_address: str, port: int) -> None:
-    """Join the other nodes' processes, one a node: over NCCL where there are GPUs, else gloo.
+    """Join the process group of all nodes, with one process per node, over NCCL if there are GPUs, else gloo.
 
-    Raises: RuntimeError of torch when they do not come within a minute.
+    Raises:
+        RuntimeError: Not all nodes joined within a minute.
     """
     choose_interface(master_address)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -35,8 +36,8 @@ def join(rank: int, size: int, master_address: str, port: int) -> None:
 
 
 def gather_reports(report: NodeReport) -> list[NodeReport]:
-    """Everyone's report by rank, with clocks compared to rank 0's. A collective."""
-    dist.barrier()  # now is the same moment for all
+    """Return the reports of all ranks, with their clock skew relative to rank 0; a collective."""
+    dist.barrier()  # all ranks read their clocks at the same moment
     report = replace(report, clock=time.time())
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, report)
@@ -44,20 +45,23 @@ def gather_reports(report: NodeReport) -> list[NodeReport]:
 
 
 def network_report(name: str, run_dir: Path | None, token: str) -> NetworkReport:
-    """Time an all-reduce and look for each other's files. A collective; all nodes get the same report.
+    """Time an all-reduce and find out which nodes share the run folder; a collective with the same result on all nodes.
 
-    token: what this check's files are called by, the same on all nodes.
+    Args:
+        name: Name of this node.
+        run_dir: Run folder; None checks no folder.
+        token: Part of the names of this check's files, the same on all nodes.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     mebibytes = 256 if device.type == "cuda" else 16
-    sees = _who_shares(name, run_dir, token) if run_dir else {}
+    sees = _visible_nodes(name, run_dir, token) if run_dir else {}
     rate = _all_reduce_rate(torch.ones(mebibytes * 2**18, device=device))
     return NetworkReport("nccl" if device.type == "cuda" else "gloo", rate, mebibytes, sees)
 
 
 def _all_reduce_rate(tensor: torch.Tensor) -> float:
-    """GB that each node sends and receives in a second: 2 (n - 1) / n of the tensor, as NCCL's tests count it."""
-    dist.all_reduce(tensor)  # the first one connects
+    """Return the GB per second that each node sends and receives: 2 (n - 1) / n of the tensor, as in NCCL's tests."""
+    dist.all_reduce(tensor)  # the first call connects
     dist.barrier()
     start = time.perf_counter()
     for _ in range(_REPEATS):
@@ -69,8 +73,8 @@ def _all_reduce_rate(tensor: torch.Tensor) -> float:
     return 2 * (size - 1) / size * tensor.numel() * tensor.element_size() / seconds / 1e9
 
 
-def _who_shares(name: str, run_dir: Path, token: str) -> dict[str, list[str]]:
-    """For each node, of which nodes it sees the files in its run folder."""
+def _visible_nodes(name: str, run_dir: Path, token: str) -> dict[str, list[str]]:
+    """Return, for each node, the nodes whose files it sees in the run folder."""
     own = run_dir / f".preflight-{token}-{name}"
     own.touch()
     try:

@@ -1,6 +1,6 @@
-"""What a node is asked before a job starts on it, and what its answers mean.
+"""Check a node before a job starts on it: versions, code, devices, disk and clock.
 
-The questions are answered without torch, so that a node with a broken installation answers too.
+A node reports without torch, so that a node with a broken installation can report too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
-MAX_SKEW_SECONDS = 5.0  # far above ssh's delay; beyond it the times in logs and of files mislead
+MAX_SKEW_SECONDS = 5.0  # far above the delay of ssh; with a larger skew, the times of logs and files mislead
 MIN_FREE_GIB = 10.0
 _SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".inl")
 _VERSIONS = ("torch", "deepspeed", "transformers", "flamingo-trainer")
@@ -28,10 +28,18 @@ _VERSIONS = ("torch", "deepspeed", "transformers", "flamingo-trainer")
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node's answers. commit: of git, for people; code: the digest of all source files, which is compared.
+    """Describe a node.
 
-    devices: GPUs found; None where the job runs on CPUs. folder_problem: why the run folder cannot be written, or "".
-    clock: its time in seconds since 1970. clock_skew: how far that is from the asking machine's, in seconds.
+    Attributes:
+        name: Host name.
+        versions: Version of Python and of each package that must agree.
+        code: Digest of all source files, which is compared.
+        commit: Commit of git, for people to read.
+        devices: Number of GPUs; None if the job runs on CPUs.
+        free_gib: Free space for the run folder, in GiB; None if not known.
+        folder_problem: Why the run folder cannot be written; empty if it can.
+        clock: Time of the node, in seconds since 1970.
+        clock_skew: Difference from the clock of the asking machine, in seconds.
     """
 
     name: str
@@ -47,9 +55,13 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """What the nodes found together. gigabytes_per_second: per node, of the all-reduce.
+    """Describe the network between the nodes.
 
-    sees: for each node, of which nodes it sees the files in the run folder; empty without a run folder.
+    Attributes:
+        backend: Backend of the collectives.
+        gigabytes_per_second: Rate of the all-reduce per node.
+        mebibytes: Size of the tensor in the all-reduce.
+        sees: For each node, the nodes whose files it sees in the run folder; empty without a run folder.
     """
 
     backend: str
@@ -59,8 +71,8 @@ class NetworkReport:
 
 
 def node_report(run_dir: Path | None) -> NodeReport:
-    """This node's answers."""
-    free, problem = _folder(run_dir) if run_dir else (None, "")
+    """Return the report of this node."""
+    free, problem = _probe_folder(run_dir) if run_dir else (None, "")
     return NodeReport(
         name=socket.gethostname(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
@@ -74,7 +86,7 @@ def node_report(run_dir: Path | None) -> NodeReport:
 
 
 def code_digest(root: Path) -> str:
-    """Of the names and contents of all source files that training runs, whether committed or not."""
+    """Return a digest of the names and contents of all source files, committed or not."""
     digest = sha256()
     for folder in ("model", "trainer", "csrc"):
         for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in _SOURCES):
@@ -84,7 +96,14 @@ def code_digest(root: Path) -> str:
 
 
 def node_problems(report: NodeReport, reference: NodeReport, slots: int | None, min_free_gib: float) -> Iterator[str]:
-    """What keeps a node from training with the reference (the first node), each with what to do about it."""
+    """Yield the problems that keep a node from training with the reference node, each with its remedy.
+
+    Args:
+        report: Report of the node.
+        reference: Report of the first node.
+        slots: Processes to start on the node; None does not compare them with its GPUs.
+        min_free_gib: Free space that the run folder needs, in GiB.
+    """
     for name, version in report.versions.items():
         if version != reference.versions[name]:
             expected = reference.versions[name]
@@ -92,7 +111,7 @@ def node_problems(report: NodeReport, reference: NodeReport, slots: int | None, 
     if report.code != reference.code:
         yield (
             f"its code differs from that of {reference.name} ({report.commit} and {reference.commit}): "
-            "check the same commit out on both, without local changes"
+            "check out the same commit on both, without local changes"
         )
     if (report.devices is None) != (reference.devices is None):
         kinds = ["CPUs" if one.devices is None else "GPUs" for one in (report, reference)]
@@ -109,21 +128,21 @@ def node_problems(report: NodeReport, reference: NodeReport, slots: int | None, 
 
 
 def folder_problems(network: NetworkReport, names: Sequence[str]) -> dict[str, list[str]]:
-    """Nodes that see another run folder than the first node does."""
+    """Return, by node, the problem of nodes that do not see the run folder of the first node."""
     found: dict[str, list[str]] = {}
     for name in names[1:] if network.sees else ():
         if names[0] not in network.sees[name]:
-            found[name] = [f"its run folder is not that of {names[0]}: mount the same shared folder on both"]
+            found[name] = [f"its run folder differs from that of {names[0]}: mount the same shared folder on both"]
     return found
 
 
-def table(
+def verdict_table(
     names: Sequence[str],
     reports: Mapping[str, NodeReport],
     problems: Mapping[str, Sequence[str]],
     network: NetworkReport | None,
 ) -> str:
-    """The verdicts, a line a node, followed by what is wrong with it."""
+    """Format one line for each node with its verdict, followed by its problems."""
     width = max(len(name) for name in [*names, "node"])
     lines = [f"{'node':<{width}}  verdict  {'torch':<14} {'code':<13} {'devices':<8} {'free':>9}  {'clock':>7}"]
     for name in names:
@@ -173,8 +192,8 @@ def _devices() -> int | None:
     return len(listed.stdout.splitlines()) if listed.returncode == 0 else None
 
 
-def _folder(run_dir: Path) -> tuple[float | None, str]:
-    """GiB free, and why it cannot be written."""
+def _probe_folder(run_dir: Path) -> tuple[float | None, str]:
+    """Return the free GiB of a folder and why it cannot be written."""
     probe = run_dir / f".preflight-{uuid.uuid4().hex}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

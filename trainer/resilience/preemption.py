@@ -1,54 +1,62 @@
-"""Asked to stop (SIGTERM, SIGUSR1: Slurm's warning, a scheduler's preemption): leave at the end of an update.
+"""Stop at the end of a step when a signal requests it, or when the command that started this process is gone.
 
-A signal may reach one rank only, or each at another update. All ranks agree before anything is done about it, so that
-they save the same checkpoint together.
+A signal may reach a single rank, or each rank in another step. All ranks therefore agree before any of them stops, and
+save the same checkpoint together. A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from trainer.errors import TrainerError
-from trainer.runtime.distributed import World, any_rank
+from trainer.resilience.starters import Starters
+from trainer.runtime.distributed import World
+from trainer.runtime.stop_signals import EXIT_STOPPED, handling, write_to_terminal
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Programs such as ``uv run`` pass on a Ctrl-C that the terminal has sent to this process already.
+_SAME_CTRL_C_SECONDS = 1.0
 
 
 class PreemptedError(TrainerError):
-    """The run was asked to stop, and did so with a checkpoint."""
+    """Report that the run stopped on request, after saving a checkpoint."""
 
-    exit_code = EXIT_PREEMPTED
+    exit_code = EXIT_STOPPED
 
 
 class Preemption:
-    """Remembers that this process was asked to stop; ``agreed`` says whether any rank was."""
+    """Remember whether this process was requested to stop."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._asked = False
+        self._starters = Starters()
+        self._signaled = False
+        self._interrupted_at: float | None = None
 
     @property
-    def asked(self) -> bool:
-        """Whether this process was asked; the others may not have been."""
-        return self._asked
-
-    def agreed(self) -> bool:
-        """Whether to stop now, the same on every rank; a collective."""
-        return any_rank(self._asked, self._world)
+    def requested(self) -> bool:
+        """Whether this process was requested to stop; other ranks may differ."""
+        return self._signaled or self._starters.gone()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if not self._signaled and self._world.is_main:
+            again = "; press Ctrl-C again to end without saving" if number == signal.SIGINT else ""
+            write_to_terminal(f"{signal.Signals(number).name}: saving at the end of this step{again}")
+        self._signaled = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > _SAME_CTRL_C_SECONDS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the signals are noted instead of ending the process."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
+        """Remember the signals, instead of ending the process, while the context is open."""
+        with handling(self._note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""When a job that failed is started again, with which nodes, and when it is not: pure decisions, no processes."""
+"""Decide whether a failed job is started again, and on which nodes; this module starts no processes."""
 
 from __future__ import annotations
 
@@ -6,75 +6,96 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.resilience.events import EVENTS
-from trainer.resilience.hosts import Host
+from trainer.resilience.hostfile import Host
+from trainer.runtime.run_folder import RunFolder
 
-# What a process says when another one is gone: it tells nothing about the process that says it.
-_OF_ANOTHER = re.compile(r"gloo|nccl|RankFailedError|connection (reset|closed|refused)|TCPStore|broken pipe", re.I)
-_STRIKES = 2
+# Messages of a process whose peer is gone. They say nothing about the process that reports them.
+_PEER_LOST = re.compile(r"gloo|nccl|RankFailedError|connection (reset|closed|refused)|TCPStore|broken pipe", re.I)
+_SUSPECT_AFTER = 2
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How an attempt ended. step: updates done. errors: (host, message) of processes that failed by themselves."""
+    """Describe how an attempt ended.
+
+    Attributes:
+        step: Steps done.
+        errors: (host, message) of each process that failed by itself.
+    """
 
     step: int
     errors: frozenset[tuple[str, str]]
 
 
-def read_failure(run_dir: Path, events_before: int) -> Failure:
-    """What the run folder says about the attempt that just ended.
+def read_failure(run_folder: RunFolder, num_events_before: int) -> Failure:
+    """Read from the run folder how the last attempt ended.
 
-    events_before: how many lines ``events.jsonl`` had when it began.
+    Args:
+        run_folder: Folder of the run.
+        num_events_before: Number of events when the attempt began.
     """
-    failed = [event for event in read_events(run_dir)[events_before:] if event["event"] == "failed"]
-    errors = {(event["host"], event["error"]) for event in failed if not _OF_ANOTHER.search(event["error"])}
-    return Failure(steps_done(run_dir), frozenset(errors))
+    failed = [event for event in read_events(run_folder)[num_events_before:] if event["event"] == "failed"]
+    errors = {(event["host"], event["error"]) for event in failed if not _PEER_LOST.search(event["error"])}
+    return Failure(steps_done(run_folder), frozenset(errors))
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``events.jsonl``; none where there is no file yet."""
-    return _read_lines(run_dir / EVENTS)
+def read_events(run_folder: RunFolder) -> list[dict[str, Any]]:
+    """Read the events of a run; none if there is no file yet."""
+    return _read_lines(run_folder.events)
 
 
-def steps_done(run_dir: Path) -> int:
-    """The last update in metrics.jsonl."""
-    return max((line["step"] for line in _read_lines(run_dir / "metrics.jsonl")[-1:]), default=0)
+def steps_done(run_folder: RunFolder) -> int:
+    """Return the last step in metrics.jsonl; 0 if there is none."""
+    return max((line["step"] for line in _read_lines(run_folder.metrics)[-1:]), default=0)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of all lines that a kill or a full disk did not cut off."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    objects = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                objects.append(json.loads(line))
+    return [value for value in objects if isinstance(value, dict)]
 
 
 class RestartPolicy:
-    """Remembers failures, and says when to stop and whom to leave out.
+    """Remember failures, and decide when to stop restarting and which hosts to leave out.
 
-    restarts, within_seconds: that many restarts after failures are allowed in any such time.
+    Args:
+        restarts: Restarts after failures that are allowed in any period of ``within_seconds``.
+        within_seconds: Length of that period.
     """
 
     def __init__(self, restarts: int, within_seconds: float) -> None:
         self._restarts, self._within_seconds = restarts, within_seconds
         self._times: deque[float] = deque()
         self._last: Failure | None = None
-        self._strikes: Counter[str] = Counter()
+        self._failed_alone: Counter[str] = Counter()
 
-    def why_stop(self, failure: Failure, now: float) -> str | None:
-        """Why the job is not started again after this failure; None when it is. now: a monotonic clock, seconds."""
+    def reason_to_stop(self, failure: Failure, now: float) -> str | None:
+        """Record a failure and return why the job should not start again; None if it should.
+
+        Args:
+            failure: How the last attempt ended.
+            now: Time of a monotonic clock, in seconds.
+        """
         last, self._last = self._last, failure
         messages = {message for _, message in failure.errors}
         if last is not None and last.step == failure.step:
             same = messages & {message for _, message in last.errors}
             if same:
-                return f"the same error twice after update {failure.step}, so a restart would not help: {min(same)}"
+                return f"the same error twice after step {failure.step}, so a restart would not help: {min(same)}"
         hosts = {host for host, _ in failure.errors}
         if len(hosts) == 1:
-            self._strikes.update(hosts)
+            self._failed_alone.update(hosts)
         while self._times and now - self._times[0] > self._within_seconds:
             self._times.popleft()
         if len(self._times) >= self._restarts:
@@ -85,22 +106,26 @@ class RestartPolicy:
 
     @property
     def suspects(self) -> frozenset[str]:
-        """Hosts that failed alone, at different updates, so often that the fault is theirs."""
-        return frozenset(host for host, count in self._strikes.items() if count >= _STRIKES)
+        """Hosts that failed alone more than once, so that the fault is probably theirs."""
+        return frozenset(host for host, count in self._failed_alone.items() if count >= _SUSPECT_AFTER)
 
 
 def choose_hosts(
     hosts: Sequence[Host], excluded: Collection[str], suspects: Collection[str], allowed: Iterable[int]
 ) -> tuple[Host, ...]:
-    """The hosts, and processes on each, that make the largest world that the batches allow; none where there is none.
+    """Choose hosts and processes per host for the largest possible world; empty if none is possible.
 
-    excluded: hosts that do not answer. suspects: left out as long as others remain. allowed: possible world sizes.
+    Args:
+        hosts: Hosts of the hostfile.
+        excluded: Hosts that do not answer.
+        suspects: Hosts to leave out as long as others remain.
+        allowed: World sizes that the batch sizes allow.
     """
     answering = [host for host in hosts if host.name not in excluded]
     usable = [host for host in answering if host.name not in suspects] or answering
     sizes, best = set(allowed), (0, 0)
     for count in range(1, len(usable) + 1):
-        # DeepSpeed wants the same number on each.
+        # DeepSpeed needs the same number of processes on each host.
         for slots in range(1, min(host.slots for host in usable[:count]) + 1):
             if count * slots in sizes and count * slots > best[0] * best[1]:
                 best = (count, slots)

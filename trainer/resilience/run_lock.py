@@ -1,38 +1,57 @@
-"""One job a run folder: a lock that the kernel releases when the process ends, however it ends."""
+"""Lock a run folder for one job; the kernel releases the lock however the process ends."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from trainer.errors import TrainerError
+from trainer.runtime.run_folder import RunFolder
+
+# Lustre without the mount option flock, NFS without its lock service, and file systems that have no locks at all.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+_log = logging.getLogger(__name__)
 
 
 class RunLockedError(TrainerError):
-    """Another job trains in the same run folder."""
+    """Report that another job trains in the same run folder."""
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold ``run_dir/lock``; one process of the job does this.
+def run_lock(run_folder: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run folder; one process of the job does this.
 
-    Raises: RunLockedError naming the process that holds it; OSError when the folder cannot be written.
+    Raises:
+        RunLockedError: Another process holds the lock; the message names it.
+        OSError: The folder cannot be written.
     """
-    descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(run_folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise RunLockedError(
-                f"{run_dir} is in use by another job ({holder}); wait for it, end it, or choose another run_dir"
+                f"{run_folder.path} is in use by another job ({holder}); wait for it, end it, or choose another run_dir"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning(
+                "the file system of %s has no file locks (%s), so nothing keeps a second job out of this run folder: "
+                "start one job only, or enable locks (Lustre: mount with -o flock; NFS: run its lock service)",
+                run_folder.path,
+                error,
+            )
+        with suppress(OSError):  # a full disk: only the other job's message would lack this
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        os.close(descriptor)  # this releases the lock; the file stays, for removing it would race with the next job
+        os.close(descriptor)  # releases the lock; the file stays, since its removal would race with the next job

@@ -1,1 +1,1 @@
-"""What every room stands on: processes, network, device memory, files."""
+"""Serve every room: processes, network, device memory, files."""

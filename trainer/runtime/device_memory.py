@@ -1,4 +1,4 @@
-"""What a user is told when a device's memory does not suffice."""
+"""Explain to the user what to change when the memory of a device is too small."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from trainer.errors import TrainerError
 
 
 class OutOfDeviceMemoryError(TrainerError):
-    """The run needs more memory than a device has."""
+    """Report that the run needs more memory than a device has."""
 
 
 @contextmanager
-def exhaustion_explained() -> Iterator[None]:
-    """Around what computes on a device. Raises: OutOfDeviceMemoryError in place of torch's error."""
+def explain_out_of_memory() -> Iterator[None]:
+    """Replace torch's out-of-memory error by one that names the settings to change.
+
+    Raises:
+        OutOfDeviceMemoryError: The memory of a device was exhausted in this context.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = str(error).split(" If reserved but unallocated")[0]
+        message = str(error).split(" If reserved but unallocated")[0]
         raise OutOfDeviceMemoryError(
-            f"{said} Set a smaller data.sources.*.micro_batch_size, training.activation_memory_gib, or "
+            f"{message} Set a smaller data.sources.*.micro_batch_size, training.activation_memory_gib, or "
             "deepspeed.offload_param and offload_optimizer to cpu; "
             "python -m trainer.plan CONFIG --search looks for settings that fit"
         ) from error

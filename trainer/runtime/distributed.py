@@ -1,12 +1,15 @@
-"""Processes: who am I, how do all ranks agree. Works under the deepspeed launcher, mpirun, srun, and without any."""
+"""Join the processes of a run into one group, and let all ranks agree.
+
+Works under the deepspeed launcher, mpirun and srun, and with plain ``python`` as a single process.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
-import socket
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,23 +17,35 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import distributed_c10d
 
 from trainer.errors import TrainerError
+from trainer.runtime.deepspeed_internals import skip_shared_memory_op
+from trainer.runtime.joining import wait_for_all
+from trainer.runtime.launch_environment import LaunchError, complete_environment
 from trainer.runtime.network import choose_interface
+from trainer.runtime.torch_internals import flight_recorder_dump, set_all_timeouts
 
 Key = TypeVar("Key", bound=Hashable)
-# srun sets none of the variables that torch reads.
-_SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 class RankFailedError(TrainerError):
-    """Another rank failed; its own message is in this one's."""
+    """Report that another rank failed, with its message and its exit code."""
+
+    def __init__(self, message: str, exit_code: int = TrainerError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run. ``device`` is this process's own."""
+    """Describe the processes of a run, as one of them sees it.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        local_rank: Number of this process among those of its node.
+        device: Device of this process.
+    """
 
     rank: int
     size: int
@@ -39,23 +54,35 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes all that is written once."""
         return self.rank == 0
 
 
 def initialize(timeout_seconds: float, threads: int | None = None) -> World:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and say who we are.
+    """Join the process group: NCCL on GPUs, gloo on CPUs.
 
-    timeout_seconds: how long a collective may wait for a rank that does not come; keep it short, for when one rank
-        raises the others wait that long.
-    threads: torch threads of this process; None leaves torch's own choice.
+    Args:
+        timeout_seconds: Longest time that a collective waits for a missing rank. Keep it short: when one rank raises,
+            the others wait that long.
+        threads: torch threads of this process; None keeps torch's choice.
+
+    Raises:
+        LaunchError: The environment does not describe a group of processes.
+        JoinError: The port is in use, or a process is missing.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    _complete_environment()
-    # DeepSpeed builds this op for minutes at its first initialization on CPU, and only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_seconds), verbose=False)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    skip_shared_memory_op()
+    store: object = None
+    if complete_environment():
+        _check_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
+        choose_interface(os.environ["MASTER_ADDR"])
+        store = wait_for_all(timeout_seconds)
+    else:
+        _initialize_single_process(timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    del store  # torch has its own by now
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -66,94 +93,109 @@ def initialize(timeout_seconds: float, threads: int | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def _complete_environment() -> None:
-    """Fill in what torch.distributed needs and the launcher did not set; plain ``python`` becomes a world of 1."""
-    environment = os.environ
-    launched_by_mpi = "OMPI_COMM_WORLD_SIZE" in environment or "PMI_SIZE" in environment
-    if "SLURM_PROCID" in environment and "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        for name, slurm_name in _SLURM_VARIABLES.items():
-            environment.setdefault(name, environment[slurm_name])
-        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        environment.setdefault("MASTER_PORT", "29500")
-    elif "RANK" not in environment and launched_by_mpi:
-        _ask_mpi()
-    elif "RANK" not in environment:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    choose_interface(environment["MASTER_ADDR"])
+def _check_device(local_rank: int) -> None:
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" or local_rank < accelerator.device_count():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    raise LaunchError(
+        f"process {local_rank} of this node has no device: it sees {accelerator.device_count()}"
+        + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else "")
+        + "; start fewer processes"
+    )
 
 
-def _ask_mpi() -> None:
-    """Rank, size and master from mpi4py, through DeepSpeed; what somebody set stays."""
-    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
-    deepspeed.comm.mpi_discovery(verbose=False)
-    os.environ.update(given)
-    from mpi4py import MPI
+def _initialize_single_process(timeout: datetime.timedelta) -> None:
+    """Make a process group of this process alone; DeepSpeed then uses it.
 
-    MPI.Finalize()  # nothing else uses MPI, and mpirun calls a process failed that ends without this
+    The store chooses a free port itself and listens on it at once, so no other process can take the port in between.
+    """
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, but missing in torch's __all__
+        "127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout, wait_for_workers=False
+    )
+    backend = get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """How long collectives that start from now on may wait for a rank that does not come, in all groups."""
-    timeout = datetime.timedelta(seconds=seconds)
-    # torch 2.15 gave it a public name and deprecated the old one.
-    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    for group in distributed_c10d._world.pg_map:
-        set_timeout(timeout, group)
+    """Set how long collectives that start from now on wait for a missing rank, in all process groups."""
+    set_all_timeouts(datetime.timedelta(seconds=seconds))
 
 
 def collective_records() -> str:
-    """This process's last collectives, as JSON, from torch's flight recorder; empty where torch keeps none."""
-    nccl = dist.get_backend() == "nccl"
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json" if nccl else "_dump_fr_trace_json", None)
-    return "" if dump is None else bytes(dump()).decode()
+    """Return this process's last collectives as JSON; empty if torch recorded none."""
+    return flight_recorder_dump()
 
 
 def shut_down() -> None:
-    """Leave the process group; safe to call when it was never joined."""
+    """Leave the process group; does nothing if this process never joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
-    """The sums over all ranks, in one all-reduce, in float64 so that counts and losses stay exact."""
+    """Sum each value over all ranks, in one all-reduce, in float64 so that counts and losses stay exact."""
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
 
 
+def sum_by_name(values: Mapping[str, float], world: World) -> dict[str, float]:
+    """Sum each value over all ranks, in one all-reduce; every rank gives the same names in the same order."""
+    return dict(zip(values, sum_over_ranks(list(values.values()), world), strict=True))
+
+
 def sum_counts(counts: Counter[Key], world: World) -> Counter[Key]:
-    """The sums over all ranks of counts whose keys may differ from rank to rank."""
+    """Sum counts over all ranks; their keys may differ from rank to rank."""
     return sum(gather_objects(counts, world), Counter[Key]())
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on at least one rank: every rank-dependent decision is agreed with this first."""
+    """Return whether the flag is set on at least one rank, so that all ranks take the same decision."""
     value = torch.tensor([int(flag)], device=world.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
 
 def broadcast(value: Any, world: World) -> Any:
-    """Rank 0's value on every rank (small picklable objects between our own processes)."""
+    """Return rank 0's value on every rank. It is pickled, so it must be small."""
     box = [value if world.is_main else None]
     dist.broadcast_object_list(box, src=0, device=world.device)
     return box[0]
 
 
-def raise_together(error: Exception | None, world: World) -> None:
-    """Raise on every rank if any rank failed, so that nobody waits in a collective for one that is gone.
+def raise_on_all_ranks(error: Exception | None, world: World) -> None:
+    """Raise on every rank if any rank failed, so that no rank waits in a collective for one that has left.
 
-    Raises: the rank's own error, or RankFailedError naming the first rank that failed.
+    Args:
+        error: Error of this rank, or None. This rank raises it.
+        world: Processes of the run.
+
+    Raises:
+        RankFailedError: Only other ranks failed; it holds the message of the first one.
     """
-    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", world)
+    mine = None
+    if error is not None:
+        mine = f"{type(error).__name__}: {error}", getattr(error, "exit_code", TrainerError.exit_code)
+    failures = gather_objects(mine, world)
     if error is not None:
         raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RankFailedError(f"rank {rank} failed: {message}")
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            message, exit_code = failure
+            raise RankFailedError(f"rank {rank} failed: {message}", exit_code)
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Run work of this rank, such as writing a file; errors as ``raise_on_all_ranks``. A collective at its end."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001  raised on all ranks
+        error = caught
+    raise_on_all_ranks(error, world)
 
 
 def barrier() -> None:
@@ -162,7 +204,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Each rank's value, on every rank (small picklable objects between our own processes)."""
+    """Return the values of all ranks on every rank. They are pickled, so they must be small."""
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, value)
     return gathered

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Write files that are either whole or absent after a crash, and compute checksums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK_BYTES = 8 * 2**20
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file in one step: after a crash it holds the old content or the new, never a part."""
+    """Replace a file in one step: after a crash it holds its old content or all of the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -26,17 +26,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``write_atomically`` for a JSON value."""
+    """Write a JSON value as ``write_atomically`` does."""
     write_atomically(path, canonical_json(value))
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of a JSON value, so that equal values have equal bytes."""
+    """Return a JSON value as text, the same text for equal values."""
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in the folder survive a power loss."""
+    """Make new and renamed files in a folder survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of the file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""Which network interface leads to another machine."""
+"""Find the network interface that leads to another machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import socket
 
 import psutil
 
+from trainer.runtime.launch_environment import LaunchError
+
 
 def interface_towards(address: str) -> str | None:
-    """This machine's network interface towards an address or a name; None where that is this machine's loopback.
+    """Return this machine's network interface towards an address or host name; None if that is its loopback.
 
-    Raises: OSError when the name is not known.
+    Raises:
+        OSError: The name is unknown.
     """
     family, kind, protocol, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)  # of a datagram socket: only looks the route up
+        probe.connect(target)  # sends nothing: connecting a datagram socket only looks up the route
         own = str(probe.getsockname()[0])
     if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
         return None
@@ -25,12 +28,22 @@ def interface_towards(address: str) -> str | None:
 
 
 def choose_interface(master_address: str) -> None:
-    """Have gloo and NCCL use the interface towards the first node, unless somebody named another one.
+    """Make gloo and NCCL use the interface towards the first node, unless the environment names another one.
 
-    Gloo takes the interface of the machine's own name otherwise, which many systems put on 127.0.1.1, where no other
-    node reaches it; NCCL takes the first one that it finds, which may lead nowhere.
+    By default, gloo uses the interface of the machine's own host name. Many systems resolve that name to 127.0.1.1,
+    which no other node can reach. NCCL uses the first interface that it finds, which may lead nowhere.
+
+    Raises:
+        LaunchError: The address cannot be reached, or the environment names an interface that this machine lacks.
     """
-    interface = interface_towards(master_address)
+    try:
+        interface = interface_towards(master_address)
+    except OSError as error:
+        raise LaunchError(f"MASTER_ADDR={master_address} cannot be reached from here: {error.strerror}") from None
+    named, existing = os.environ.get("GLOO_SOCKET_IFNAME"), psutil.net_if_addrs()
+    if named and not any(name in existing for name in named.split(",")):
+        known = ", ".join(existing)
+        raise LaunchError(f"GLOO_SOCKET_IFNAME={named} is not an interface of this machine ({known}); unset it")
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")

@@ -1,4 +1,4 @@
-"""Floating-point operations of a batch, as ``model.flops`` counts them, and what a device could do at most."""
+"""Count the floating-point operations of a batch, and look up the peak of a device."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ import torch
 from model.flops import UsefulFlops, Workload
 from trainer.data.batch import Batch
 from trainer.metrics.utilization import Operations
-from trainer.planning.cost_model import DEVICES, Device, executed_flops
+from trainer.planning.devices import DEVICES, Device
+from trainer.planning.workload import executed_flops
 
 # Boards with a chip's name and less than its peak; an A100 has the same on all.
 _SLOWER_BOARDS = {"pcie", "nvl", "laptop", "d"}
 
 
 def count_operations(sizes: UsefulFlops, recompute: bool | int, batch: Batch) -> Operations:
-    """Of one batch. recompute: whether, or how many of the language model's blocks are checkpointed."""
+    """Count the operations of a batch.
+
+    Args:
+        sizes: Sizes of the model.
+        recompute: Number of the language model's blocks that are recomputed; a bool stands for all or none.
+        batch: Batch of one source.
+    """
     rows, length = batch.input_ids.shape
-    workload = Workload(rows, length, batch.medium_count / rows, frames_per_medium(sizes, batch))
+    workload = Workload(rows, length, batch.num_media / rows, frames_per_medium(sizes, batch))
     return Operations(useful_flops(sizes, batch), rows * executed_flops(sizes, workload, recompute))
 
 
 def useful_flops(sizes: UsefulFlops, batch: Batch) -> float:
-    """Of the batch's tokens and media, without padding and dummies; frozen layers count as frozen.
+    """Count the operations on tokens and media, without padding and dummies; frozen layers have no weight gradients.
 
-    Media that keep their aspect count as so many frames of the tower's own size as they have patches for.
+    Media that keep their aspect count as frames of the tower's own size with as many patches.
     """
     rows, frames = len(batch.input_ids), frames_per_medium(sizes, batch)
-    media = batch.medium_count / rows if int(batch.media_index.max()) >= 0 else 0.0
+    media = batch.num_seen_media / rows
     lengths: list[int] = batch.attention_mask.sum(-1).tolist()
-    return sum(sizes.sequence(Workload(1, length, media, frames)) for length in lengths)
+    return sum(sizes.row(Workload(1, length, media, frames)) for length in lengths)
 
 
 def frames_per_medium(sizes: UsefulFlops, batch: Batch) -> float:
-    """Frames of the tower's own size that a medium of the batch has, on average."""
+    """Return the mean number of frames of a medium, in frames of the tower's own size."""
     if batch.media_grids is None:
         return batch.media.shape[1]
-    return len(batch.media) / sizes.features / batch.medium_count
+    return len(batch.media) / sizes.num_features / batch.num_media
 
 
 def data_sheet_tflops(device: torch.device, dtype: str) -> float | None:
-    """Peak of a device for the metrics; None for a CPU, for other types than bfloat16 and for what is not known."""
+    """Return the peak of a GPU in 10^12 operations per second; None where it or ``dtype`` is not known."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     found = device_named(torch.cuda.get_device_name(device))
@@ -47,7 +54,7 @@ def data_sheet_tflops(device: torch.device, dtype: str) -> float | None:
 
 
 def device_named(name: str) -> Device | None:
-    """The device of ``cost_model.DEVICES`` that a driver calls so ("NVIDIA H100 80GB HBM3"), as far as TFLOP/s go."""
+    """Find the device of ``devices.DEVICES`` by its driver's name ("NVIDIA H100 80GB HBM3"); None if unknown."""
     words = set(name.lower().replace("-", " ").split())
     for known, device in DEVICES.items():
         chip = known.removeprefix("rtx-").split("-")[0]

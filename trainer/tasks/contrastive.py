@@ -1,4 +1,4 @@
-"""Contrastive pretraining of an open_clip image tower (paper, section 3.1 and appendix B.1.3).
+"""Build the task of ``trainer.pretrain_vision``: contrastive open_clip towers (paper, section 3.1, appendix B.1.3).
 
 Every micro-batch is one contrastive problem over all ranks: each image against each caption.
 """
@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -23,9 +22,10 @@ from transformers import AutoTokenizer
 
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import ContrastiveRunConfig
-from trainer.data.stream.loader import micro_batches_per_step
+from trainer.data.batch import BatchFormat
 from trainer.loop import Task
 from trainer.runtime.distributed import World, barrier
+from trainer.runtime.run_folder import RunFolder
 from trainer.tasks.row_builders import contrastive_builders
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's own limit of the inverse temperature
@@ -34,21 +34,25 @@ CLIP_PREFIX = "clip."  # of the weights of ContrastiveTowers in a checkpoint
 
 @dataclass
 class ContrastiveOutput:
-    """loss: summed over this rank's image-caption pairs."""
+    """Hold the loss, summed over the image-caption pairs of this rank."""
 
     loss: Tensor
 
 
 class DuplicateAwareClipLoss(ClipLoss):
-    """open_clip's loss in which equal captions of a batch are not each other's negatives."""
+    """Compute open_clip's loss so that equal captions of a batch are not each other's negatives."""
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, duplicates: Tensor | None
     ) -> Tensor:
-        """The mean over this rank's pairs of both directions' cross-entropy.
+        """Return the cross-entropy of both directions, averaged over this rank's pairs.
 
-        image_features, text_features: [n, width], normalized. duplicates: bool [n, n * world size], True where another
-        row of the global batch has the same caption; None leaves all of them in.
+        Args:
+            image_features: [n, dim], normalized.
+            text_features: [n, dim], normalized.
+            logit_scale: Inverse temperature.
+            duplicates: bool [n, n * world size], True where another row of the global batch has the same caption; None
+                keeps all negatives.
         """
         per_image, per_text = self.get_logits(image_features, text_features, logit_scale)
         if duplicates is not None:
@@ -59,7 +63,7 @@ class DuplicateAwareClipLoss(ClipLoss):
 
 
 class ContrastiveTowers(nn.Module):
-    """An open_clip model that returns its loss."""
+    """Wrap an open_clip model so that it returns its loss."""
 
     mean: Tensor
     std: Tensor
@@ -80,7 +84,13 @@ class ContrastiveTowers(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, input_ids: Tensor, media: Tensor, **unused: Tensor) -> ContrastiveOutput:
-        """input_ids: int64 [B, context] captions; media: uint8 [B, 1, 3, S, S], one image a caption."""
+        """Return the contrastive loss.
+
+        Args:
+            input_ids: int64 [B, context length], captions.
+            media: uint8 [B, 1, 3, height, width], the image of each caption.
+            unused: Other fields of a batch.
+        """
         weight = self.clip.logit_scale
         images = (media[:, 0].to(weight.dtype) / 255.0 - self.mean) / self.std
         image_features = self.clip.encode_image(images, normalize=True)
@@ -99,19 +109,19 @@ class ContrastiveTowers(nn.Module):
 
 
 def open_clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of ``ContrastiveTowers`` as open_clip's own."""
+    """Rename the weights of ``ContrastiveTowers`` to open_clip's own names."""
     clip = {name.removeprefix(CLIP_PREFIX): tensor.contiguous() for name, tensor in weights.items()}
     return clip | {"logit_scale": clip["logit_scale"].reshape(())}
 
 
 def normalization(clip: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std of the image tower's input, per channel, for values in 0..1."""
+    """Return mean and standard deviation of the tower's input, for each channel, for values in 0..1."""
     settings = open_clip.get_model_preprocess_cfg(clip)
     return tuple(settings["mean"]), tuple(settings["std"])
 
 
 def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
-    """Towers with random weights (the paper trains them from scratch), and their captions' tokenizer."""
+    """Build towers with random weights (the paper trains them from scratch) and the tokenizer of the captions."""
     if config.deepspeed.zero_stage == 3:
         # open_clip's towers read parameters of one module in the forward of another, which ZeRO-3 has partitioned then.
         raise ValueError("deepspeed.zero_stage: the contrastive towers train with stage 1 or 2, not 3")
@@ -120,10 +130,8 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
         write_architecture(config)
     barrier()
     torch.manual_seed(config.training.seed)
-    clip = open_clip.create_model(f"local-dir:{architecture_folder(config)}", load_weights=False)
-    settings = deepspeed_json(
-        config, world_size=world.size, micro_batches_per_step=micro_batches_per_step(config.data, world.size)
-    )
+    clip = open_clip.create_model(f"local-dir:{RunFolder(config.run_dir).architecture}", load_weights=False)
+    settings = deepspeed_json(config)
     towers = ContrastiveTowers(clip, world, mask_duplicate_captions=config.mask_duplicate_captions)
     if config.training.dtype == "bfloat16":
         towers = towers.to(torch.bfloat16)
@@ -131,21 +139,19 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
     return Task(
         module=towers,
         builders=contrastive_builders(config.data, caption_tokenizer(config, clip), size, towers.mean_color),
-        pad_id=0,
-        media_shape=(1, 3, size, size),
+        batch_format=BatchFormat(pad_id=0, image_size=size),
         deepspeed=settings,
         model={"architecture": config.architecture},
         unit="document",
     )
 
 
-def architecture_folder(config: ContrastiveRunConfig) -> Path:
-    """Where the run keeps the architecture in open_clip's own form."""
-    return config.run_dir / "architecture"
-
-
 def model_settings(config: ContrastiveRunConfig) -> dict[str, Any]:
-    """open_clip's model config. Raises: ValueError for a name that open_clip does not know."""
+    """Return open_clip's model config.
+
+    Raises:
+        ValueError: open_clip does not know the architecture's name.
+    """
     if isinstance(config.architecture, dict):
         return config.architecture
     settings = open_clip.get_model_config(config.architecture)
@@ -155,21 +161,24 @@ def model_settings(config: ContrastiveRunConfig) -> dict[str, Any]:
 
 
 def write_architecture(config: ContrastiveRunConfig) -> None:
-    """Write ``open_clip_config.json``, which makes a folder one that open_clip loads as ``local-dir:``."""
-    folder = architecture_folder(config)
+    """Write ``open_clip_config.json``, so that open_clip loads the folder as ``local-dir:``."""
+    folder = RunFolder(config.run_dir).architecture
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"model_cfg": model_settings(config), "preprocess_cfg": {}}, indent=1)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def image_size(config: ContrastiveRunConfig) -> int:
-    """Side of the tower's square input, in pixels."""
+    """Return the side of the tower's square input, in pixels."""
     size = model_settings(config)["vision_cfg"].get("image_size", 224)
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def caption_tokenizer(config: ContrastiveRunConfig, clip: Any) -> Callable[[str], Tensor]:
-    """A caption as int64 [context], cut or padded: with the run's own tokenizer, or else open_clip's."""
+    """Return a function from a caption to int64 [context length], cut or padded.
+
+    It uses ``config.tokenizer`` or, without one, the tokenizer of open_clip.
+    """
     context = int(clip.context_length)
     if config.tokenizer is None:
         name = config.architecture if isinstance(config.architecture, str) else "ViT-B-32"

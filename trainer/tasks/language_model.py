@@ -1,4 +1,4 @@
-"""Pretraining of a small causal language model on text, with a tokenizer of its own."""
+"""Build the task of ``trainer.pretrain_lm``: a small causal language model and a tokenizer of its own."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from model.factory import torch_dtype
-from model.loss import labels_after, summed_cross_entropy, target_positions
+from model.loss import gather_labels, summed_cross_entropy
+from model.loss import find_target_positions
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import LanguageModelRunConfig, TokenizerTrainingConfig
-from trainer.data.samples.decode import text_member
+from trainer.data.batch import BatchFormat
+from trainer.data.samples.sample_members import text_member
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.reader import ShardReader
-from trainer.data.stream.loader import micro_batches_per_step
 from trainer.deepspeed_engine.engine import partitioned_loading
 from trainer.loop import Task
 from trainer.runtime.distributed import World, barrier
+from trainer.runtime.run_folder import RunFolder
 from trainer.tasks.row_builders import check_packing, text_builders
 
 
 @dataclass
 class LanguageModelOutput:
-    """loss: summed over the labels."""
+    """Hold the loss, summed over the labels."""
 
     loss: Tensor
 
 
 class CausalLanguageModel(nn.Module):
-    """A Hugging Face causal language model that returns the summed loss of the batch."""
+    """Wrap a Hugging Face causal language model so that it returns the summed loss of a batch."""
 
     def __init__(self, language_model: nn.Module) -> None:
         super().__init__()
@@ -47,21 +49,33 @@ class CausalLanguageModel(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        positions: Tensor | None = None,
+        target_positions: Tensor | None = None,
         **unused: Tensor,
     ) -> LanguageModelOutput:
-        """All int64 [B, L]; labels at their token's own position, -100 ignored. Packed documents come as position_ids
-        that restart with each, and without an attention mask. positions: ``target_positions`` of the labels, if known.
+        """Return the summed cross-entropy.
+
+        Args:
+            input_ids: int64 [B, L].
+            labels: int64 [B, L] at their token's own position; -100 is ignored.
+            attention_mask: int64 [B, L] of rows that are not packed.
+            position_ids: int64 [B, L] of packed rows, restarting at 0 with each document.
+            target_positions: ``model.loss.find_target_positions`` of the labels; None computes them.
+            unused: Other fields of a batch.
         """
         attention = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
         logits = self.language_model(input_ids=input_ids, use_cache=False, **attention).logits
-        positions = target_positions(labels) if positions is None else positions
-        loss = summed_cross_entropy(logits.flatten(0, 1)[positions], labels_after(labels, positions))
+        positions = find_target_positions(labels) if target_positions is None else target_positions
+        loss = summed_cross_entropy(logits.flatten(0, 1)[positions], gather_labels(labels, positions))
         return LanguageModelOutput(loss)
 
 
 def read_texts(manifest: Path) -> Iterator[str]:
-    """The texts of a manifest, shard after shard. Raises: ShardError, SampleError for text that is not UTF-8."""
+    """Yield the texts of a manifest, shard after shard.
+
+    Raises:
+        ShardError: A shard cannot be read.
+        SampleError: A text is not UTF-8.
+    """
     reader = ShardReader(load_manifest(manifest))
     try:
         for shard, samples in enumerate(reader.manifest.samples):
@@ -72,12 +86,12 @@ def read_texts(manifest: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerTrainingConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text can be encoded, and nothing but ``end_of_text`` is special."""
+    """Train a byte-level BPE: it encodes every text, and only ``end_of_text`` is special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
+        vocab_size=config.vocab_size,
         special_tokens=[config.end_of_text],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -88,19 +102,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerTrainingConfig) -> Pr
     )
 
 
-def tokenizer_folder(config: LanguageModelRunConfig) -> Path:
-    """Where the run keeps its tokenizer."""
-    return config.run_dir / "tokenizer"
-
-
 def load_run_tokenizer(config: LanguageModelRunConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer that the run trained at its start."""
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder(config))
+    """Load the tokenizer that the run trained at its start."""
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(RunFolder(config.run_dir).tokenizer)
     return tokenizer
 
 
 def model_settings(config: LanguageModelRunConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The Hugging Face config as values: the run's architecture, with what the tokenizer decides."""
+    """Return the Hugging Face config as a mapping: the run's architecture with the tokenizer's vocabulary."""
     return {
         **config.architecture,
         "vocab_size": len(tokenizer),
@@ -110,16 +119,14 @@ def model_settings(config: LanguageModelRunConfig, tokenizer: PreTrainedTokenize
 
 
 def build_language_model_task(config: LanguageModelRunConfig, world: World) -> Task:
-    """A model with random weights, and the tokenizer: trained now, or in an earlier start of this run."""
-    folder = tokenizer_folder(config)
+    """Build a model with random weights; train the tokenizer unless an earlier start of this run did."""
+    folder = RunFolder(config.run_dir).tokenizer
     if world.is_main and not (folder / "tokenizer.json").exists():
-        texts = islice(read_texts(config.data.sources[0].manifest), config.tokenizer.samples)
+        texts = islice(read_texts(config.data.sources[0].manifest), config.tokenizer.num_samples)
         train_tokenizer(texts, config.tokenizer).save_pretrained(folder)
     barrier()
     tokenizer = load_run_tokenizer(config)
-    settings = deepspeed_json(
-        config, world_size=world.size, micro_batches_per_step=micro_batches_per_step(config.data, world.size)
-    )
+    settings = deepspeed_json(config)
     architecture = model_settings(config, tokenizer)
     torch.manual_seed(config.training.seed)
     with partitioned_loading(settings):
@@ -130,8 +137,7 @@ def build_language_model_task(config: LanguageModelRunConfig, world: World) -> T
     return Task(
         module=CausalLanguageModel(language_model),
         builders=text_builders(config.data, tokenizer),
-        pad_id=tokenizer.eos_token_id,
-        media_shape=(1, 3, 1, 1),
+        batch_format=BatchFormat(tokenizer.eos_token_id, image_size=1),
         deepspeed=settings,
         model={"architecture": architecture},
     )

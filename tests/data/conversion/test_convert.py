@@ -1,4 +1,4 @@
-"""Writing indexed shards, and converting other layouts into them."""
+"""Test the conversion of folders, MMC4 and OBELICS into shards."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ import base64
 import csv
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 
-from tests.data.helpers import SAMPLE, encoding, image_bytes, text_of
+from tests.data.helpers import SAMPLE, document_builder, image_bytes, pair_builder, text_of
 from trainer import convert
-from trainer.data.errors import ShardError
-from trainer.data.samples.decode import ImageDecoder
-from trainer.data.samples.interleaved import InterleavedBuilder
-from trainer.data.samples.pairs import ImageTextBuilder
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.reader import ShardReader
-from trainer.data.shards.tar_index import load_sidecar, scan_shard
-from trainer.data.shards.writer import IndexedShardWriter
 
 RED, GREEN, BLUE = (image_bytes(color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 
@@ -41,66 +33,6 @@ def samples(output: Path) -> list[tuple[str, dict[str, bytes]]]:
 
 def refused(output: Path) -> list[tuple[str, str]]:
     return [(Path(one["where"]).name, one["reason"]) for one in json.loads((output / "refused.json").read_text())]
-
-
-def test_the_writer_indexes_what_webdataset_reads(tmp_path: Path) -> None:
-    wanted = [(f"{n:05d}", {"jpg": os.urandom(n * 700), "txt": b"t%d" % n}) for n in range(25)]
-    with IndexedShardWriter(tmp_path, max_samples=10, max_bytes=85_000) as writer:
-        for key, members in wanted:
-            writer.write(key, members)
-    assert samples(tmp_path) == wanted
-    manifest = load_manifest(tmp_path / "manifest.npz")
-    assert manifest.samples.tolist() == [10, 9, 6]
-    urls = [str(manifest.shard_path(shard)) for shard in range(3)]
-    theirs = [(one["__key__"], one["jpg"], one["txt"]) for one in webdataset.WebDataset(urls, shardshuffle=False)]
-    assert theirs == [(key, members["jpg"], members["txt"]) for key, members in wanted]
-    for shard in range(3):
-        made, found = load_sidecar(manifest.index_path(shard)), scan_shard(manifest.shard_path(shard))
-        assert (made.checksum, made.version, made.tar_bytes) == (found.checksum, found.version, found.tar_bytes)
-
-
-def test_the_same_samples_are_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        with IndexedShardWriter(tmp_path / name) as writer:
-            writer.write("k", {"txt": b"text"})
-    assert (tmp_path / "a/000000.tar").read_bytes() == (tmp_path / "b/000000.tar").read_bytes()
-
-
-def test_what_would_read_otherwise_is_refused(tmp_path: Path) -> None:
-    with IndexedShardWriter(tmp_path) as writer:
-        for key in ("", "a.b", "/a", "a/", "__meta__"):
-            with pytest.raises(ValueError, match="key"):
-                writer.write(key, {"txt": b""})
-        for extension in ("", "JPG", "a/b", "_x", ".txt"):
-            with pytest.raises(ValueError, match="extension"):
-                writer.write("k", {extension: b""})
-        writer.write("k", {"txt": b""})
-    with pytest.raises(ValueError, match="is there already"):
-        IndexedShardWriter(tmp_path)
-
-
-def test_duplicate_keys_are_found_when_they_are_written(tmp_path: Path) -> None:
-    writer = IndexedShardWriter(tmp_path)
-    for key in ("a", "b", "a"):
-        writer.write(key, {"txt": b""})
-    with pytest.raises(ShardError, match=r"000000\.tar does not read as written.*duplicate_key"):
-        writer.close()
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_interrupted_writer_leaves_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), IndexedShardWriter(tmp_path, max_samples=2) as writer:
-        for number in range(5):
-            writer.write(f"{number}", {"txt": b""})
-        raise KeyboardInterrupt
-    assert sorted(os.listdir(tmp_path)) == ["000000.tar", "000000.tar.index", "000001.tar", "000001.tar.index"]
-
-
-def test_output_names_never_reach_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with IndexedShardWriter(Path("pipe:touch ran;x")) as writer:
-        writer.write("k", {"txt": b""})
-    assert os.listdir(tmp_path) == ["pipe:touch ran;x"]
 
 
 def test_a_folder_with_captions_beside_the_images(tmp_path: Path) -> None:
@@ -126,7 +58,7 @@ def test_a_folder_with_captions_beside_the_images(tmp_path: Path) -> None:
     ]
     assert refused(tmp_path / "out") == [("d.png", "missing_text"), ("e.txt", "invalid_utf8"), ("f.txt", "empty_text")]
     members = samples(tmp_path / "out")[0][1]
-    row = ImageTextBuilder(encoding(), ImageDecoder(8))(members, SAMPLE, np.random.default_rng(0))
+    row = pair_builder()(members, SAMPLE, np.random.default_rng(0))
     assert text_of(row.input_ids) == "B#a red square|"
 
 
@@ -174,7 +106,7 @@ def test_a_table_of_captions(tmp_path: Path, kind: str) -> None:
     )
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_column_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("picture,caption\na.png,b\n")
     assert run(tmp_path / "out", "folder", tmp_path, "--captions", tmp_path / "t.csv") == 2
     assert "no column 'image', but 'picture', 'caption'" in capsys.readouterr().err
@@ -183,7 +115,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
 def test_mmc4(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    (images / "r.jpg").write_bytes(RED)  # its name says jpg
+    (images / "r.jpg").write_bytes(RED)  # a PNG in spite of its name
     (images / "g.png").write_bytes(GREEN)
     documents: list[Any] = [
         {
@@ -213,7 +145,7 @@ def test_mmc4(tmp_path: Path) -> None:
     assert document["similarity_matrix"] == [[0, 1], [4, 5]]
     assert [info["image_name"] for info in document["image_info"]] == ["0.png", "1.png"]
     assert document["url"] == "http://x"
-    build = InterleavedBuilder(encoding(), ImageDecoder(8), max_tokens=64)
+    build = document_builder(max_tokens=64)
     row = build(first[1], SAMPLE, np.random.default_rng(0))
     assert text_of(row.input_ids) == "B#one|#two|"
     assert [medium[0, :, 0, 0].tolist() for medium in row.media] == [[255, 0, 0], [0, 255, 0]]
@@ -246,7 +178,7 @@ def test_obelics(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert run(tmp_path / "out", "obelics", tmp_path / "a.parquet", "--images", images) == 0
     ((_, members),) = samples(tmp_path / "out")
-    row = InterleavedBuilder(encoding(), ImageDecoder(8), max_tokens=64)(members, SAMPLE, np.random.default_rng(0))
+    row = document_builder(max_tokens=64)(members, SAMPLE, np.random.default_rng(0))
     assert text_of(row.input_ids) == "B#one|#two three|#|"
     assert [medium[0, :, 0, 0].tolist() for medium in row.media] == [[0, 255, 0], [0, 0, 255], [0, 255, 0]]
     assert [reason for _, reason in refused(tmp_path / "out")] == [
@@ -272,7 +204,7 @@ def test_parquet_without_pyarrow_names_the_extra(
     assert "flamingo-trainer[parquet]" in capsys.readouterr().err
 
 
-def test_nothing_to_write_is_a_failure(tmp_path: Path) -> None:
+def test_an_empty_folder_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     assert run(tmp_path / "out", "folder", tmp_path / "in") == 1
     assert not (tmp_path / "out/manifest.npz").exists()

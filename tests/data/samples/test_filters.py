@@ -1,10 +1,9 @@
-"""Filters: each reason, from texts, metadata and headers, before anything is decoded."""
+"""Check each filter of texts, metadata and headers; none decodes a medium."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,28 @@ import torch
 from PIL import Image
 
 from tests.data.helpers import (
+    DECODER,
+    NO_MANIFEST,
     SAMPLE,
     build_manifest,
+    document_builder,
     encoding,
     image_bytes,
     mmc4,
+    pair_builder,
     saved,
     step_loader,
+    text_builder,
     write_shard,
 )
 from tests.data.videos import video_bytes
-from trainer.config.data_config import DataConfig, FilterConfig, ImageTextSource
+from trainer.config.data_config import DataConfig, FilterConfig, ImageTextSource, VideoTextSource
 from trainer.data.errors import SampleError
-from trainer.data.samples.contrastive import ContrastiveBuilder
-from trainer.data.samples.decode import ImageDecoder
-from trainer.data.samples.interleaved import InterleavedBuilder
-from trainer.data.samples.pairs import ImageTextBuilder, VideoTextBuilder
-from trainer.data.samples.row_builder import Builder, sample_rng
-from trainer.data.samples.text import TextBuilder
-from trainer.data.samples.video import VideoDecoder
+from trainer.data.samples.contrastive_rows import ContrastiveBuilder
+from trainer.data.samples.pair_rows import PairBuilder
+from trainer.data.samples.rows import RowBuilder, sample_rng
+from trainer.data.samples.video_decoder import VideoDecoder
 
-DECODER = ImageDecoder(8)
 METADATA = json.dumps({"similarity": 0.3, "language": "en", "clip": 1}).encode()
 PAIR = {"png": image_bytes(size=(40, 20)), "txt": b"a small cat", "json": METADATA}
 
@@ -43,8 +43,8 @@ def one_id(text: str) -> torch.Tensor:
     return torch.tensor([len(text)])
 
 
-def reason_of(builder: Builder, members: dict[str, bytes]) -> str | None:
-    """Why a sample is not used; both ways to ask have to agree."""
+def reason_of(builder: RowBuilder, members: dict[str, bytes]) -> str | None:
+    """Return the reason for rejecting a sample, after checking that the row and its length agree on it."""
     reasons = []
     for call in (builder, builder.length):
         try:
@@ -79,14 +79,15 @@ CASES: list[tuple[dict[str, Any], str | None]] = [
 @pytest.mark.parametrize(("settings", "reason"), CASES)
 def test_pairs(settings: dict[str, Any], reason: str | None) -> None:
     filters = FilterConfig(**settings)
-    assert reason_of(ImageTextBuilder(encoding(), DECODER, filters=filters), PAIR) == reason
-    assert reason_of(ContrastiveBuilder(one_id, DECODER, filters), PAIR) == reason
+    assert reason_of(pair_builder(filters=filters), PAIR) == reason
+    source = ImageTextSource("pairs", NO_MANIFEST, 1, filters=filters)
+    assert reason_of(ContrastiveBuilder(source, one_id, DECODER), PAIR) == reason
     about_images = reason in ("filtered_min_side", "filtered_max_aspect")
-    assert reason_of(TextBuilder(encoding(), filters=filters), PAIR) == (None if about_images else reason)
+    assert reason_of(text_builder(filters=filters), PAIR) == (None if about_images else reason)
 
 
-def test_metadata_have_to_be_there_and_whole() -> None:
-    builder = ImageTextBuilder(encoding(), DECODER, filters=FilterConfig(languages=("en",)))
+def test_missing_and_damaged_metadata() -> None:
+    builder = pair_builder(filters=FilterConfig(languages=("en",)))
     assert reason_of(builder, {k: v for k, v in PAIR.items() if k != "json"}) == "missing_json"
     assert reason_of(builder, {**PAIR, "json": b"{"}) == "invalid_json"
     assert reason_of(builder, {**PAIR, "json": b"[1]"}) == "missing_language"
@@ -94,50 +95,53 @@ def test_metadata_have_to_be_there_and_whole() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
 def test_only_the_header_is_read(kind: str) -> None:
-    """A cut image is filtered by its header's size, and not called damaged."""
+    """Filter a truncated image by the size in its header instead of reporting the damage."""
     data = saved(Image.effect_noise((300, 30), 50).convert("RGB"), kind)[:800]
-    assert DECODER.header_size(data) == (300, 30)
-    builder = ImageTextBuilder(encoding(), DECODER, filters=FilterConfig(max_aspect=3))
+    assert image_size(data) == (300, 30)
+    builder = pair_builder(filters=FilterConfig(max_aspect=3))
     assert reason_of(builder, {"jpg": data, "txt": b"a"}) == "filtered_max_aspect"
     with pytest.raises(SampleError, match="empty_image"):
-        DECODER.header_size(b"")
+        image_size(b"")
     with pytest.raises(SampleError, match="corrupt_image"):
-        DECODER.header_size(b"no image")
+        image_size(b"no image")
+
+
+def video_builder(**settings: Any) -> PairBuilder:
+    source = VideoTextSource("videos", NO_MANIFEST, 1, **settings)
+    return PairBuilder(source, encoding(), VideoDecoder(source, DECODER))
 
 
 def test_videos() -> None:
     members = {"mp4": video_bytes(1, size=(64, 32)), "txt": b"a"}
     for settings, reason in (({"min_side": 33}, "filtered_min_side"), ({"max_aspect": 1.5}, "filtered_max_aspect")):
-        builder = VideoTextBuilder(encoding(), VideoDecoder(DECODER), filters=FilterConfig(**settings))
-        assert reason_of(builder, members) == reason
-    assert reason_of(VideoTextBuilder(encoding(), VideoDecoder(DECODER)), members) is None
+        assert reason_of(video_builder(filters=FilterConfig(**settings)), members) == reason
+    assert reason_of(video_builder(), members) is None
 
 
-def test_documents_lose_images_and_then_themselves() -> None:
+def test_documents_lose_images_until_none_is_left() -> None:
     document = mmc4(["one", "two", "three"], [0, 1, 2])
     document["1.png"] = image_bytes(size=(100, 10))
-    small = FilterConfig(max_aspect=3)
-    builder = InterleavedBuilder(encoding(), DECODER, filters=small)
+    builder = document_builder(filters=FilterConfig(max_aspect=3))
     row = builder(document, SAMPLE, sample_rng(0, SAMPLE))
     assert len(row.media) == 2 and int(row.media_index.max()) == 1
-    assert int(row.media[1][0, 0, 0, 0]) == 30  # the third one's gray
+    assert int(row.media[1][0, 0, 0, 0]) == 30  # the gray of the third image
     assert builder.length(document, SAMPLE, sample_rng(0, SAMPLE)) == len(row.input_ids)
-    assert reason_of(replace(builder, filters=FilterConfig(min_side=20)), mmc4(["a"], [0])) == "filtered_min_side"
-    assert reason_of(replace(builder, filters=FilterConfig(min_words=4)), document) == "filtered_min_words"
-    assert reason_of(replace(builder, filters=FilterConfig(max_words=3)), document) is None
+    assert reason_of(document_builder(filters=FilterConfig(min_side=20)), mmc4(["a"], [0])) == "filtered_min_side"
+    assert reason_of(document_builder(filters=FilterConfig(min_words=4)), document) == "filtered_min_words"
+    assert reason_of(document_builder(filters=FilterConfig(max_words=3)), document) is None
 
 
-def test_what_is_filtered_is_counted_and_replaced(tmp_path: Path) -> None:
+def test_filtered_samples_are_counted_and_replaced(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sides = rng.choice([4, 16], 60)
     samples = ((f"{n}", {"png": image_bytes(size=(side, side)), "txt": b"x"}) for n, side in enumerate(sides))
     write_shard(tmp_path / "a.tar", samples)
     filters = FilterConfig(min_side=8)
     data = DataConfig((ImageTextSource("pairs", build_manifest(tmp_path), 6, filters=filters),))
-    builders = {"pairs": ImageTextBuilder(encoding(), DECODER, filters=filters)}
+    builders = {"pairs": pair_builder(filters=filters)}
     seen = []
     for _ in range(2):
-        batches = [batch for update in step_loader(data, builders) for batch in update.micro_batches]
+        batches = [batch for step in step_loader(data, builders) for batch in step.micro_batches]
         seen.append([sample for batch in batches for sample in batch.samples])
         rejected = sum((batch.rejected for batch in batches), Counter[str]())
     assert seen[0] == seen[1] and len(seen[0]) == 60

@@ -1,9 +1,10 @@
-"""Reading samples, and storage that does not hold what the manifest says."""
+"""Test reading samples, and storage that differs from the manifest."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,10 @@ from tests.data.helpers import build_manifest, text_shards, write_shard
 from trainer.data.errors import ShardError
 from trainer.data.shards.manifest import Manifest, load_manifest
 from trainer.data.shards.reader import ShardReader
-from trainer.data.shards.urls import local_path
 
 
 class Bomb:
-    """Runs code when it is unpickled."""
+    """Run code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("unpickled",)
@@ -43,21 +43,21 @@ def test_samples_are_webdatasets_byte_for_byte(tmp_path: Path) -> None:
 
 def test_few_shards_stay_open(tmp_path: Path) -> None:
     text_shards(tmp_path, [2] * 12)
-    one = ShardReader(load_manifest(tmp_path / "manifest.npz"), open_shards=3)
+    few = ShardReader(load_manifest(tmp_path / "manifest.npz"), open_shards=3)
     before = len(os.listdir("/proc/self/fd"))
     for index in (0, 1):
         for shard in range(12):
-            assert one.read(shard, index)[1]["txt"] == f"{shard}/{index}".encode()
+            assert few.read(shard, index)[1]["txt"] == f"{shard}/{index}".encode()
     assert len(os.listdir("/proc/self/fd")) == before + 3
-    one.close()
+    few.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_readers_travel_to_other_processes(tmp_path: Path) -> None:
+def test_a_pickled_reader_reads_the_same(tmp_path: Path) -> None:
     text_shards(tmp_path, [2])
-    one = reader(tmp_path)
-    one.read(0, 0)
-    assert pickle.loads(pickle.dumps(one)).read(0, 1) == one.read(0, 1)
+    original = reader(tmp_path)
+    original.read(0, 0)
+    assert pickle.loads(pickle.dumps(original)).read(0, 1) == original.read(0, 1)
 
 
 def test_storage_that_changed_is_an_error(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_storage_that_changed_is_an_error(tmp_path: Path) -> None:
         return str(caught.value)
 
     shard.write_bytes(data[:-512])
-    assert "manifest says" in error()
+    assert f"{len(data) - 512} bytes" in error()
     shard.write_bytes(b"")
-    assert "manifest says" in error()
+    assert "0 bytes" in error()
     damaged = bytearray(data)
     damaged[2 * 1024] ^= 1
     shard.write_bytes(damaged)
@@ -83,7 +83,7 @@ def test_storage_that_changed_is_an_error(tmp_path: Path) -> None:
     assert str(tmp_path / "manifest.npz") in error()
     shard.write_bytes(data)
     sidecar.write_bytes((tmp_path / "0000.tar.index").read_bytes()[:-1])
-    assert "damaged index" in error()
+    assert str(sidecar) in error()
     sidecar.unlink()
     assert "trainer.index again" in error()
     sidecar.write_bytes(index)
@@ -98,7 +98,7 @@ def test_an_index_of_another_scan_is_an_error(tmp_path: Path) -> None:
     write_shard(tmp_path / "0000.tar", ((f"other{i}", {"txt": b"0/%d" % i}) for i in range(3)))
     build_manifest(tmp_path)
     manifest.write_bytes(old)
-    with pytest.raises(ShardError, match="another scan"):
+    with pytest.raises(ShardError, match="trainer.index again"):
         reader(tmp_path).read(0, 0)
 
 
@@ -115,26 +115,6 @@ def test_pickles_are_bytes_and_keys_are_not_paths(tmp_path: Path, monkeypatch: p
 def test_pipe_urls_never_run(tmp_path: Path) -> None:
     url = f"pipe:touch {tmp_path}/ran"
     manifest = Manifest.create(tmp_path / "m.npz", [url], [1], [1], [1])
-    with pytest.raises(ValueError, match="never opened"):
+    with pytest.raises(ValueError, match=re.escape(repr(url))):
         ShardReader(manifest).read(0, 0)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("url", "path"),
-    [
-        ("a/b.tar", "/base/a/b.tar"),
-        ("/a/b.tar", "/a/b.tar"),
-        ("file:///a/b.tar", "/a/b.tar"),
-        ("file://localhost/a/b.tar", "/a/b.tar"),
-        ("file:a.tar", "/base/a.tar"),
-    ],
-)
-def test_local_urls(url: str, path: str) -> None:
-    assert local_path(url, Path("/base")) == Path(path)
-
-
-@pytest.mark.parametrize("url", ["http://x/a.tar", "s3://x/a.tar", "gs://x/a", "PIPE:ls", "x+y:z"])
-def test_other_schemes(url: str) -> None:
-    with pytest.raises(ValueError, match=r"never opened|are read from"):
-        local_path(url)

@@ -16,8 +16,8 @@ def limit(fraction: float, window: int = 100) -> BadSampleLimit:
     return BadSampleLimit(DataConfig(sources, max_bad_fraction=fraction, bad_window=window))
 
 
-def stops_at(one: BadSampleLimit, bad_each: int, updates: int = 200, good_each: int = 10) -> int | None:
-    for number in range(updates):
+def stops_at(one: BadSampleLimit, bad_each: int, num_steps: int = 200, good_each: int = 10) -> int | None:
+    for number in range(num_steps):
         try:
             one.record({"a": good_each, "b": good_each}, {("a", "corrupt_image"): bad_each})
         except TooManyBadSamplesError:
@@ -32,7 +32,7 @@ def test_a_share_below_the_limit_goes_on_for_ever() -> None:
 
 
 def test_the_number_that_a_window_allows_counts_from_the_start() -> None:
-    assert stops_at(limit(0.2), bad_each=5) == 4  # 20 of 100 are allowed, the fifth update makes 25
+    assert stops_at(limit(0.2), bad_each=5) == 4  # 20 of 100 are allowed, the fifth step makes 25
     assert stops_at(limit(0.0), bad_each=1) == 0
     assert stops_at(limit(0.0), bad_each=0) is None
     assert stops_at(limit(1.0), bad_each=500) is None

@@ -1,4 +1,4 @@
-"""The page of ``trainer.inspect --html``."""
+"""Check the page of ``trainer.inspect --html``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.data.helpers import IMAGE, PAD, SAMPLE, encoding, image_bytes, mmc4, noise, saved, text_of
+from tests.data.helpers import (
+    DECODER,
+    IMAGE,
+    PAD,
+    SAMPLE,
+    document_builder,
+    image_bytes,
+    mmc4,
+    noise,
+    pair_builder,
+    saved,
+    text_of,
+)
 from tests.distributed.small_run import make_assets, run_settings
 from trainer import inspect
-from trainer.data.batch import collate
-from trainer.data.samples.decode import ImageDecoder, PatchBudget
-from trainer.data.samples.interleaved import InterleavedBuilder
-from trainer.data.samples.pairs import ImageTextBuilder
-from trainer.data.samples.row_builder import pack, sample_rng
+from trainer.data.batch import BatchFormat, collate
+from trainer.data.samples.image_decoder import PatchBudget
+from trainer.data.samples.rows import pack, sample_rng
 from trainer.data.stream.contact_sheet import contact_sheet
-
-DECODER = ImageDecoder(8)
 
 
 class Page(HTMLParser):
-    """What stands in a page: tags, the title and class of each token, and the images' pixels."""
+    """Parse a page: its tags, title, class and color of each token, color and pixels of each image."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -49,10 +57,10 @@ class Page(HTMLParser):
 
 
 def test_images_are_shown_in_their_own_aspect() -> None:
-    pairs = ImageTextBuilder(encoding(), replace(DECODER, budget=PatchBudget(6, 4)))
+    pairs = pair_builder(replace(DECODER, budget=PatchBudget(6, 4)))
     pictures = [noise(20, 30), noise(30, 20, seed=1)]
     rows = [pairs({"png": saved(one, "PNG"), "txt": b"a"}, SAMPLE, sample_rng(0, SAMPLE)) for one in pictures]
-    batch = collate(rows, source="a", pad_id=PAD, media_shape=(1, 3, 4, 4), patch_size=4)
+    batch = collate(rows, BatchFormat(PAD, 4, patch_size=4), source="a", keeps_aspect=True)
     assert (batch.media.shape, batch.media_grids) == ((12, 3, 4, 4), ((1, 2, 3), (1, 3, 2)))
     page = Page(contact_sheet([batch], lambda token: text_of([token]), IMAGE, title="t", rows=9))
     for row, (_, shown) in zip(rows, page.images, strict=True):
@@ -62,11 +70,11 @@ def test_images_are_shown_in_their_own_aspect() -> None:
 
 def test_a_packed_row() -> None:
     rng = sample_rng(0, SAMPLE)
-    pairs = ImageTextBuilder(encoding(), DECODER)
+    pairs = pair_builder()
     texts = (b"<script>alert(1)</script>", b"cat\x1b[31m")
     rows = [pairs({"png": image_bytes((9 * n + 9,) * 3), "txt": text}, SAMPLE, rng) for n, text in enumerate(texts)]
-    document = InterleavedBuilder(encoding(), DECODER)(mmc4(["one", "two"], [0, 1]), SAMPLE, rng)
-    batch = collate([pack(rows), pack([document])], source="a<b", pad_id=PAD, media_shape=(1, 3, 8, 8))
+    document = document_builder()(mmc4(["one", "two"], [0, 1]), SAMPLE, rng)
+    batch = collate([pack(rows), pack([document])], BatchFormat(PAD, 8), source="a<b")
     text = contact_sheet([batch], lambda token: text_of([token]), IMAGE, title="<t>", rows=9)
     page = Page(text)
     assert "script" not in page.tags and "\x1b" not in text
@@ -88,7 +96,7 @@ def test_a_packed_row() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bool) -> None:
+def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bool) -> None:
     make_assets(tmp_path)
     settings = run_settings(tmp_path, tmp_path / "run")
     for source in settings["data"]["sources"]:
@@ -103,7 +111,7 @@ def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bo
     assert all(pixels.shape == (16, 16, 3) for _, pixels in page.images) and len(page.images) >= 12
 
 
-def test_other_trainers_have_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_other_trainers_have_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_assets(tmp_path)
     settings = run_settings(tmp_path, tmp_path / "run")
     del settings["model"]

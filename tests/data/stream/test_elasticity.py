@@ -11,27 +11,32 @@ from typing import Any
 
 import pytest
 
-from tests.data.helpers import build_manifest, encoding, image_bytes, mmc4, step_loader, text_shards, write_shard
+from tests.data.helpers import (
+    build_manifest,
+    document_builder,
+    image_bytes,
+    mmc4,
+    pair_builder,
+    step_loader,
+    text_builder,
+    text_shards,
+    write_shard,
+)
 from tests.data.http_server import cut, serve, status
 from trainer import index
 from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import SampleId
 from trainer.data.errors import TooManyBadSamplesError
-from trainer.data.samples.decode import ImageDecoder
-from trainer.data.samples.interleaved import InterleavedBuilder
-from trainer.data.samples.pairs import ImageTextBuilder
-from trainer.data.samples.text import TextBuilder
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.stream.bad_sample_limit import BadSampleLimit
 from trainer.data.stream.loader import StepLoader
 from trainer.data.stream.stream_state import check_data_state
 
 STEPS = 30
-DECODER = ImageDecoder(8)
 BUILDERS: dict[str, Any] = {
-    "pairs": ImageTextBuilder(encoding(), DECODER, space_prefix_probability=0.5),
-    "documents": InterleavedBuilder(encoding(), DECODER, max_tokens=24),
-    "text": TextBuilder(encoding(), 30),
+    "pairs": pair_builder(space_prefix_probability=0.5),
+    "documents": document_builder(max_tokens=24),
+    "text": text_builder(max_tokens=30),
 }
 # What an applied step consumed, and what could not be used: (source, epoch, shard, index, key) each.
 Ledger = list[tuple[set[SampleId], int]]
@@ -96,6 +101,7 @@ def test_the_run_is_more_than_an_epoch_with_bad_samples(whole: Ledger) -> None:
     assert sum(bad for _, bad in whole) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_steps_and_resumed_at_other_world_sizes(folder: Path, whole: Ledger, seed: int) -> None:
     """Each part goes on from the last checkpoint before its kill, with other weights, as its saved state allows."""
@@ -157,7 +163,6 @@ def test_the_same_ledger_from_remote_shards_that_fail(
     folder: Path, whole: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("trainer.data.shards.remote._FIRST_WAIT", 0.001)
     with serve(folder) as server:
         for name, shards in (("pairs", "{0..3}"), ("documents", "{0..3}"), ("text", "{0000..0001}")):
             output = tmp_path / name / "manifest.npz"

@@ -1,4 +1,4 @@
-"""``trainer.inspect`` on real shards."""
+"""Run ``trainer.inspect`` on real shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.data.shards.manifest import load_manifest
 from trainer.data.stream.order import SourceOrder
 
 
-def test_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "a.tar", [("k\x1b[2J", {"txt": b"caf\xe9 \x1b[31m", "jpg": b"12345"})])
     manifest = build_manifest(tmp_path)
     capsys.readouterr()
@@ -21,10 +21,10 @@ def test_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert load_manifest(manifest).sha256 in out
     assert "jpg 5 bytes, txt 'caf" in out
-    assert "\x1b" not in out  # nothing in the data reaches the terminal as a control sequence
+    assert "\x1b" not in out  # no control sequence from the data reaches the terminal
 
 
-def test_a_step_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_a_step_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = text_shards(tmp_path, [20, 30])
     source = {"type": "text", "name": "prose", "manifest": str(manifest), "batch_size": 4}
     data = {"sources": [source], "seed": 3, "read_block": 5}
@@ -54,7 +54,7 @@ def test_a_step_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert inspect.main([str(config), "--data.sead", "4"]) == 2
 
 
-def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main([str(tmp_path / "gone.npz")]) == 1
     assert inspect.main([str(tmp_path / "gone.yaml")]) == 1
     assert capsys.readouterr().err.count("gone") >= 2

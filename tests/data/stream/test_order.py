@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.stream.order import Location, SourceOrder, _permutation, lanes_of
+from trainer.data.randomness import permutation
+from trainer.data.stream.order import Location, SourceOrder, lanes_of
 
 COUNTS = [37, 0, 12, 80, 5, 66]
 
@@ -21,8 +22,8 @@ def order(seed: int = 7, name: str = "pairs", **changes: int) -> SourceOrder:
     return SourceOrder(name, COUNTS, seed=seed, **values)
 
 
-def flat(update: list[list[Location]]) -> list[Location]:
-    return [location for lane in update for location in lane]
+def flat(step: list[list[Location]]) -> list[Location]:
+    return [location for lane in step for location in lane]
 
 
 def test_the_order_never_changes_silently() -> None:
@@ -131,10 +132,6 @@ def test_no_substitute_in_a_window_of_one() -> None:
 def test_what_does_not_fit_names_the_setting() -> None:
     with pytest.raises(ValueError, match=r"200 samples.*data\.num_lanes to at most 200"):
         order(num_lanes=201, samples_per_step=201)
-    with pytest.raises(ValueError, match=r"multiple of data\.num_lanes = 8"):
-        order(samples_per_step=12)
-    with pytest.raises(ValueError, match="possible world sizes: 1, 2, 3, 4, 6, 12"):
-        lanes_of(0, 5, 12)
 
 
 def test_memory_and_time_do_not_grow_with_the_position() -> None:
@@ -158,5 +155,5 @@ def test_the_fast_permutation_is_the_stable_sort(length: int, distinct: int) -> 
             return self.keys[:size].copy()
 
     for low in (True, False):
-        found = _permutation(Generator(low), length)
+        found = permutation(Generator(low), length)
         assert found.tolist() == np.argsort(Generator(low).keys, kind="stable").tolist()

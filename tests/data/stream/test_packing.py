@@ -19,32 +19,31 @@ from hypothesis import strategies as st
 
 from tests.data.helpers import (
     BOS,
+    PAD,
     build_manifest,
-    encoding,
+    document_builder,
     image_bytes,
     mmc4,
+    pair_builder,
     step_loader,
+    text_builder,
     text_shards,
     write_shard,
 )
 from trainer.config.data_config import DataConfig, FilterConfig, ImageTextSource, InterleavedSource, TextSource
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, BatchFormat
 from trainer.data.errors import TooManyBadSamplesError
-from trainer.data.samples.decode import ImageDecoder
-from trainer.data.samples.interleaved import InterleavedBuilder
-from trainer.data.samples.pairs import ImageTextBuilder
-from trainer.data.samples.text import TextBuilder
+from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.stream.loader import StepLoader
-from trainer.data.stream.packing import LanePosition, first_fit, pack_window
+from trainer.data.stream.packing import LanePosition, first_fit, num_looks
 from trainer.data.stream.stream_state import check_data_state, merge_lane_positions, saved_lane_positions
 
 STEPS = 8
-DECODER = ImageDecoder(8)
 FILTERS = FilterConfig(max_characters=60)
 BUILDERS: dict[str, Any] = {
-    "pairs": ImageTextBuilder(encoding(), DECODER, max_tokens=96, filters=FILTERS),
-    "documents": InterleavedBuilder(encoding(), DECODER, max_tokens=128, p_next=0.5),
-    "text": TextBuilder(encoding(), 64),
+    "pairs": pair_builder(max_tokens=96, filters=FILTERS),
+    "documents": document_builder(max_tokens=128, p_next=0.5),
+    "text": text_builder(max_tokens=64),
 }
 
 
@@ -78,7 +77,7 @@ def test_first_fit_takes_every_sample_once_and_none_waits_for_ever(lengths: list
         assert sum(lengths[i % len(lengths)] for i in row) <= room
         done = set(taken[: taken.index(row[-1]) + 1])
         assert set(range(after.ordinal)) <= done and after.ordinal not in done
-        assert done == set(range(after.ordinal)) | {after.ordinal + i for i in range(200) if after.taken >> i & 1}
+        assert done == set(range(after.ordinal)) | {after.ordinal + i for i in range(200) if after.consumed >> i & 1}
     starts = [LanePosition(), *positions]
     assert all(row[0] == start.ordinal for row, start in zip(chosen, starts, strict=False))
 
@@ -151,17 +150,17 @@ def global_batches(data: DataConfig, world_size: int, **options: Any) -> list[di
     """For each step and source, the rows of all ranks in the ranks' order."""
     result: list[dict[str, list[Any]]] = []
     for rank in range(world_size):
-        for number, update in enumerate(loader(data, rank, world_size, **options)):
+        for number, step in enumerate(loader(data, rank, world_size, **options)):
             if rank == 0:
                 result.append({source.name: [] for source in data.sources})
-            for batch in update.micro_batches:
+            for batch in step.micro_batches:
                 result[number][batch.source].extend(documents_of(batch))
     return result
 
 
 def test_a_row_is_its_documents(shards: Path) -> None:
-    for update in loader(config(shards), stop=3):
-        for batch in update.micro_batches:
+    for step in loader(config(shards), stop=3):
+        for batch in step.micro_batches:
             assert batch.position_ids is not None and "attention_mask" not in batch.inputs
             for row in documents_of(batch):
                 for _, ids, labels, index, media in row:
@@ -173,6 +172,7 @@ def test_a_row_is_its_documents(shards: Path) -> None:
             assert batch.num_documents == len(batch.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_rows_do_not_depend_on_ranks_workers_or_iteration(shards: Path) -> None:
     one = global_batches(config(shards), 1)
@@ -186,12 +186,13 @@ def test_rows_do_not_depend_on_ranks_workers_or_iteration(shards: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 7, 15])
 def test_a_resumed_stream_goes_on_exactly(shards: Path, step: int) -> None:
     """Past the first epoch, from the state of a run of two ranks, at another world size."""
     data = config(shards, num_workers=0)
     whole = global_batches(data, 1, stop=20)
-    assert {sample.epoch for update in whole for row in update["text"] for sample, *_ in row} >= {0, 1}
+    assert {sample.epoch for step in whole for row in step["text"] for sample, *_ in row} >= {0, 1}
     streams = [loader(data, rank, 2, stop=step) for rank in range(2)]
     for stream in streams:
         assert sum(1 for _ in stream) == step
@@ -218,8 +219,8 @@ def test_every_good_sample_comes_once_an_epoch(shards: Path) -> None:
     stream = loader(data, stop=200)
     seen: Counter[int] = Counter()
     rejected: Counter[str] = Counter()
-    for update in stream:
-        batches = update.micro_batches
+    for step in stream:
+        batches = step.micro_batches
         samples = [sample for batch in batches for sample in batch.samples if sample.epoch == 0]
         seen.update(sample.index + 100 * int(sample.shard[0]) for sample in samples)
         rejected += sum((batch.rejected for batch in batches), Counter())
@@ -239,12 +240,12 @@ def test_padding_of_captions_of_8_to_40_tokens_in_rows_of_256(tmp_path: Path) ->
         samples = ((f"{n}", {"png": image_bytes(size=(2, 2)), "txt": text.encode()}) for n, text in enumerate(texts))
         write_shard(tmp_path / f"{shard}.tar", samples)
     source = ImageTextSource("pairs", build_manifest(tmp_path), 8, max_tokens=256, packing=True)
-    builders = {"pairs": ImageTextBuilder(encoding(), ImageDecoder(2), max_tokens=256)}
+    builders = {"pairs": pair_builder(ImageDecoder(2), max_tokens=256)}
     shares = {}
     for pack in (True, False):
         data = DataConfig((replace(source, packing=pack),))
-        updates = step_loader(data, builders, stop=15, media_shape=(1, 3, 2, 2))
-        batches = [update.micro_batches[0] for update in updates]
+        steps = step_loader(data, builders, stop=15, batch_format=BatchFormat(PAD, 2))
+        batches = [step.micro_batches[0] for step in steps]
         lengths = [len(ids) for batch in batches for row in documents_of(batch) for _, ids, *_ in row] if pack else []
         assert not lengths or (min(lengths), max(lengths)) == (8, 40)
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
@@ -282,4 +283,4 @@ def test_it_can_be_sent_to_other_processes_at_any_time(shards: Path) -> None:
 
 
 def test_the_window_grows_with_the_row() -> None:
-    assert pack_window(64) == 32 and pack_window(2048) == 512
+    assert num_looks(64) == 32 and num_looks(2048) == 512

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from trainer.data.errors import ShardError
-from trainer.data.stream import order as orders
-from trainer.data.stream import shared_arrays
 from trainer.data.stream.order import SourceOrder
 from trainer.data.stream.shared_arrays import SharedArrays
 
@@ -95,19 +93,17 @@ def test_a_folder_that_cannot_be_used_names_the_setting(tmp_path: Path) -> None:
         SharedArrays(tmp_path).get("key", lambda: np.arange(3))
 
 
-def test_a_shared_order_is_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_order_is_the_same_order(tmp_path: Path) -> None:
     def order(counts: list[int], shared: SharedArrays | None = None, **changes: Any) -> SourceOrder:
         settings = {"seed": 1, "num_lanes": 4, "samples_per_step": 8, "read_block": 5, "shuffle_window": 7, **changes}
-        return SourceOrder("s", counts, shared=shared, **settings)
+        return SourceOrder("s", counts, shared=shared, share_from_blocks=20, **settings)
 
-    monkeypatch.setattr(orders, "_MANY_BLOCKS", 20)
-    monkeypatch.setattr(shared_arrays, "_KEPT_SECONDS", 1e9)
     counts = [7, 0, 30, 11, 5] * 4
     for changes in ({}, {"seed": 2}, {"read_block": 3}):
         for shape in (counts, [*counts[:-1], 6]):
             plain, shared = order(shape, **changes), order(shape, SharedArrays(tmp_path), **changes)
-            for update in (0, 3, 26, 60):
-                assert shared.samples_of(update) == plain.samples_of(update)
+            for step in (0, 3, 26, 60):
+                assert shared.samples_of(step) == plain.samples_of(step)
     assert isinstance(order(counts, SharedArrays(tmp_path))._first_block, np.memmap)
     few = order([5] * 8, SharedArrays(tmp_path / "none"))
     few.prepare(0)

@@ -1,1 +1,1 @@
-"""Convert other layouts of data into shards."""
+"""Convert data sets in other layouts into samples of shards."""

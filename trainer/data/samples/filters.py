@@ -1,19 +1,34 @@
-"""Which samples a source leaves out, judged by texts, metadata and headers before anything is decoded."""
+"""Filter the samples of a source by text, metadata and headers, before any medium is decoded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.data_config import FilterConfig
 from trainer.data.errors import SampleError
-from trainer.data.samples.decode import decode_json
+from trainer.data.samples.sample_members import decode_json, text_member
 
-NO_FILTERS = FilterConfig()
+
+def accepted_text(members: Mapping[str, bytes], filters: FilterConfig) -> str:
+    """Return the ``.txt`` member of a sample whose text and metadata pass the filters.
+
+    Raises:
+        SampleError: As ``check_metadata``, ``text_member`` and ``check_text``.
+    """
+    check_metadata(members, filters)
+    text = text_member(members)
+    check_text(text, filters)
+    return text
 
 
 def check_text(text: str, filters: FilterConfig) -> None:
-    """Raises SampleError: filtered_min_characters, filtered_max_characters, filtered_min_words, filtered_max_words."""
+    """Filter by the number of characters and words.
+
+    Raises:
+        SampleError: filtered_min_characters, filtered_max_characters, filtered_min_words, filtered_max_words.
+    """
     _check_range("characters", len(text), filters.min_characters, filters.max_characters)
     if filters.min_words is not None or filters.max_words is not None:
         _check_range("words", len(text.split()), filters.min_words, filters.max_words)
@@ -26,13 +41,17 @@ def _check_range(unit: str, value: int, low: int | None, high: int | None) -> No
         raise SampleError(f"filtered_max_{unit}", f"{value} {unit} of text, filters.max_{unit} = {high}")
 
 
-def looks_at_sizes(filters: FilterConfig) -> bool:
-    """Whether headers have to be read at all."""
+def needs_sizes(filters: FilterConfig) -> bool:
+    """Return whether any filter needs the size of images or frames, so that headers have to be read."""
     return filters.min_side is not None or filters.max_aspect is not None
 
 
 def check_size(width: int, height: int, filters: FilterConfig) -> None:
-    """Pixels of an image or of a video's frames. Raises SampleError: filtered_min_side, filtered_max_aspect."""
+    """Filter by the size of an image or frame in pixels.
+
+    Raises:
+        SampleError: filtered_min_side, filtered_max_aspect.
+    """
     short, long = sorted((width, height))
     if filters.min_side is not None and short < filters.min_side:
         raise SampleError("filtered_min_side", f"{width} x {height}, filters.min_side = {filters.min_side}")
@@ -41,19 +60,20 @@ def check_size(width: int, height: int, filters: FilterConfig) -> None:
 
 
 def check_metadata(members: Mapping[str, bytes], filters: FilterConfig) -> None:
-    """Similarity and language in the ``.json`` member.
+    """Filter by the similarity and the language in the ``.json`` member.
 
-    Raises SampleError: filtered_similarity, filtered_language; where the filter is set but there is nothing to judge
-    by, missing_json, missing_similarity, missing_language and those of ``decode_json``.
+    Raises:
+        SampleError: filtered_similarity, filtered_language. If a filter is set and its field is missing: missing_json,
+            missing_similarity, missing_language. As ``decode_json``.
     """
     if filters.min_similarity is None and not filters.languages:
         return
     if "json" not in members:
         raise SampleError("missing_json", f"filters need it; members: {', '.join(sorted(members))}")
-    metadata = decode_json(members["json"])
+    metadata = decode_json(members["json"], strict=False)
     if filters.min_similarity is not None:
         similarity = _field(metadata, filters.similarity_field)
-        if isinstance(similarity, bool) or not isinstance(similarity, int | float):
+        if isinstance(similarity, bool) or not isinstance(similarity, int | float) or not math.isfinite(similarity):
             raise SampleError("missing_similarity", f"no number {filters.similarity_field!r} in the .json")
         if similarity < filters.min_similarity:
             raise SampleError("filtered_similarity", f"{similarity}, filters.min_similarity = {filters.min_similarity}")

@@ -1,9 +1,8 @@
-"""The little that the data needs of a tokenizer, with text that can never become a special token.
+"""Encode text to token ids so that no text can become a special token.
 
 A caption may contain the characters ``<image>``. Tokenizers of Hugging Face find special tokens in any text, so a web
-page could forge images and ends of documents. ``PlainTextEncoder`` therefore sets ``encode_special_tokens`` on a copy
-of the tokenizer, which then splits those characters like any others; whatever the encoder, ids of special tokens in its
-result are refused (``special_token``), as a second lock.
+page could forge images and ends of documents. Two measures prevent it: ``PlainTextEncoder`` splits such characters like
+any others, and ``TextEncoding`` refuses special ids in the result of any encoder.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ from tokenizers import Tokenizer
 
 from trainer.data.errors import SampleError
 
+_CHARACTERS_PER_TOKEN = 16  # of a text's beginning that is encoded first; English has 4 or 5
+_SPARE_TOKENS = 64  # ids before a cut that might change without it
+
 
 class PlainTextEncoder:
-    """A ``tokenizers.Tokenizer`` (``backend_tokenizer`` in transformers) as str -> ids of plain text.
+    """Encode plain text with a copy of a ``tokenizers.Tokenizer`` (``backend_tokenizer`` in transformers).
 
-    No special tokens are added or recognized, nothing is truncated or padded.
+    It adds and recognizes no special tokens, and neither truncates nor pads.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -29,18 +31,55 @@ class PlainTextEncoder:
         self._tokenizer.encode_special_tokens = True
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of plain text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the ids of a text.
+
+        Raises:
+            SampleError: unencodable_text: the tokenizer has no token for a part of it, and none for unknown text.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise SampleError("unencodable_text", str(error)) from error
 
     def __reduce__(self) -> tuple[object, tuple[Tokenizer]]:
         return PlainTextEncoder, (self._tokenizer,)
 
 
+def first_ids(encode: Callable[[str], list[int]], text: str, max_tokens: int) -> list[int]:
+    """Encode as much of a text as its first ``max_tokens`` ids depend on.
+
+    The text is cut before a space that follows a visible character, because tokens begin with a space and do not hold
+    one inside. Where there is no such place, or where tokens span words, the ids shortly before the cut may differ from
+    those of the whole text; so ``_SPARE_TOKENS`` of them are not used.
+
+    Returns:
+        Ids of the whole text if it is short, otherwise at least ``max_tokens`` ids.
+    """
+    length = _CHARACTERS_PER_TOKEN * (max_tokens + _SPARE_TOKENS)
+    while length < len(text):
+        end = length
+        for place in range(length, length // 2, -1):
+            if text[place] == " " and not text[place - 1].isspace():
+                end = place
+                break
+        ids = encode(text[:end])
+        if len(ids) >= max_tokens + _SPARE_TOKENS:
+            return ids[:max_tokens]
+        length *= 4
+    return encode(text)
+
+
 @dataclass(frozen=True)
 class TextEncoding:
-    """encode: str -> ids. The ids of the tokens that only the layout may place; None for one that is not there.
+    """Hold an encoder of plain text and the ids of the special tokens, which only row builders place.
 
-    bos_id may equal eos_id (GPT-NeoX, GPT-2), and pad_id may equal either.
+    Attributes:
+        encode: Text -> token ids.
+        bos_id: First token of a row. It may equal ``eos_id`` (GPT-NeoX, GPT-2).
+        eos_id: End of a sequence.
+        pad_id: Padding. It may equal ``bos_id`` or ``eos_id``.
+        image_id: Place of a medium; None if the tokenizer has no such token.
+        end_of_chunk_id: End of the text that belongs to a medium; None if the tokenizer has no such token.
     """
 
     encode: Callable[[str], list[int]]
@@ -50,16 +89,31 @@ class TextEncoding:
     image_id: int | None = None
     end_of_chunk_id: int | None = None
 
-    def plain(self, text: str) -> list[int]:
-        """Ids of text that comes from data. Raises SampleError (special_token)."""
-        ids = self.encode(text)
+    def plain_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """Return the ids of a text that comes from data.
+
+        Args:
+            text: Any text.
+            max_tokens: Number of first ids that the caller uses. Of a long text only the beginning is encoded then; the
+                first ``max_tokens`` ids are those of the whole text.
+
+        Raises:
+            SampleError: special_token, unencodable_text.
+        """
+        ids = self.encode(text) if max_tokens is None else first_ids(self.encode, text, max_tokens)
         special = {self.bos_id, self.eos_id, self.pad_id, self.image_id, self.end_of_chunk_id}.intersection(ids)
         if special:
             raise SampleError("special_token", f"the text was encoded to the special tokens {special}")
         return ids
 
     def layout_ids(self) -> tuple[int, int]:
-        """(image_id, end_of_chunk_id). Raises ValueError when the tokenizer has none."""
+        """Return ``image_id`` and ``end_of_chunk_id``.
+
+        Raises:
+            ValueError: The tokenizer lacks one of them.
+        """
         if self.image_id is None or self.end_of_chunk_id is None:
-            raise ValueError("this source places images: the tokenizer needs model.tokens.image and .end_of_chunk")
+            raise ValueError(
+                "this source has images: the tokenizer needs model.tokens.image and model.tokens.end_of_chunk"
+            )
         return self.image_id, self.end_of_chunk_id

@@ -1,1 +1,1 @@
-"""Find and read the bytes of samples in tar shards, local or remote."""
+"""Read and write samples in tar shards, local or remote."""

@@ -1,14 +1,16 @@
-"""One attempt at a byte range over http(s), with every way in which an answer can be wrong told apart.
+"""Make one attempt to read a byte range over http(s), and name the way in which it failed.
 
-The opener knows http, https and the environment's proxies and nothing else: no ``file:``, ``ftp:`` or ``data:`` url is
-opened, whatever a redirect says, and no credentials are sent.
+The opener knows http, https and the environment's proxies, nothing else. It opens no ``file:``, ``ftp:`` or ``data:``
+url, whatever a redirect says, and sends no credentials.
 """
 
 from __future__ import annotations
 
 import http.client
 import re
+import ssl
 import time
+from collections.abc import Callable
 from email.message import Message
 from functools import cache
 from typing import IO, Any
@@ -25,33 +27,29 @@ from urllib.request import (
     Request,
 )
 
+from trainer.data.shards.retries import PassingFailure, PermanentFailure, UnreachableFailure
+
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)$")
-_PASSING_STATUS = (408, 425, 429)  # and all of 5xx but 501 and 505
+_PASSING_STATUS = (408, 425, 429)  # and 5xx except 501 and 505
 _PERMANENT_STATUS = {401: "forbidden", 403: "forbidden", 404: "not_found", 410: "not_found"}
 _READ_BYTES = 1 << 18
-
-
-class PermanentFailure(Exception):
-    """Trying again cannot help. ``reason`` is an identifier."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
-class PassingFailure(Exception):
-    """May be over soon. ``retry_after``: seconds that the server asks for."""
-
-    def __init__(self, reason: str, detail: str, retry_after: float = 0.0) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.retry_after = reason, detail, retry_after
+_CONNECT_SECONDS = 10.0  # a host that is there accepts a connection at once, even if its answers take long
 
 
 def http_range(url: str, start: int, end: int, size: int | None, timeout: float, stop: float) -> bytes:
-    """Bytes ``start`` to ``end`` (exclusive).
+    """Return the bytes from ``start`` to ``end`` (exclusive).
 
-    size: of the whole file as it should be. timeout: seconds of silence. stop: the time (of time.monotonic) at which a
-    server that never stops dripping has had enough. Raises PermanentFailure and PassingFailure.
+    Args:
+        url: An http(s) url.
+        start: First byte.
+        end: Byte after the last one.
+        size: Bytes that the whole file should have; None if unknown.
+        timeout: Seconds of silence that end the attempt.
+        stop: Time (``time.monotonic``) that ends the attempt even if bytes keep coming.
+
+    Raises:
+        PermanentFailure: Another attempt cannot help.
+        PassingFailure: Another attempt may help.
     """
     with _open(url, start, end, timeout) as answer:
         first, last, total = _content_range(answer)
@@ -65,7 +63,19 @@ def http_range(url: str, start: int, end: int, size: int | None, timeout: float,
 
 
 def http_stat(url: str, timeout: float, stop: float) -> tuple[int, str]:
-    """(size in bytes, what the server says about the version). Asks for one byte: not all servers allow HEAD."""
+    """Return a file's size in bytes and the version that the server names ("" if it names none).
+
+    It asks for one byte, because not all servers allow HEAD.
+
+    Args:
+        url: An http(s) url.
+        timeout: Seconds of silence that end the attempt.
+        stop: Time (``time.monotonic``) that ends the attempt even if bytes keep coming.
+
+    Raises:
+        PermanentFailure: Another attempt cannot help.
+        PassingFailure: Another attempt may help.
+    """
     try:
         with _open(url, 0, 1, timeout) as answer:
             first, _, total = _content_range(answer)
@@ -91,12 +101,17 @@ def _open(url: str, start: int, end: int, timeout: float) -> Any:
         raise _status_failure(error, start) from None
     except TimeoutError as error:
         raise PassingFailure("timed_out", str(error) or "no answer") from error
-    except (URLError, OSError, http.client.HTTPException) as error:
-        cause = getattr(error, "reason", error)
-        if isinstance(error, http.client.InvalidURL) or "unknown url type" in str(cause):
-            raise PermanentFailure("invalid_url", str(cause)) from error
-        reason = "timed_out" if isinstance(cause, TimeoutError) else "connection"
-        raise PassingFailure(reason, f"{type(cause).__name__}: {cause}") from error
+    except http.client.InvalidURL as error:
+        raise PermanentFailure("invalid_url", str(error)) from error
+    except URLError as error:  # no connection, or nothing could be sent over it
+        cause = error.reason
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise PermanentFailure("certificate", str(cause)) from error
+        if isinstance(cause, TimeoutError):
+            raise UnreachableFailure("timed_out", f"no connection to {request.host}: {cause}") from error
+        raise UnreachableFailure("connection", f"no connection to {request.host}: {cause}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise PassingFailure("connection", f"{type(error).__name__}: {error}") from error
 
 
 def _status_failure(error: HTTPError, start: int) -> PermanentFailure | PassingFailure:
@@ -115,7 +130,7 @@ def _status_failure(error: HTTPError, start: int) -> PermanentFailure | PassingF
 
 
 def _content_range(answer: Any) -> tuple[int | None, int | None, int | None]:
-    """(first byte, last byte, size of the file); the first two are None for a whole file."""
+    """Return first byte, last byte and size of the file. The first two are None if the answer is the whole file."""
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise PermanentFailure("encoded", f"Content-Encoding {answer.headers['Content-Encoding']!a} has no byte ranges")
     if answer.status != 206:
@@ -128,6 +143,7 @@ def _content_range(answer: Any) -> tuple[int | None, int | None, int | None]:
 
 
 def _body(answer: Any, length: int, stop: float) -> bytes:
+    """Read the body, which must have ``length`` bytes."""
     data = bytearray()
     try:
         while len(data) < length and (part := answer.read1(min(_READ_BYTES, length - len(data)))):
@@ -144,7 +160,7 @@ def _body(answer: Any, length: int, stop: float) -> bytes:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows a few redirects, from https to https only."""
+    """Follow a few redirects; an https url may only lead to https."""
 
     max_redirections = 5
 
@@ -157,13 +173,55 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
-@cache  # it holds no connection; its TLS settings take long to load
+class _QuickConnection(http.client.HTTPConnection):
+    """Wait less long for the connection than for an answer."""
+
+    def connect(self) -> None:
+        """Open the connection."""
+        _connect_quickly(self, super().connect)
+
+
+class _QuickTlsConnection(http.client.HTTPSConnection):
+    """Do the same over TLS."""
+
+    def connect(self) -> None:
+        """Open the connection and shake hands."""
+        _connect_quickly(self, super().connect)
+
+
+def _connect_quickly(connection: http.client.HTTPConnection, connect: Callable[[], None]) -> None:
+    patience = connection.timeout
+    connection.timeout = min(patience, _CONNECT_SECONDS) if patience is not None else _CONNECT_SECONDS
+    try:
+        connect()
+    finally:
+        connection.timeout = patience
+    connection.sock.settimeout(patience)
+
+
+class _Http(HTTPHandler):
+    def http_open(self, req: Request) -> http.client.HTTPResponse:
+        """Open an http url."""
+        return self.do_open(_QuickConnection, req)
+
+
+class _Https(HTTPSHandler):
+    def __init__(self) -> None:
+        self._settings = ssl.create_default_context()
+        super().__init__(context=self._settings)
+
+    def https_open(self, req: Request) -> http.client.HTTPResponse:
+        """Open an https url."""
+        return self.do_open(_QuickTlsConnection, req, context=self._settings)
+
+
+@cache  # TLS settings take long to load; an opener holds no connection
 def _opener() -> OpenerDirector:
     opener = OpenerDirector()
     for handler in (
         ProxyHandler(),
-        HTTPHandler(),
-        HTTPSHandler(),
+        _Http(),
+        _Https(),
         HTTPDefaultErrorHandler(),
         _Redirects(),
         HTTPErrorProcessor(),

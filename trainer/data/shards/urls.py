@@ -1,4 +1,4 @@
-"""Which urls are read at all, and which path a local one means."""
+"""Decide which urls may be read, and turn local ones into paths."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 HTTP_SCHEMES = ("http", "https")
-# Object stores and file services of fsspec. Its other protocols are wrappers (caches, archives, references) or reach
-# into this machine, and no manifest needs them.
+# Object stores and file services of fsspec. Its other protocols wrap further urls (caches, archives, references) or
+# reach into this machine; no manifest needs them.
 OBJECT_SCHEMES = (
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "hf"),
     *("hdfs", "webhdfs", "sftp", "ssh", "memory"),
@@ -16,15 +16,21 @@ OBJECT_SCHEMES = (
 
 
 def scheme_of(url: str) -> str | None:
-    """The scheme of a url in lower case; None for a path."""
+    """Return the scheme of a url in lower case, or None for a path."""
     match = _SCHEME.match(url)
     return match[1].lower() if match else None
 
 
-def is_remote(url: str) -> bool:
-    """Whether a shard is read through ``trainer.data.shards.remote``.
+def path_url(path: str) -> str:
+    """Return the url of a path: "./" before a name such as "run:1/0.tar", which would read as a scheme."""
+    return f"./{path}" if scheme_of(path) is not None else path
 
-    Raises ValueError for urls that are neither remote nor local: ``pipe:``, chained (``a::b``) and unknown ones.
+
+def is_remote(url: str) -> bool:
+    """Tell whether a shard is read through ``RemoteStore``.
+
+    Raises:
+        ValueError: The url is neither remote nor local: ``pipe:``, chained (``a::b``) or of an unknown scheme.
     """
     scheme = scheme_of(url)
     if scheme in HTTP_SCHEMES or scheme in OBJECT_SCHEMES:
@@ -36,9 +42,14 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str, folder: Path | None = None) -> Path:
-    """The path that a shard's url means; relative urls start at ``folder`` (the manifest's).
+    """Return the path of a local shard.
 
-    Raises ValueError for every scheme but ``file:``. In particular nothing is ever given to a shell (``pipe:``).
+    Args:
+        url: A path or a ``file:`` url.
+        folder: Folder that relative urls start at, usually that of the manifest.
+
+    Raises:
+        ValueError: The url has another scheme. ``pipe:`` is among them, so no url ever reaches a shell.
     """
     scheme = scheme_of(url)
     if scheme is None:
@@ -49,5 +60,8 @@ def local_path(url: str, folder: Path | None = None) -> Path:
         raise ValueError(f"{url!r}: pipe: urls run a shell command and are never opened")
     else:
         known = ", ".join((*HTTP_SCHEMES, *OBJECT_SCHEMES))
-        raise ValueError(f"{url!r}: shards are read from local paths, file: urls and {known}, not from {scheme}:")
+        raise ValueError(
+            f"{url!r}: shards are read from local paths, file: urls and {known}, not from {scheme}:. Write a path with "
+            "a colon as ./PATH, and run trainer.index again if a manifest has it without ./"
+        )
     return path if folder is None else folder / path

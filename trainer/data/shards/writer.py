@@ -1,4 +1,4 @@
-"""Writing shards with webdataset's own writer, and their indices and the manifest with them."""
+"""Write samples to shards with webdataset's writer, with their sidecars and manifest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from webdataset import TarWriter
 
 from trainer.data.errors import ShardError
 from trainer.data.shards.manifest import Manifest
-from trainer.data.shards.tar_index import ShardIndex, save_sidecar, scan_shard, sidecar_path
+from trainer.data.shards.sidecar import ShardIndex, save_sidecar, sidecar_path
+from trainer.data.shards.tar_scan import scan_shard
 
 MANIFEST_NAME = "manifest.npz"
 
 
 class IndexedShardWriter:
-    """Samples to ``FOLDER/000000.tar``, ...; every full shard is indexed before it gets its name.
+    """Write samples to ``FOLDER/000000.tar``, ``FOLDER/000001.tar``, ...
 
-    The index is made from the bytes as they lie on the disk, so that a sample which could not be read again is an error
-    now and not in training. An interrupted writer leaves whole shards and no manifest.
-
-    max_samples, max_bytes: of a shard, whichever comes first.
-    Raises ValueError where the folder has a manifest already, or for a key or member that webdataset would take apart
-    in another way; ShardError when a shard does not read as it was written.
+    A full shard is scanned from the disk before it gets its name. So a sample that cannot be read again is an error
+    now, not in training. An interrupted writer leaves whole shards and no manifest.
     """
 
     def __init__(self, folder: Path, max_samples: int = 1000, max_bytes: int = 1_000_000_000) -> None:
+        """Create the folder.
+
+        Args:
+            folder: Where shards, sidecars and manifest go.
+            max_samples: Samples that finish a shard.
+            max_bytes: Bytes of content that finish a shard.
+
+        Raises:
+            ValueError: The folder has a manifest already.
+        """
         self.manifest_path = folder / MANIFEST_NAME
         if self.manifest_path.exists():
             raise ValueError(f"{self.manifest_path} is there already: remove it, or write to another folder")
@@ -40,19 +47,28 @@ class IndexedShardWriter:
         self._samples = self._bytes = 0
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """One sample: members by lower-case extension ("jpg", "0.png")."""
+        """Write one sample.
+
+        Args:
+            key: Key of the sample; no other sample of the shard may have it.
+            members: Content by lower-case extension ("jpg", "0.png").
+
+        Raises:
+            ValueError: webdataset would split the names of the members in another way.
+            ShardError: The shard is full and does not read as it was written.
+        """
         if not key or key != key.strip("/") or "." in key.rpartition("/")[2] or key.startswith("__"):
             raise ValueError(
                 f"the key {key!a} does not name one sample: no dots in its last part, no slash at its ends"
             )
         for extension in members:
-            # webdataset leaves out what begins with an underscore.
+            # webdataset does not write members that begin with an underscore.
             if not extension or extension != extension.lower() or "/" in extension or extension[0] in "._":
-                raise ValueError(f"the member {extension!a} of {key!a} is no lower-case extension")
+                raise ValueError(f"the member {extension!a} of {key!a} is not a lower-case extension")
         if self._shard is None:
-            # Times of 0 make the same samples the same bytes, and need no extended headers.
-            # A file, not a name: webdataset would give names such as "pipe:..." to a shell.
+            # webdataset would give a name such as "pipe:..." to a shell, so it gets an open file.
             self._file = open(self._temporary, "wb")  # noqa: SIM115  closed with the shard
+            # With a time of 0, equal samples give equal bytes, and no extended header is needed.
             self._shard = TarWriter(self._file, encoder=False, compress=False, mtime=0)
         self._shard.write({"__key__": key, **members})
         self._samples += 1
@@ -61,7 +77,14 @@ class IndexedShardWriter:
             self._finish_shard()
 
     def close(self) -> Manifest | None:
-        """Finishes the last shard and writes the manifest; None when nothing was written."""
+        """Finish the last shard and write the manifest.
+
+        Returns:
+            The manifest; None if no sample was written.
+
+        Raises:
+            ShardError: The shard does not read as it was written.
+        """
         self._finish_shard()
         if not self._indices:
             return None
@@ -97,6 +120,7 @@ class IndexedShardWriter:
         return f"{number:06d}.tar"
 
     def _finish_shard(self) -> None:
+        """Scan the shard as it lies on the disk, give it its name and write its sidecar."""
         if self._shard is None:
             return
         self._shard.close()
@@ -108,7 +132,7 @@ class IndexedShardWriter:
             self._temporary.unlink()
             raise ShardError(f"{self._folder / self._name(len(self._indices))} does not read as written: {problem}")
         target = self._folder / self._name(len(self._indices))
-        os.replace(self._temporary, target)  # which keeps the time of change that the index names
+        os.replace(self._temporary, target)  # keeps the modification time that the index holds
         save_sidecar(index, sidecar_path(target))
         self._indices.append(index)
         self._samples = self._bytes = 0

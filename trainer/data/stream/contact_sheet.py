@@ -1,6 +1,7 @@
-"""Batches as one HTML page: what the model is fed, as a person can check it. It needs no other file and runs no script.
+"""Show batches as one HTML page, so that a person can check the model's input.
 
-Whatever comes from data is escaped, and images are made anew as PNG from the pixels in the batch.
+The page needs no other file and runs no script. Text from the data is escaped, and images are encoded anew from the
+pixels in the batch.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 
 from PIL import Image
 from torch import Tensor
@@ -25,108 +25,111 @@ h2 { margin: 1.5em 0 .3em } section { border-top: 1px solid #ccc; padding: .6em 
 .tokens .trained { border-bottom-color: #111 } .document { color: #b00; font-weight: bold } .padding { color: #999 }
 """
 _LEGEND = (
-    "A token's color is the medium that it sees (white: none), the same as the frame of the medium. Underlined tokens "
-    "are trained on. § begins a document of a packed row; documents do not see one another."
+    "A token has the color of the medium that it sees, the same as the frame of that medium; a white token sees none. "
+    "The model is trained on the underlined tokens. § begins a document of a packed row; documents do not see one "
+    "another."
 )
 
 
 def contact_sheet(
-    batches: SequenceOf[Batch], token_text: Callable[[int], str], image_id: int, *, title: str, rows: int
+    batches: Sequence[Batch], token_text: Callable[[int], str], image_id: int, *, title: str, rows: int
 ) -> str:
-    """The page.
+    """Return the page.
 
-    token_text: id -> what it stands for. image_id: each row's media belong to these tokens. rows: of each source, at
-    most so many are shown.
+    Args:
+        batches: Batches of any sources.
+        token_text: Token id -> text.
+        image_id: Id of ``<image>``, which stands once in a row for each medium.
+        title: Title of the page.
+        rows: Most rows to show of each source.
     """
-    shown: dict[str, int] = {}
+    num_rows: dict[str, int] = {}
     body: list[str] = []
     for batch in batches:
-        first = shown.get(batch.source, 0)
+        first = num_rows.get(batch.source, 0)
         if first == 0:
-            body.append(f"<h2>{_escaped(batch.source)}</h2>")
-        sections = _rows(batch, token_text, image_id, first)
+            body.append(f"<h2>{_escape(batch.source)}</h2>")
+        sections = _row_sections(batch, token_text, image_id, first)
         body += [section for _, section in zip(range(rows - first), sections, strict=False)]
-        shown[batch.source] = first + len(batch.input_ids)
+        num_rows[batch.source] = first + len(batch.input_ids)
     body += [
-        f"<p>{_escaped(name)}: {rows} of {count} rows are shown.</p>" for name, count in shown.items() if count > rows
+        f"<p>{_escape(name)}: {rows} of {count} rows are shown.</p>" for name, count in num_rows.items() if count > rows
     ]
-    head = f'<meta charset="utf-8"><title>{_escaped(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_escape(title)}</title><style>{_STYLE}</style>'
     content = "\n".join(body)
     return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{_escaped(title)}</h1><p>{_LEGEND}</p>\n'
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{_escape(title)}</h1><p>{_LEGEND}</p>\n'
         f"{content}\n</body></html>\n"
     )
 
 
-def _rows(batch: Batch, token_text: Callable[[int], str], image_id: int, first: int) -> Iterator[str]:
-    samples, media = list(batch.samples), 0
+def _row_sections(batch: Batch, token_text: Callable[[int], str], image_id: int, first: int) -> Iterator[str]:
+    """Yield the HTML of each row; the batch's first row has the number ``first`` in its source."""
+    remaining, num_media = list(batch.samples), 0
     for row in range(len(batch.input_ids)):
         length = int(batch.attention_mask[row].sum())
-        ids = batch.input_ids[row, :length]
-        of_row = _samples_of_row(batch, row, samples)
-        images = int((ids == image_id).sum())
-        pictures = "".join(_medium(batch.medium(index), index) for index in range(media, media + images))
-        media += images
-        names = "<br>".join(_sample(sample) for sample in of_row)
+        row_media = int((batch.input_ids[row, :length] == image_id).sum())
+        media = "".join(_medium(batch.medium(index), index) for index in range(num_media, num_media + row_media))
+        num_media += row_media
+        samples = "<br>".join(_sample(sample) for sample in _take_samples(batch, row, remaining))
         padding = batch.input_ids.shape[1] - length
         yield (
-            f'<section><b>row {first + row}</b> <span class="samples">{names}</span>'
-            f'<div class="media">{pictures}</div><div class="tokens">{_tokens(batch, row, length, token_text)}'
+            f'<section><b>row {first + row}</b> <span class="samples">{samples}</span>'
+            f'<div class="media">{media}</div><div class="tokens">{_tokens(batch, row, length, token_text)}'
             f'<span class="padding"> {length} tokens + {padding} padding</span></div></section>'
         )
 
 
-def _samples_of_row(batch: Batch, row: int, waiting: list[SampleId]) -> list[SampleId]:
-    """Takes the row's samples off the front of ``waiting``: one a document, or equally many a row."""
+def _take_samples(batch: Batch, row: int, remaining: list[SampleId]) -> list[SampleId]:
+    """Remove the row's samples from the front of ``remaining``, and return them."""
     if batch.position_ids is None:
         count = len(batch.samples) // len(batch.input_ids)
-    else:
+    else:  # one sample for each document
         count = int(((batch.position_ids[row] == 0) & (batch.attention_mask[row] == 1)).sum())
-    taken = waiting[:count]
-    del waiting[:count]
-    return taken
+    samples = remaining[:count]
+    del remaining[:count]
+    return samples
 
 
 def _sample(sample: SampleId) -> str:
-    return _escaped(f"{sample.shard}[{sample.index}] {sample.key!a} epoch {sample.epoch}")
+    return _escape(f"{sample.shard}[{sample.index}] {sample.key!a} epoch {sample.epoch}")
 
 
 def _tokens(batch: Batch, row: int, length: int, token_text: Callable[[int], str]) -> str:
-    positions = batch.position_ids
     parts = []
-    for place in range(length):
-        if positions is not None and int(positions[row, place]) == 0:
+    for position in range(length):
+        if batch.position_ids is not None and int(batch.position_ids[row, position]) == 0:
             parts.append('<span class="document">§</span>')
-        token, medium = int(batch.input_ids[row, place]), int(batch.media_index[row, place])
-        trained = int(batch.labels[row, place]) != IGNORED_LABEL
-        title = f"token {token} at {place}, medium {medium}" + (", trained" if trained else "")
+        token, medium = int(batch.input_ids[row, position]), int(batch.media_index[row, position])
+        trained = int(batch.labels[row, position]) != IGNORED_LABEL
+        title = f"token {token} at {position}, medium {medium}" + (", trained" if trained else "")
         color = "" if medium < 0 else f' style="background:{_color(medium, 85)}"'
         kind = ' class="trained"' if trained else ""
         text = token_text(token).replace("\n", "⏎")
-        parts.append(f'<span{kind}{color} title="{title}">{_escaped(text)}</span>')
+        parts.append(f'<span{kind}{color} title="{title}">{_escape(text)}</span>')
     return "".join(parts)
 
 
 def _medium(frames: Tensor, index: int) -> str:
-    """uint8 [frames, 3, height, width]"""
+    """Return the HTML of a medium, uint8 [frames, 3, height, width]."""
     return "".join(
         f'<img style="border-color:{_color(index, 70)}" title="medium {index}, frame {number}" alt="medium {index}" '
-        f'src="data:image/png;base64,{_png(frame)}">'
+        f'src="data:image/png;base64,{_png_base64(frame)}">'
         for number, frame in enumerate(frames)
     )
 
 
-def _png(image: Tensor) -> str:
+def _png_base64(image: Tensor) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _color(index: int, lightness: int) -> str:
-    """Neighbouring numbers far apart on the color circle (the golden angle)."""
+    """Return the color of a number; neighbors lie far apart on the color circle (the golden angle)."""
     return f"hsl({index * 137.508 % 360:.0f} 80% {lightness}%)"
 
 
-def _escaped(text: str) -> str:
-    """Also without control characters, which HTML forbids."""
+def _escape(text: str) -> str:
+    """Escape HTML, and replace control characters, which HTML forbids."""
     return html.escape("".join(character if character.isprintable() else "�" for character in text))

@@ -1,8 +1,8 @@
-"""Rows of several samples: what ``trainer.data.stream.packing`` chose, built, with substitutes for what cannot be used.
+"""Build the rows of packed sources: ``trainer.data.stream.packing`` chooses the samples, this module replaces bad ones.
 
-Which samples share a row follows from texts, headers and metadata, for a lane has to be gone through without decoding
-(``Builder.length``). A sample that fails only then, in decoding, makes room for a substitute that is not longer than
-what the row has left; where there is none, the row stays shorter.
+Which samples share a row follows from texts, headers and metadata (``RowBuilder.length``), because going through a lane
+must not decode media. A sample that fails only in decoding is replaced by one that is not longer than the room left in
+the row. Where there is none, the row stays shorter.
 """
 
 from __future__ import annotations
@@ -11,63 +11,81 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from trainer.data.batch import RejectedSample, Row, SampleId
-from trainer.data.errors import SampleError, TooManyBadSamplesError
-from trainer.data.samples.row_builder import Builder, pack, sample_rng
+from trainer.data.batch import Row
+from trainer.data.errors import SampleError
+from trainer.data.samples.rows import RowBuilder, pack, sample_rng
 from trainer.data.stream.packing import LaneCursor, LanePosition, LanePositions
+from trainer.data.stream.replacement import Candidate, Rejections, ReplacementSearch
 
-Candidates = Callable[[int, int, int], Iterator[tuple[SampleId, dict[str, bytes]]]]
+Candidates = Callable[[int, int, int], Iterator[Candidate]]
 
 
-class _Candidate(NamedTuple):
-    """What stands at an ordinal: which attempt of its candidates, its tokens, and why the earlier ones do not."""
+class _Choice(NamedTuple):
+    """Hold the sample chosen for a lane position: attempt number, length in tokens, rejected attempts."""
 
     attempt: int
     length: int
-    rejected: tuple[RejectedSample, ...]
+    rejected: Rejections
 
 
 class PackedRows:
-    """The rows of one source, lane by lane.
+    """Build the rows of one source, lane by lane.
 
-    candidates: (lane, ordinal, first attempt) -> the sample that the order has there (attempt 0), then its substitutes.
-    first_row: counted from the start of the run; positions: where the lanes stand before it, by default at the start.
+    Args:
+        builder: Row builder of the source.
+        candidates: Maps lane, ordinal and first attempt to the sample at that place (attempt 0) and its replacements.
+        search: Search of the source among these candidates.
+        seed: ``data.seed``.
+        max_tokens: Tokens that a row holds.
+        first_row: First row that can be asked for, counted from the start of the run.
+        positions: Positions of the lanes before ``first_row``; lanes without one are at their start.
     """
 
     def __init__(
         self,
-        name: str,
-        builder: Builder,
+        builder: RowBuilder,
         candidates: Candidates,
+        search: ReplacementSearch,
         *,
         seed: int,
         max_tokens: int,
         first_row: int,
         positions: LanePositions,
     ) -> None:
-        self._name, self._builder, self._candidates = name, builder, candidates
+        self._builder, self._candidates, self._search = builder, candidates, search
         self._seed, self._max_tokens = seed, max_tokens
         self._first_row, self._positions = first_row, positions
         self._cursors: dict[int, LaneCursor] = {}
-        self._known: dict[int, dict[int, _Candidate]] = {}
+        self._known: dict[int, dict[int, _Choice]] = {}
 
-    def row(self, lane: int, number: int, rejected: list[RejectedSample]) -> tuple[Row, LanePosition]:
-        """Row ``number`` of a lane and where the lane stands after it; appends to ``rejected``.
+    def row(self, lane: int, number: int, rejected: Rejections) -> tuple[Row, LanePosition]:
+        """Build row ``number`` of a lane.
 
-        Raises: ShardError, TooManyBadSamplesError.
+        Args:
+            lane: Lane of the row.
+            number: Number of the row in its lane, counted from the start of the run.
+            rejected: Receives the samples that were replaced.
+
+        Returns:
+            The row, and the position of the lane after it.
+
+        Raises:
+            ShardError: A shard cannot be read.
+            TooManyBadSamplesError: Too many samples are bad.
+            NoSamplesLeftError: Filters leave nothing.
         """
         if lane not in self._cursors:
             start = self._positions.get(lane, LanePosition())
             length_of = partial(self._length, lane)
             self._cursors[lane] = LaneCursor(start, self._first_row, self._max_tokens, length_of)
         ordinals, after = self._cursors[lane].row(number)
-        chosen = [self._candidate(lane, ordinal) for ordinal in ordinals]
-        lengths = [candidate.length for candidate in chosen]
+        chosen = [self._choice(lane, ordinal) for ordinal in ordinals]
+        lengths = [choice.length for choice in chosen]
         parts = []
-        for place, (ordinal, candidate) in enumerate(zip(ordinals, chosen, strict=True)):
-            rejected.extend(candidate.rejected)
+        for place, (ordinal, choice) in enumerate(zip(ordinals, chosen, strict=True)):
+            rejected.update(choice.rejected)
             room = self._max_tokens - sum(lengths) + lengths[place]
-            part = self._build(lane, ordinal, candidate.attempt, room, rejected)
+            part = self._build(lane, ordinal, choice.attempt, room, rejected)
             lengths[place] = 0 if part is None else len(part.input_ids)
             if part is not None:
                 parts.append(part)
@@ -76,51 +94,47 @@ class PackedRows:
         return pack(parts), after
 
     def _length(self, lane: int, ordinal: int) -> int:
-        return self._candidate(lane, ordinal).length
+        return self._choice(lane, ordinal).length
 
-    def _candidate(self, lane: int, ordinal: int) -> _Candidate:
+    def _choice(self, lane: int, ordinal: int) -> _Choice:
         known = self._known.setdefault(lane, {})
         if ordinal not in known:
             known[ordinal] = self._first_usable(lane, ordinal)
         return known[ordinal]
 
-    def _first_usable(self, lane: int, ordinal: int) -> _Candidate:
-        rejected: list[RejectedSample] = []
-        for attempt, (sample, members) in enumerate(self._candidates(lane, ordinal, 0)):
-            try:
-                length = self._builder.length(members, sample, sample_rng(self._seed, sample))
-                return _Candidate(attempt, length, tuple(rejected))
-            except SampleError as error:
-                rejected.append(RejectedSample(error.reason, error.detail, sample))
-        raise too_many_bad_samples(self._name, rejected)
+    def _first_usable(self, lane: int, ordinal: int) -> _Choice:
+        rejected = Rejections()
+        candidate, length = self._search.first_usable(
+            self._candidates(lane, ordinal, 0), self._length_of_candidate, rejected
+        )
+        return _Choice(candidate.attempt, length, rejected)
 
-    def _build(
-        self, lane: int, ordinal: int, first_attempt: int, room: int, rejected: list[RejectedSample]
-    ) -> Row | None:
-        """The sample, or the first substitute that is whole and fits; None when all that could be used are longer."""
-        failed: list[RejectedSample] = []
+    def _length_of_candidate(self, candidate: Candidate) -> int:
+        return self._builder.length(candidate.members, candidate.sample, sample_rng(self._seed, candidate.sample))
+
+    def _build(self, lane: int, ordinal: int, first_attempt: int, room: int, rejected: Rejections) -> Row | None:
+        """Build the sample, or the first replacement that decodes and fits.
+
+        Returns:
+            None when all near replacements, or the first usable one behind them, are longer than ``room``.
+        """
+        failed = Rejections()
         too_long = False
-        for sample, members in self._candidates(lane, ordinal, first_attempt):
+        for candidate in self._candidates(lane, ordinal, first_attempt):
+            if too_long and not candidate.is_near:
+                break
             try:
-                if failed and self._builder.length(members, sample, sample_rng(self._seed, sample)) > room:
+                if failed.counts and self._length_of_candidate(candidate) > room:
                     too_long = True
                     continue
-                built = self._builder(members, sample, sample_rng(self._seed, sample))
+                built = self._builder(candidate.members, candidate.sample, sample_rng(self._seed, candidate.sample))
             except SampleError as error:
-                failed.append(RejectedSample(error.reason, error.detail, sample))
+                failed.add(candidate.sample, error)
+                self._search.check(failed)
                 continue
-            rejected.extend(failed)
+            rejected.update(failed)
             return built
         if not too_long:
-            raise too_many_bad_samples(self._name, failed)
-        rejected.extend(failed)
+            raise self._search.exhausted(failed)
+        rejected.update(failed)
         return None
-
-
-def too_many_bad_samples(name: str, failed: list[RejectedSample]) -> TooManyBadSamplesError:
-    """The error for a sample of source ``name`` that failed with all its substitutes."""
-    reasons = ", ".join(f"{one.sample.shard}[{one.sample.index}] {one.reason}" for one in failed[:3])
-    return TooManyBadSamplesError(
-        f"source {name!r}: {len(failed)} samples in a row cannot be used ({reasons}, ...): are these data of the type "
-        "that the source's settings say?"
-    )

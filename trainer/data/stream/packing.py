@@ -1,76 +1,92 @@
-"""Packing: which samples of a lane fill a row, and where the lane stands after it.
+"""Choose which samples of a lane fill a row, and where the lane stands after it.
 
-A lane's samples come in its order. A row takes each that fits into what is left of it (first fit), looking no further
-than a window after the lane's first sample that is still waiting; that one always starts the row, so none waits for
-ever. Where a lane stands is the ordinal of its first waiting sample, and which of those in the window after it are
-consumed already. Both depend on nothing but the lane, so neither ranks nor workers change what a row holds; they follow
-from the lengths of texts alone, so that finding them again costs no decoding.
+The samples of a lane come in its order. A row takes each one that fits into the rest of it (first fit). It looks at a
+limited number of samples, counted from the lane's first waiting one. That sample always starts the row, so none waits
+for ever.
+
+The position of a lane is the ordinal of its first waiting sample, and which of the samples after it are consumed. Both
+depend on the lane alone, so neither ranks nor loader processes change the content of a row. They follow from the
+lengths of texts, so finding them again decodes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_TOKENS_PER_LOOK = 4  # a shorter sample than <BOS><image>word<EOC> hardly exists
-_LEAST_WINDOW = 32
-_SHORTEST = 3  # tokens: what is left of a row when looking on would find nothing
+_TOKENS_PER_LOOK = 4  # few samples are shorter than <BOS><image>word<EOC>
+_FEWEST_LOOKS = 32
+_SHORTEST_SAMPLE = 3  # tokens; with less room than that, looking on would find nothing
 
 
 class LanePosition(NamedTuple):
-    """ordinal: a lane's first sample that is not consumed. taken: bit i says whether sample ordinal + i is."""
+    """Say how far a packed lane is consumed.
+
+    Attributes:
+        ordinal: First sample of the lane that is not consumed.
+        consumed: Bit i says whether sample ``ordinal + i`` is consumed.
+    """
 
     ordinal: int = 0
-    taken: int = 0
+    consumed: int = 0
 
     def to_json(self) -> list[int | str]:
-        """Short in a checkpoint, and exact in any reader of JSON: the bits as hexadecimal digits."""
-        return [self.ordinal, f"{self.taken:x}"]
+        """Return a form that any JSON reader keeps exactly: the bits are hexadecimal digits."""
+        return [self.ordinal, f"{self.consumed:x}"]
 
     @classmethod
-    def from_json(cls, value: SequenceOf[int | str]) -> LanePosition:
-        """What ``to_json`` gave."""
-        ordinal, taken = value
-        return cls(int(ordinal), int(str(taken), 16))
+    def from_json(cls, value: Sequence[int | str]) -> LanePosition:
+        """Return the position that ``to_json`` gave."""
+        ordinal, consumed = value
+        return cls(int(ordinal), int(str(consumed), 16))
 
 
 LanePositions = Mapping[int, LanePosition]
 
 
-def pack_window(max_tokens: int) -> int:
-    """How many samples, from the first waiting one on, a row of max_tokens is filled from."""
-    return max(_LEAST_WINDOW, max_tokens // _TOKENS_PER_LOOK)
+def num_looks(max_tokens: int) -> int:
+    """Return how many samples a row of ``max_tokens`` looks at."""
+    return max(_FEWEST_LOOKS, max_tokens // _TOKENS_PER_LOOK)
 
 
 def first_fit(
     start: LanePosition, length_of: Callable[[int], int], max_tokens: int
 ) -> tuple[tuple[int, ...], LanePosition]:
-    """The ordinals of the samples in the next row, in their order, and where the lane stands then.
+    """Choose the samples of the next row.
 
-    length_of: tokens of the sample of an ordinal, from 1 to max_tokens.
+    Args:
+        start: Position of the lane.
+        length_of: Tokens of the sample at an ordinal, from 1 to ``max_tokens``.
+        max_tokens: Tokens that a row holds.
+
+    Returns:
+        Ordinals of the chosen samples in their order, and the position after the row.
     """
-    chosen, taken, room = [], start.taken, max_tokens
-    for offset in range(pack_window(max_tokens)):
-        if room < _SHORTEST:
+    chosen, consumed, room = [], start.consumed, max_tokens
+    for offset in range(num_looks(max_tokens)):
+        if room < _SHORTEST_SAMPLE:
             break
-        if taken >> offset & 1:
+        if consumed >> offset & 1:
             continue
         length = length_of(start.ordinal + offset)
         if length <= room:
             chosen.append(start.ordinal + offset)
-            taken |= 1 << offset
+            consumed |= 1 << offset
             room -= length
-    done = (~taken & (taken + 1)).bit_length() - 1  # consumed without a gap
-    return tuple(chosen), LanePosition(start.ordinal + done, taken >> done)
+    leading = (~consumed & (consumed + 1)).bit_length() - 1  # consumed without a gap
+    return tuple(chosen), LanePosition(start.ordinal + leading, consumed >> leading)
 
 
 @dataclass
 class LaneCursor:
-    """A lane, row after row. Any row from the first on can be asked for; going back starts again.
+    """Go through a lane row by row. Any row from the first one on can be asked for; going back starts again.
 
-    start: where the lane stands before row ``first_row``.
+    Attributes:
+        start: Position of the lane before ``first_row``.
+        first_row: First row that can be asked for.
+        max_tokens: Tokens that a row holds.
+        length_of: Tokens of the sample at an ordinal.
     """
 
     start: LanePosition
@@ -84,7 +100,7 @@ class LaneCursor:
         self._row, self._position = self.first_row, self.start
 
     def row(self, number: int) -> tuple[tuple[int, ...], LanePosition]:
-        """The ordinals of the samples in row ``number``, and where the lane stands after it."""
+        """Return the ordinals of the samples in row ``number``, and the position after it."""
         assert number >= self.first_row, "the loader starts where the positions are known"
         if number < self._row:
             self._row, self._position = self.first_row, self.start

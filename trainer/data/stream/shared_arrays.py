@@ -1,17 +1,15 @@
-"""Large arrays that every process of a node needs: made by one of them, and mapped read-only by all.
+"""Share large arrays among the processes of a node: one makes an array, all map it read-only.
 
-An array is a ``.npy`` file in a folder on the node. It is written under another name and renamed, so that a kill leaves
-a whole file or none; one process makes it under the folder's lock while the others wait. Nothing in it is worth
-keeping: what was not asked for within a day is removed, and made again where it is needed.
+An array is a ``.npy`` file in a folder of the node. It is written under another name and then renamed, so a kill leaves
+a whole file or none. One process makes it under the folder's lock while the others wait. The files are a cache: what
+was not asked for within a day is removed, and made again when it is needed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.errors import ShardError
-from trainer.data.shards.cache import prepare_folder
-
-_KEPT_SECONDS = 86_400.0
+from trainer.data.shards.block_cache import prepare_folder
+from trainer.data.shards.file_lock import cache_lock
 
 
 class SharedArrays:
-    """Arrays by key. cache_dir: of the run; None takes the default of ``BlockCache``."""
+    """Keep arrays by key.
 
-    def __init__(self, cache_dir: Path | None = None) -> None:
-        self._cache_dir = cache_dir
+    Args:
+        cache_dir: ``data.cache_dir``; None takes the default of ``BlockCache``.
+        kept_seconds: Age since the last use at which an array is removed.
+    """
+
+    def __init__(self, cache_dir: Path | None = None, kept_seconds: float = 86_400.0) -> None:
+        self._cache_dir, self._kept_seconds = cache_dir, kept_seconds
 
     def get(self, key: object, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """``make()``, or what another process of the node made of the same key.
+        """Return ``make()``, or the array that another process of the node made for the same key.
 
-        key: anything whose repr tells this array from every other. make: must not ask for another array itself, for the
-        folder has one lock. Raises ShardError for a folder without room.
+        Args:
+            key: Any object whose repr tells this array from all others.
+            make: Makes the array. It must not ask for another array, because the folder has one lock.
+
+        Raises:
+            ShardError: The folder cannot be used or has no room.
         """
         folder = prepare_folder(self._cache_dir) / "arrays"
         path = folder / f"{blake2b(repr(key).encode(), digest_size=16).hexdigest()}.npy"
@@ -43,10 +49,10 @@ class SharedArrays:
             array = _mapped(path)
             if array is None:
                 folder.mkdir(exist_ok=True)
-                with _locked(folder / "lock"):
+                with cache_lock(folder / "lock"):
                     array = _mapped(path)
                     if array is None:
-                        _remove_old(folder)
+                        _remove_old(folder, self._kept_seconds)
                         _write(path, make())
                         array = _mapped(path)
         except OSError as error:
@@ -57,7 +63,7 @@ class SharedArrays:
 
 
 def _mapped(path: Path) -> NDArray[Any] | None:
-    """The array in a file; None where there is none, or a part of one (after a power loss)."""
+    """Map the array of a file; None where the file is missing or cut off (after a power loss)."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         os.utime(path)
@@ -67,7 +73,7 @@ def _mapped(path: Path) -> NDArray[Any] | None:
 
 
 def _write(path: Path, array: NDArray[Any]) -> None:
-    temporary = path.with_suffix(".tmp")  # of whoever holds the lock
+    temporary = path.with_suffix(".tmp")  # only the holder of the lock writes it
     with open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()
@@ -75,19 +81,8 @@ def _write(path: Path, array: NDArray[Any]) -> None:
     os.replace(temporary, path)
 
 
-def _remove_old(folder: Path) -> None:
-    """Processes that have a file mapped keep it until they let go."""
+def _remove_old(folder: Path, kept_seconds: float) -> None:
+    """Remove old files; a process that has one mapped keeps its content."""
     for path in folder.iterdir():
-        if path.name != "lock" and path.stat().st_mtime < time.time() - _KEPT_SECONDS:
+        if path.name != "lock" and path.stat().st_mtime < time.time() - kept_seconds:
             path.unlink()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Whoever dies holding it lets it go."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

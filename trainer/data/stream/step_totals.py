@@ -1,4 +1,4 @@
-"""What an update holds over all ranks, counted before it is trained on and added up in one all-reduce."""
+"""Count the samples, tokens and media of a step over all ranks, before it is trained on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.batch import Batch
-from trainer.runtime.distributed import World, sum_counts, sum_over_ranks
+from trainer.runtime.distributed import World, sum_by_name, sum_counts
 
-ReplacedSamples = Counter[tuple[str, str]]
+CountsByReason = Counter[tuple[str, str]]  # by source and reason
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts of the global batch; those by source are in the order of ``data.sources``.
+    """Hold the counts of a global batch.
 
-    trained_tokens, documents, samples: of each source. tokens, positions: without and with padding. images: real media
-    (frames of a video are one), without the dummies. replaced: samples that could not be used, by (source, reason).
-    data_seconds: waiting for the data, mean over the ranks.
+    Attributes:
+        trained_tokens: Tokens in the loss, by source.
+        documents: Documents (rows, where rows are not packed), by source.
+        samples: Samples, by source.
+        tokens: Tokens without padding.
+        positions: Tokens with padding.
+        images: Images and videos, without dummies.
+        replaced: Samples that were rejected and replaced, by source and reason.
+        dropped_images: Unusable images that documents lost, by source and reason.
+        data_seconds: Seconds that training waited for the data, mean over the ranks.
     """
 
     trained_tokens: dict[str, int]
@@ -27,7 +34,8 @@ class StepTotals:
     tokens: int
     positions: int
     images: int
-    replaced: ReplacedSamples
+    replaced: CountsByReason
+    dropped_images: CountsByReason
     data_seconds: float
 
     @property
@@ -37,36 +45,41 @@ class StepTotals:
 
 
 def step_totals(batches: Sequence[Batch], sources: Sequence[str], data_seconds: float, world: World) -> StepTotals:
-    """Counts this rank's micro-batches and adds up all ranks'; a collective, and a second one if any were replaced."""
-    trained, documents, samples, replaced = Counter[str](), Counter[str](), Counter[str](), ReplacedSamples()
+    """Count this rank's micro-batches and sum over all ranks; a collective, or several.
+
+    Args:
+        batches: Micro-batches of this rank.
+        sources: Names of all sources; every rank gives the same.
+        data_seconds: Seconds that this rank waited for the batches.
+        world: Processes of the run.
+    """
+    counts = {f"{kind}/{source}": 0.0 for kind in ("trained_tokens", "documents", "samples") for source in sources}
+    counts |= {"tokens": 0.0, "positions": 0.0, "images": 0.0}
+    replaced, dropped = CountsByReason(), CountsByReason()
     for batch in batches:
-        trained[batch.source] += batch.trained_tokens
-        documents[batch.source] += batch.num_documents
-        samples[batch.source] += len(batch.samples)
+        counts[f"trained_tokens/{batch.source}"] += batch.num_trained_tokens
+        counts[f"documents/{batch.source}"] += batch.num_documents
+        counts[f"samples/{batch.source}"] += len(batch.samples)
+        counts["tokens"] += int(batch.attention_mask.sum())
+        counts["positions"] += batch.attention_mask.numel()
+        counts["images"] += batch.num_seen_media
         replaced.update({(batch.source, reason): count for reason, count in batch.rejected.items()})
-    by_source = [count[source] for count in (trained, documents, samples) for source in sources]
-    summed = sum_over_ranks(
-        [
-            *by_source,
-            sum(int(batch.attention_mask.sum()) for batch in batches),
-            sum(batch.attention_mask.numel() for batch in batches),
-            sum(batch.medium_count for batch in batches if int(batch.media_index.max()) >= 0),
-            replaced.total(),
-            data_seconds,
-        ],
-        world,
-    )
-    number = len(sources)
-    counts = [int(total) for total in summed[:-1]]
-    tokens, positions, images, any_replaced = counts[3 * number :]
+        dropped.update({(batch.source, reason): count for reason, count in batch.dropped_images.items()})
+    counts |= {"replaced": replaced.total(), "dropped_images": dropped.total(), "data_seconds": data_seconds}
+    summed = sum_by_name(counts, world)
+
+    def by_source(kind: str) -> dict[str, int]:
+        return {source: int(summed[f"{kind}/{source}"]) for source in sources}
+
     return StepTotals(
-        trained_tokens=dict(zip(sources, counts[:number], strict=True)),
-        documents=dict(zip(sources, counts[number : 2 * number], strict=True)),
-        samples=dict(zip(sources, counts[2 * number : 3 * number], strict=True)),
-        tokens=tokens,
-        positions=positions,
-        images=images,
+        trained_tokens=by_source("trained_tokens"),
+        documents=by_source("documents"),
+        samples=by_source("samples"),
+        tokens=int(summed["tokens"]),
+        positions=int(summed["positions"]),
+        images=int(summed["images"]),
         # The reasons differ from rank to rank; that there are some, every rank knows now.
-        replaced=sum_counts(replaced, world) if any_replaced else replaced,
-        data_seconds=summed[-1] / world.size,
+        replaced=sum_counts(replaced, world) if summed["replaced"] else replaced,
+        dropped_images=sum_counts(dropped, world) if summed["dropped_images"] else dropped,
+        data_seconds=summed["data_seconds"] / world.size,
     )

@@ -1,7 +1,8 @@
-"""The position in the data as a checkpoint keeps it, and whether a run may go on from it."""
+"""Save the position in the data, and check whether a run may continue from it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainer.data.shards.manifest import Manifest
 from trainer.data.stream.packing import LanePosition, LanePositions
 from trainer.data.stream.step_plan import plan_step
 
+_LOG = logging.getLogger(__name__)
 STATE_VERSION = 1
 _LANES = "lane_positions"
 
@@ -21,17 +23,24 @@ def data_state(
     step: int,
     lane_positions: Mapping[str, LanePositions] | None = None,
 ) -> dict[str, Any]:
-    """The state after ``step`` applied updates, ready for JSON; under 1 KB a source, and some 20 bytes a packed lane.
+    """Return the state after ``step`` steps, ready for JSON.
 
-    It says how the order was made; the position is one integer a source, and follows from ``step``. A packed source
-    consumes as many samples as fit, so it has a position a lane (lane_positions, of all lanes).
+    It takes under 1 KB a source, and about 20 bytes a packed lane. It says how the order was made. The position of a
+    source follows from ``step``; a packed source consumes as many samples as fit, so each of its lanes has a position.
+
+    Args:
+        config: Settings of the data.
+        manifests: Manifest of each source.
+        step: Number of steps done.
+        lane_positions: Positions of all packed lanes, over all ranks, by source.
     """
     sources: dict[str, dict[str, Any]] = {}
     for plan, manifest in zip(plan_step(config, 1), manifests, strict=True):
         sources[plan.source.name] = {
             "manifest_sha256": manifest.sha256,
+            "content_sha256": manifest.content_sha256,
             "samples": manifest.total_samples,
-            "num_lanes": plan.lanes,
+            "num_lanes": plan.num_lanes,
             "read_block": config.read_block,
             "shuffle_window": config.shuffle_window,
             "batch_size": plan.source.batch_size,
@@ -47,10 +56,12 @@ def data_state(
 
 
 def check_data_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compares a checkpoint's state with this run's at the same step.
+    """Compare a checkpoint's state with this run's at the same step.
 
-    World size, workers, micro-batches and the weights of sources may have changed. Raises ValueError with every
-    difference, both values and the setting.
+    The number of processes, loader processes, micro-batches and the weights of sources may have changed.
+
+    Raises:
+        ValueError: The run cannot continue exactly; the message has every difference with both values.
     """
     problems = _differences("data state", saved, current, ("version", "order_version", "seed"))
     old, new = saved.get("sources", {}), current.get("sources", {})
@@ -59,17 +70,29 @@ def check_data_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     for name in old:
         if name in new:
             names = tuple(dict.fromkeys((*new[name], *old[name])))
-            problems += _differences(f"source {name!r}", old[name], new[name], [n for n in names if n != _LANES])
+            unchecked = (_LANES, _moved(name, old[name], new[name]))
+            problems += _differences(f"source {name!r}", old[name], new[name], [n for n in names if n not in unchecked])
     if problems:
         raise ValueError(
-            "the checkpoint's data do not match this run's, so it cannot continue exactly: "
+            "the data of the checkpoint do not match this run, so it cannot continue exactly: "
             + "; ".join(problems)
-            + ". Use the settings and manifests it was written with, or start a new run_dir"
+            + ". Use the settings and manifests that the checkpoint was written with, or choose a new run_dir. Shards may "
+            "move, but their content and their order in the manifest have to stay: run trainer.index on them in the same "
+            "order"
         )
 
 
+def _moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the digest that does not decide: that of the paths, where the content is known to be the same."""
+    if "content_sha256" not in old or old["content_sha256"] != new["content_sha256"]:
+        return "content_sha256"  # the other one differs too, or the checkpoint was written before this one existed
+    if old["manifest_sha256"] != new["manifest_sha256"]:
+        _LOG.warning("source %r: its shards have moved; their content is the same, so the run goes on", name)
+    return "manifest_sha256"
+
+
 def saved_lane_positions(state: Mapping[str, Any]) -> dict[str, dict[int, LanePosition]]:
-    """Where the packed sources' lanes stand, of a state that ``data_state`` made; empty of the state of a new run."""
+    """Return the positions of all packed lanes in a state of ``data_state``, by source; none in a new run."""
     return {
         name: {lane: LanePosition.from_json(value) for lane, value in enumerate(source[_LANES])}
         for name, source in state.get("sources", {}).items()
@@ -78,7 +101,7 @@ def saved_lane_positions(state: Mapping[str, Any]) -> dict[str, dict[int, LanePo
 
 
 def merge_lane_positions(ranks: Sequence[Mapping[str, LanePositions]]) -> dict[str, dict[int, LanePosition]]:
-    """The positions of all lanes, from what each rank has of its own ones."""
+    """Merge the positions that each rank has of its own lanes."""
     merged: dict[str, dict[int, LanePosition]] = {}
     for rank in ranks:
         for name, lanes in rank.items():

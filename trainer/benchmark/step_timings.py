@@ -1,0 +1,123 @@
+"""Time the steps of an engine: warm-up, timed steps, profiled steps with their parts, and on a GPU a traced one."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from trainer.benchmark.device_trace import DeviceTrace, read_device_trace
+from trainer.benchmark.part_clock import DATA_WAIT, PARTS, PartClock, device_clock
+from trainer.benchmark.step_memory import tensor_memory
+from trainer.benchmark.timed_parts import parts_timed
+from trainer.data.batch import Batch
+from trainer.deepspeed_engine.engine import Engine
+from trainer.metrics.utilization import device_memory
+
+
+@dataclass
+class StepTimings:
+    """Hold what this rank measured.
+
+    Attributes:
+        timed: Seconds of each timed step.
+        profiled: Seconds of each part, for each profiled step.
+        contents: Contents of all timed steps together, as ``count`` gave them.
+        device: What the GPU did in the traced step, on the main process; None elsewhere.
+        sent: Bytes that this rank sends in a step, by part.
+        device_memory: Bytes of tensors at the peak of a step.
+    """
+
+    timed: list[float] = field(default_factory=list)
+    profiled: list[dict[str, float]] = field(default_factory=list)
+    contents: Counter[str] = field(default_factory=Counter)
+    device: DeviceTrace | None = None
+    sent: dict[str, float] = field(default_factory=dict)
+    device_memory: float = 0.0
+
+    def parts(self) -> dict[str, float]:
+        """Return the mean seconds of each part over the middle half of the profiled steps, ordered by duration.
+
+        Means add up, and this half has no outliers.
+        """
+        ordered = sorted(self.profiled, key=lambda parts: sum(parts.values()))
+        quarter = len(ordered) // 4
+        middle = ordered[quarter : len(ordered) - quarter]
+        return {name: statistics.fmean(parts[name] for parts in middle) for name in PARTS}
+
+
+def time_steps(
+    engine: Engine,
+    batches: Iterator[list[Batch]],
+    steps: int,
+    warmup: int,
+    trace: Path | None,
+    count: Callable[[list[Batch]], Counter[str]] | None = None,
+) -> StepTimings:
+    """Warm up, time, count memory and profile. All ranks call it together.
+
+    Args:
+        engine: Engine to step.
+        batches: This rank's micro-batches of each step.
+        steps: Number of timed steps, and of profiled ones.
+        warmup: Number of steps before them.
+        trace: File for the profiler's trace of one more step; None writes none.
+        count: Returns the contents of a timed step's micro-batches.
+    """
+    timings, now = StepTimings(), device_clock(engine.world)
+    on_gpu = engine.world.device.type == "cuda"
+    for number in range(warmup + steps):
+        start = now()
+        step_batches = _step(engine, batches)
+        if number >= warmup:
+            timings.timed.append((now() - start) / 1e9)
+            timings.contents += count(step_batches) if count else Counter()
+    if on_gpu:
+        timings.device_memory = device_memory(engine.world.device)
+    else:
+        with tensor_memory() as memory:
+            _step(engine, batches)
+        timings.device_memory = memory.peak
+    clock = PartClock(now, DATA_WAIT)
+    with parts_timed(engine, clock) as sent:
+        for _ in range(steps):
+            clock.lap()
+            _step(engine, batches, clock)
+            spent = clock.lap()
+            timings.profiled.append({name: spent[name] / 1e9 for name in PARTS})
+        timings.sent = {name: size / steps for name, size in sent.items()}
+    if on_gpu:
+        with TemporaryDirectory() as folder:
+            path = trace or Path(folder) / "trace.json"
+            _traced_step(engine, batches, path)
+            timings.device = read_device_trace(path) if engine.world.is_main else None
+    elif trace is not None:
+        _traced_step(engine, batches, trace)
+    return timings
+
+
+def _traced_step(engine: Engine, batches: Iterator[list[Batch]], path: Path) -> None:
+    """Do one more step on all ranks; the main one writes its profiler's trace."""
+    with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
+        _step(engine, batches)
+    if profiler is not None:
+        profiler.export_chrome_trace(str(path))
+
+
+def _step(engine: Engine, batches: Iterator[list[Batch]], clock: PartClock | None = None) -> list[Batch]:
+    """Do one step, time its parts if there is a clock, and return its micro-batches."""
+    part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
+    step_batches = next(batches)
+    for number, batch in enumerate(step_batches, start=1):
+        inputs, is_last = batch.to(engine.world.device).inputs, number == len(step_batches)
+        with part("backward"):  # the hooks of timed_parts open the model's forward inside it
+            engine.forward_backward(inputs, 1.0 / max(1, batch.num_trained_tokens), is_last=is_last)
+    with part("optimizer"):
+        engine.step(1.0)
+    return step_batches

@@ -1,0 +1,61 @@
+"""Check settings against each other and against this machine.
+
+Nothing here imports torch, so a wrong configuration is reported within a second.
+"""
+
+from __future__ import annotations
+
+from trainer.config.checks.data_rules import duplicate_names, source_problems
+from trainer.config.checks.deepspeed_rules import deepspeed_problems, optimizer_problems
+from trainer.config.checks.language_model_rules import architecture_problems, language_model_file_problems
+from trainer.config.checks.missing_files import missing_export, missing_files, missing_manifest
+from trainer.config.checks.missing_libraries import missing_libraries
+from trainer.config.checks.step_rules import length_problems, profiler_problems, resilience_problems
+from trainer.config.checks.task_rules import activation_problems, task_problems
+from trainer.config.deepspeed_json import raw_problems
+from trainer.config.evaluation_config import EvaluationConfig
+from trainer.config.run_config import RunConfig
+from trainer.errors import Problem
+
+
+def check_settings(config: object, *, check_files: bool = True) -> list[Problem]:
+    """Return everything that is wrong across settings.
+
+    Args:
+        config: A RunConfig or an EvaluationConfig; others have no rules.
+        check_files: Whether manifests, local folders and optional libraries must exist on this machine.
+    """
+    if isinstance(config, EvaluationConfig):
+        return _evaluation_problems(config, check_files)
+    if not isinstance(config, RunConfig):
+        return []
+    problems = [
+        *source_problems(config),
+        *length_problems(config),
+        *deepspeed_problems(config),
+        *optimizer_problems(config),
+        *resilience_problems(config),
+        *activation_problems(config),
+        *profiler_problems(config),
+        *task_problems(config),
+        *architecture_problems(config),
+        *raw_problems(config, check_files=check_files),
+    ]
+    if check_files:
+        problems += [
+            *missing_files(config),
+            *missing_libraries(config),
+            *language_model_file_problems(config),
+        ]
+    return problems
+
+
+def _evaluation_problems(config: EvaluationConfig, check_files: bool) -> list[Problem]:
+    problems = list(duplicate_names("tasks", [task.name for task in config.tasks]))
+    for index, task in enumerate(config.tasks):
+        path = f"tasks.{index}"
+        if task.minimum is not None and task.maximum is not None and task.minimum > task.maximum:
+            problems.append(Problem(f"{path}.minimum", f"{task.minimum} is more than maximum {task.maximum}"))
+        if check_files:
+            problems += missing_manifest(f"{path}.manifest", task.manifest)
+    return [*problems, *(missing_export(config) if check_files else ())]

@@ -1,0 +1,69 @@
+"""Handle the signals that ask a process to stop, without torch.
+
+SIGTERM and SIGUSR1 (Slurm's warning) ask to stop; so do Ctrl-C (SIGINT) and the end of a terminal (SIGHUP). SIGINT and
+SIGHUP stay ignored where the starter of this process ignored them: SIGHUP under nohup, Ctrl-C in the background job of
+a shell script.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_STAY_IGNORED = (signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class StoppedError(BaseException):
+    """Unwind a process that was asked to stop while it had nothing to save; like SystemExit, no library catches it."""
+
+
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask this process to stop, without those that its starter ignores."""
+    return tuple(
+        number
+        for number in STOP_SIGNALS
+        if number not in _STAY_IGNORED or signal.getsignal(number) is not signal.SIG_IGN
+    )
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Pass the signals that ask to stop to ``handler`` while the context is open; only the main thread may enter it."""
+    before = {number: signal.signal(number, handler) for number in handled_signals()}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise StoppedError; the handler for times at which there is nothing to save."""
+    raise StoppedError(f"{signal.Signals(number).name} arrived while there was nothing to save")
+
+
+def follow_parent() -> None:
+    """Leave the decision to stop to the parent: ignore its signals, and end when it ends, however that happens.
+
+    Linux sends SIGKILL to this process when the thread that started it ends. Other systems have no such request.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def write_to_terminal(text: str) -> None:
+    """Write a line to standard error from a signal handler, where ``print`` might interrupt itself."""
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{text}\n".encode())
