@@ -16,7 +16,10 @@
 # configuration is wrong; any other: the run failed.
 # The clone and its .venv must be at the same path on all nodes, and the run folder on a file system that they share.
 # See hostfile.example.
+#
+# Relative paths on the command line are relative to the caller's folder, those in CONFIG.yaml to the clone.
 set -euo pipefail
+caller="$PWD"
 cd "$(dirname "$0")/.."
 
 FORWARDED='^(DS_ACCELERATOR|LD_LIBRARY_PATH|PATH|TOKENIZERS_PARALLELISM|(CUDA|FI|FLAMINGO|GLOO|HF|MKL|NCCL|OMP|TORCH|UCX)_.*)$'
@@ -31,6 +34,12 @@ bin="$(cd "${VENV:-.venv}/bin" 2>/dev/null && pwd)" || { echo "there is no ${VEN
 export PATH="$bin:$PATH"
 hostfile="$1"
 shift
+if [ "$caller" != "$PWD" ]; then
+    if [ "${hostfile#/}" = "$hostfile" ] && [ -e "$caller/$hostfile" ]; then hostfile="$caller/$hostfile"; fi
+    mapfile -d '' -t arguments < <(python -m trainer.config.caller_paths "$caller" "$@")
+    if [ ${#arguments[@]} -eq 0 ]; then exit 1; fi # Python has said why
+    set -- "${arguments[@]}"
+fi
 launcher="${LAUNCHER:-pdsh}"
 port="${MASTER_PORT:-29500}"
 case "$launcher" in pdsh | openmpi) ;; *) echo "LAUNCHER=$launcher: set it to pdsh or openmpi" >&2; exit 2 ;; esac

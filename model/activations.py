@@ -69,9 +69,22 @@ def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, li
         batch: Shapes of the micro-batch.
         dtype: Type of the floating-point parameters.
         linear: Function that computes projections; DeepSpeed replaces torch's while it partitions parameters.
+
+    Raises:
+        ValueError: The language model cannot run on tensors without values.
     """
+    try:
+        return _count(model, batch, dtype, linear)
+    except Exception as error:  # a family's own code may fail in any way
+        raise ValueError(
+            f"the activations of {type(model.language_model.lm).__name__} cannot be counted ({type(error).__name__}: "
+            f"{error}): leave out training.activation_memory_gib, and set training.activation_checkpointing instead"
+        ) from error
+
+
+def _count(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear) -> Activations:
     device = torch.device("cpu")
-    with FakeTensorMode(), _replace_linear(linear):
+    with FakeTensorMode(allow_non_fake_inputs=True), _replace_linear(linear):
         state = {
             name: torch.empty(full_shape(p), dtype=dtype, device=device).requires_grad_(p.requires_grad)
             for name, p in model.named_parameters()

@@ -30,6 +30,9 @@ class VisionEncoderConfig:
         image_size: Side of the square input in pixels; None takes the tower's own.
         feature_block: Block whose output becomes the features, counted as in Python: -1 is the last one.
         feature_norm: Whether the tower's final norm is applied to the features (OpenFlamingo up to open_clip 2.20: no).
+        mean: Mean of the input normalization, for pixels in 0..1; None takes the tower's own. Weights from a file need
+            it where the published weights of their architecture differ in it (``ViT-L-14``).
+        std: Standard deviation of the input normalization; set it together with ``mean``.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -39,6 +42,8 @@ class VisionEncoderConfig:
     image_size: int | None = None
     feature_block: int = -1
     feature_norm: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,9 @@ class FlamingoConfig:
         for name, section in sections.items():
             if name in found:
                 _check_keys(section, found[name], f"{name}.")
-                found[name] = section(**found[name])
+                # JSON has no tuples; every setting that is a sequence is one.
+                settings = {k: tuple(v) if isinstance(v, list) else v for k, v in found[name].items()}
+                found[name] = section(**settings)
         return cls(**found)
 
 

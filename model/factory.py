@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.config import DType, FlamingoConfig, LanguageModelConfig
 from model.flamingo import Flamingo, cross_attention_blocks
 from model.gated_cross_attention import GatedCrossAttentionBlock
-from model.language_model import InputRow, LanguageModel, OutputRow
+from model.language_model import InputRow, LanguageModel, OutputRow, read_sizes, table_size
+from model.loading_errors import explain_loading
 from model.parameters import Gather, no_gather
 from model.perceiver_resampler import PerceiverResampler
 from model.tokens import FlamingoTokenizer, SpecialTokenIds, load_tokenizer
@@ -33,7 +34,7 @@ def build_tokenizer(config: FlamingoConfig) -> FlamingoTokenizer:
     """Load the language model's tokenizer and add the two new tokens.
 
     Raises:
-        ValueError: The config names no tokenizer, or it has no end-of-sequence token.
+        ValueError: The config names no tokenizer, or one that does not suit.
     """
     return load_tokenizer(config.language_model, config.tokens)
 
@@ -69,13 +70,14 @@ def build_flamingo(
         vision_encoder = VisionEncoder(build_tower(config.vision).to(dtype), config.vision)
     with _seeded(seed, 1):
         lm = build_language_model(config.language_model, dtype)
+    tokens.require_table(table_size(lm))
     input_start, output_start = _end_of_sequence_rows(lm, tokens.eos_id, gather)
-    text_config = lm.config.get_text_config()
+    dim, num_blocks = read_sizes(lm)
     with _seeded(seed, 2), _default_dtype(dtype), partition():
         resampler = PerceiverResampler(config.resampler, vision_encoder.dim)
         cross_attention = nn.ModuleList(
-            GatedCrossAttentionBlock(config.cross_attention, text_config.hidden_size, resampler.dim)
-            for _ in cross_attention_blocks(config, text_config.num_hidden_layers)
+            GatedCrossAttentionBlock(config.cross_attention, dim, resampler.dim)
+            for _ in cross_attention_blocks(config, num_blocks)
         )
         added = [(tokens.image_id, config.tokens.train_image), (tokens.end_of_chunk_id, True)]
         input_rows = [InputRow(token, input_start, trained) for token, trained in added]
@@ -88,12 +90,14 @@ def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any
     """Build the Hugging Face causal LM of a config: from safetensors, or random from ``architecture``.
 
     Raises:
-        ValueError: ``name`` and ``architecture`` are both set or both left out, or ``name`` has no safetensors weights.
+        ValueError: ``name`` and ``architecture`` are both set or both left out, or Hugging Face cannot load the model.
     """
     if (config.name is None) == (config.architecture is None):
         raise ValueError("set one of language_model.name and language_model.architecture")
+    attention = "" if config.attention is None else f", language_model.attention {config.attention!r},"
     if config.name is not None:
-        try:
+        revision = "" if config.revision is None else f", language_model.revision {config.revision!r}"
+        with explain_loading(f"language_model.name {config.name!r}{revision}{attention}"):
             return AutoModelForCausalLM.from_pretrained(
                 config.name,
                 revision=config.revision or "main",
@@ -102,13 +106,31 @@ def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        except OSError as error:
-            raise ValueError(f"language_model.name {config.name!r} cannot be loaded: {error}") from error
-    architecture = dict(config.architecture or {})
-    if "model_type" not in architecture:
-        raise ValueError("language_model.architecture needs Hugging Face's model_type, for example llama")
-    hf_config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=config.attention)
+    return build_architecture("language_model.architecture", config.architecture or {}, dtype, config.attention)
+
+
+def build_architecture(
+    setting: str, architecture: Mapping[str, Any], dtype: torch.dtype, attention: str | None = None
+) -> Any:
+    """Build a Hugging Face causal LM with random weights.
+
+    Args:
+        setting: Name of the setting that holds ``architecture``, for the error.
+        architecture: Hugging Face config as a mapping with its ``model_type``.
+        dtype: Type of the parameters.
+        attention: Hugging Face's ``attn_implementation``.
+
+    Raises:
+        ValueError: The ``model_type`` is missing, or Hugging Face cannot build the model.
+    """
+    values = dict(architecture)
+    if "model_type" not in values:
+        raise ValueError(f"{setting} needs Hugging Face's model_type, for example llama")
+    settings = f"{setting} (model_type {values['model_type']!r})"
+    settings += "" if attention is None else f", language_model.attention {attention!r},"
+    with explain_loading(settings):
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def _end_of_sequence_rows(lm: Any, eos_id: int, gather: Gather) -> tuple[Tensor, Tensor]:

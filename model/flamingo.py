@@ -86,7 +86,16 @@ class Flamingo(nn.Module):
             media: [M, F, 3, Y, X], uint8 or floating point in 0..1; with ``media_grids`` the patches of media of any
                 shape, as ``VisionEncoder`` takes them.
             media_grids: Frames, rows and columns of patches of each medium.
+
+        Raises:
+            ValueError: Media of any shape have more frames than trained time embeddings.
         """
+        most, trained = max((frames for frames, _, _ in media_grids or ()), default=0), self.config.resampler.num_frames
+        if most > trained:
+            raise ValueError(
+                f"a medium of patches has {most} frames, but the resampler has time embeddings of {trained}, which are "
+                "interpolated for squares only: take fewer frames (num_frames), or squares (no image_tokens)"
+            )
         features = self.vision_encoder(media, media_grids)
         latents_MRW: Tensor
         if media_grids is None:

@@ -2,7 +2,8 @@
 
 A trainable matrix costs 6 per weight and token: forward, gradient of the input, gradient of the weight. A frozen matrix
 that gradients pass through costs 4, a frozen one before all trainable parameters 2. Only what a token may see counts:
-half of the causal square, and one medium of the cross-attention. Recomputation is not useful work.
+half of the causal square, one medium of the cross-attention, and the experts that a router sends a token to.
+Recomputation is not useful work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from torch import nn
 
 from model.flamingo import Flamingo
 from model.parameters import full_shape
+
+# Settings of Hugging Face's configs, by what they say: experts of a block, experts of a token, kinds of the blocks.
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_KINDS = ("layer_types", "layers_block_type")
+# Words in the names of kinds of blocks whose cost is linear in the length of a row.
+_WITHOUT_ATTENTION = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class UsefulFlops:
     """Hold the sizes that decide the useful work of a model.
 
     Attributes:
-        lm_weights: Weights of all matrices in the frozen blocks.
-        lm_attention: Sum of heads * head_dim over the blocks.
+        lm_weights: Weights of all matrices in the frozen blocks that a token meets.
+        lm_attention: Sum of heads * head_dim over the blocks with softmax attention.
         head_weights: Weights of the output embedding (Z * E).
         cross_text: Weights of all cross-attentions that act on text: query, output, feed-forward.
         cross_media: Weights of all cross-attentions that act on latents: keys, values.
@@ -71,15 +79,15 @@ class UsefulFlops:
 
     @classmethod
     def of(cls, model: Flamingo) -> UsefulFlops:
-        """Read the sizes of a model, which may be on the meta device or partitioned. All experts of a mixture count."""
+        """Read the sizes of a model, which may be on the meta device or partitioned."""
         language_model, resampler = model.language_model, model.resampler
         text_config = language_model.lm.config.get_text_config()
-        head_dim = getattr(text_config, "head_dim", None) or language_model.dim // text_config.num_attention_heads
+        blocks = list(language_model.decoder_blocks())
         cross = list(model.blocks_with_cross_attention().values())
         layers: list[Any] = list(resampler.layers)
         return cls(
-            lm_weights=_matrices(language_model.decoder_blocks().parameters()),
-            lm_attention=language_model.num_blocks * text_config.num_attention_heads * head_dim,
+            lm_weights=round(sum(_met_weights(block, text_config, index) for index, block in enumerate(blocks))),
+            lm_attention=round(sum(_attention_width(text_config, index) for index in range(len(blocks)))),
             head_weights=_matrices(language_model.lm.get_output_embeddings().parameters()),
             cross_text=sum(
                 _matrices([*block.attention.query.parameters(), *block.attention.output.parameters()])
@@ -138,6 +146,48 @@ def utilization(flops: float, seconds: float, devices: int, peak: float) -> floa
         peak: Dense FLOP/s of one device in the type of the computation.
     """
     return flops / (seconds * devices * peak)
+
+
+def _met_weights(block: nn.Module, text_config: Any, index: int) -> float:
+    """Count the weights of a block's matrices that a token meets: of a mixture, the experts it is sent to."""
+    num_experts, used = (_first_number(text_config, names, index) for names in (_NUM_EXPERTS, _USED_EXPERTS))
+    share = min(1.0, used / num_experts) if used and num_experts else 1.0
+    total = 0.0
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Embedding):  # a look-up costs nothing
+            continue
+        is_expert = "experts" in name.split(".")
+        for parameter in module.parameters(recurse=False):
+            shape = full_shape(parameter)
+            stacked = len(shape) == 3 and shape[0] == num_experts and not isinstance(module, nn.Conv1d)
+            total += _matrices([parameter]) * (share if is_expert or stacked else 1.0)
+    return total
+
+
+def _attention_width(text_config: Any, index: int) -> float:
+    """Return heads * head_dim of a block, the mean of keys and values; 0 where it has no softmax attention."""
+    num_heads = _first_number(text_config, ("num_attention_heads",), index)
+    kinds = next((kinds for name in _KINDS if isinstance(kinds := getattr(text_config, name, None), list)), [])
+    kind = str(kinds[index]) if index < len(kinds) else "attention"
+    if not num_heads or any(word in kind for word in _WITHOUT_ATTENTION):
+        return 0.0
+    parts = [_first_number(text_config, (name,), index) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    value = _first_number(text_config, ("v_head_dim",), index)
+    if all(parts) and value:  # multi-head latent attention
+        return num_heads * (sum(parts) + value) / 2
+    head_dim = _first_number(text_config, ("head_dim",), index)
+    return num_heads * head_dim if head_dim else text_config.hidden_size // num_heads * num_heads
+
+
+def _first_number(config: Any, names: Iterable[str], index: int) -> int:
+    """Return the first setting that is a number, or a list with one for each block; 0 if there is none."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, list) and index < len(value):
+            value = value[index]
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def _matrices(parameters: Iterable[nn.Parameter]) -> int:

@@ -109,7 +109,8 @@ class GatedCrossAttentionBlock(nn.Module):
         """Return the input of the language model's block, [B, L, D].
 
         Args:
-            hidden_BLD: Hidden states that come before it.
+            hidden_BLD: Hidden states that come before it. Some language models keep them in float32 beside bfloat16
+                weights; they stay so, and the cross-attention computes in the type of its own weights.
             latents_MRW: Latents of all media. Without them and without ``keys_values`` only the feed-forward runs.
             media_index_BL: Medium that each token sees, -1 for none.
             first_media_BL: First one of the run of media that each token sees; None where a token sees one medium.
@@ -117,9 +118,10 @@ class GatedCrossAttentionBlock(nn.Module):
         """
         if keys_values is None and latents_MRW is not None:
             keys_values = self.project_media(latents_MRW)
+        dtype = self.feed_forward_gate.dtype
         if keys_values is not None:
             assert media_index_BL is not None, "media without a media_index"
             hidden_BLD = hidden_BLD + self.attention(
-                hidden_BLD, keys_values, media_index_BL, self.attention_gate, first_media_BL
+                hidden_BLD.to(dtype), keys_values, media_index_BL, self.attention_gate, first_media_BL
             )
-        return hidden_BLD + tanh_gate(self.feed_forward_gate, hidden_BLD) * self.feed_forward(hidden_BLD)
+        return hidden_BLD + tanh_gate(self.feed_forward_gate, hidden_BLD) * self.feed_forward(hidden_BLD.to(dtype))

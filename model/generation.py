@@ -1,13 +1,15 @@
 """Generate text from prompts with media, on top of Hugging Face's own ``generate``.
 
-A prompt is a row; L counts the tokens that one decoding step feeds.
+A prompt is a row; L counts the tokens that one decoding step feeds. Prompts of one batch are padded at the left, except
+where the language model would see the padding or the length of other rows (``generation_probes``): then prompts of one
+length are continued together, one length after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from transformers import GenerationConfig
 from model import media_index as media_indices
 from model.flamingo import Flamingo
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
+from model.generation_checks import check_prompts, check_rows, check_settings, explain_missing_positions
+from model.generation_probes import probe_batches
 from model.language_model import BeforeBlock, Call, calling
 from model.tower_patches import Grid
 
@@ -37,9 +41,10 @@ def generate(
     length_penalty: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     synced_ranks: bool = False,
+    blind: bool = False,
     **generation_settings: Any,
 ) -> list[list[int]]:
-    """Continue prompts; a batch gives the same texts as its prompts one by one.
+    """Continue prompts; a batch gives the same texts as its prompts one by one (apart from random draws).
 
     The search is greedy by default. The language model's own generation defaults (temperature, penalties, ...) are not
     used.
@@ -61,26 +66,34 @@ def generate(
         stop_ids: Tokens that end a text; None takes ``<|endofchunk|>`` and the end-of-sequence token.
         synced_ranks: Whether several ranks run under ZeRO-3, where every module is a collective. All ranks then run the
             same modules, also without media, until the last one has finished.
+        blind: Whether ``<image>`` tokens in prompts show nothing, which measures the gain from media. Without it,
+            ``<image>`` tokens without media are an error.
         **generation_settings: Any other setting of ``transformers.GenerationConfig``.
 
     Returns:
-        The new tokens of each prompt, up to the stop token, which is left out.
+        The new tokens of each prompt, up to the stop token, which is left out; with ``num_return_sequences`` several
+        texts of each prompt, one after the other.
 
     Raises:
-        ValueError: A prompt is empty, or media and prompts do not fit each other.
+        ValueError: A prompt is empty, media and prompts do not fit each other, a setting is unknown or impossible, or
+            the language model has no positions for so many tokens.
     """
     tokens = model.tokens
-    media_count = None if media is None else len(media if media_grids is None else media_grids)
-    _check_prompts(prompts, media_count, media_per_prompt, tokens.image_id)
-    device = model.device
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+    check_settings(max_new_tokens, num_beams, length_penalty, sampling, generation_settings)
+    if blind:
+        media, media_grids, media_per_prompt = None, None, [0] * len(prompts)
+    num_media = 0 if media is None else len(media if media_grids is None else media_grids)
+    check_prompts(model, prompts, num_media, media_per_prompt, blind=blind)
+    groups = _group_prompts(model, prompts, synced_ranks)
+    check_rows(model, num_beams, generation_settings.get("num_return_sequences", 1))
     stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
-    ids_BG, mask_BG, index_BG = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, media is None)
-    ids_BG, mask_BG, index_BG = ids_BG.to(device), mask_BG.to(device), index_BG.to(device)
-    if (media is None or len(media) == 0) and synced_ranks:
+    if num_media == 0 and synced_ranks:
         size = model.vision_encoder.image_size
         media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
-    before = _prepare_cross_attention(model, media, media_grids, index_BG)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+    projected: dict[int, KeysValues] = {}
+    if media is not None and len(media) > 0:
+        projected = model.project_media(model.encode_media(media.to(model.device), media_grids))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -94,25 +107,68 @@ def generate(
         **sampling,
         **generation_settings,
     )
-    with calling(Call(before)):
-        out = model.language_model.lm.generate(
-            ids_BG, attention_mask=mask_BG, generation_config=settings, synced_gpus=synced_ranks
+    padded = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, blind)
+    texts: dict[int, list[list[int]]] = {}  # by the number of the prompt
+    for rows in groups:
+        longest = max(len(prompts[row]) for row in rows)
+        group = _Rows(*(tensor[rows, -longest:].to(model.device) for tensor in padded))
+        found = _continue_rows(model, group, projected, settings, synced_ranks)
+        each = len(found) // len(rows)
+        texts |= {row: found[each * place : each * (place + 1)] for place, row in enumerate(rows)}
+    return [_cut_at_stop(text, stops) for row in range(len(prompts)) for text in texts[row]]
+
+
+class _Rows(NamedTuple):
+    """Hold ids, attention mask and media_index of prompts that are continued together, [B, G] each."""
+
+    ids: Tensor
+    mask: Tensor
+    media_index: Tensor
+
+
+def _group_prompts(model: Flamingo, prompts: Sequence[Sequence[int]], synced_ranks: bool) -> list[list[int]]:
+    """Return the numbers of the prompts that are continued together, shortest prompts first.
+
+    Raises:
+        ValueError: Groups are needed, but ranks have to run the same modules, and their groups may differ.
+    """
+    lm = model.language_model.lm
+    behavior = probe_batches(lm)
+    if behavior.batches_any_lengths:
+        return [list(range(len(prompts)))]
+    if synced_ranks:
+        raise ValueError(
+            f"synced_ranks: {type(lm).__name__} cannot continue prompts of several lengths together, but ranks under "
+            "ZeRO-3 must run the same modules: generate from an export on each process, without synced_ranks"
         )
-    return [_cut_at_stop(row, stops) for row in out[:, ids_BG.shape[1] :].tolist()]
+    if not behavior.keeps_rows_apart:
+        return [[row] for row in range(len(prompts))]
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    return [by_length[length] for length in sorted(by_length)]
 
 
-def _prepare_cross_attention(
-    model: Flamingo, media: Tensor | None, media_grids: Sequence[Grid] | None, index_BG: Tensor
-) -> dict[int, BeforeBlock]:
-    """Compute keys and values of the media once, for the cross-attention of every decoding step."""
-    first_BG = media_indices.first_media(index_BG) if model.config.cross_attention.attend == "all" else None
-    projected: dict[int, KeysValues] = {}
-    if media is not None and len(media) > 0:
-        projected = model.project_media(model.encode_media(media.to(model.device), media_grids))
-    return {
-        index: partial(_apply_cross_attention, block, projected.get(index), index_BG, first_BG)
+def _continue_rows(
+    model: Flamingo,
+    rows: _Rows,
+    projected: dict[int, KeysValues],
+    settings: GenerationConfig,
+    synced_ranks: bool,
+) -> list[list[int]]:
+    """Return the new tokens of each row; keys and values of the media are computed before."""
+    lm = model.language_model.lm
+    if not probe_batches(lm).ignores_other_positions:
+        lm(input_ids=rows.ids[:1, :1], use_cache=False)  # dynamic NTK forgets the longest row so far
+    first = media_indices.first_media(rows.media_index) if model.config.cross_attention.attend == "all" else None
+    before: dict[int, BeforeBlock] = {
+        index: partial(_apply_cross_attention, block, projected.get(index), rows.media_index, first)
         for index, block in model.blocks_with_cross_attention().items()
     }
+    with calling(Call(before)), explain_missing_positions(lm, rows.ids.shape[1], settings.max_new_tokens):
+        out = lm.generate(rows.ids, attention_mask=rows.mask, generation_config=settings, synced_gpus=synced_ranks)
+    found: list[list[int]] = out[:, rows.ids.shape[1] :].tolist()
+    return found
 
 
 def _apply_cross_attention(
@@ -145,20 +201,6 @@ def _index_of_step(index_BG: Tensor, length: int) -> Tensor:
         return last
     assert length > prompt_length, "prefill in chunks is not supported"
     return torch.cat([index_BG, last.expand(-1, length - prompt_length)], 1)
-
-
-def _check_prompts(
-    prompts: Sequence[Sequence[int]], media_count: int | None, media_per_prompt: Sequence[int], image_id: int
-) -> None:
-    if len(prompts) != len(media_per_prompt):
-        raise ValueError(f"{len(prompts)} prompts but media_per_prompt has {len(media_per_prompt)} entries")
-    for number, (prompt, count) in enumerate(zip(prompts, media_per_prompt, strict=True)):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty: begin it with the token bos_id")
-        if media_count is not None and (found := sum(token == image_id for token in prompt)) != count:
-            raise ValueError(f"prompt {number} has {found} image tokens, but media_per_prompt says {count}")
-    if media_count is not None and media_count != sum(media_per_prompt):
-        raise ValueError(f"media has {media_count} rows, but media_per_prompt adds up to {sum(media_per_prompt)}")
 
 
 def _pad_left(

@@ -1,10 +1,11 @@
 """Run any Hugging Face causal language model, frozen, with something else before some of its blocks.
 
 Nothing here knows a family of models. Three kinds of modules that every causal LM has are wrapped once, when the object
-is built: the decoder blocks, the input embedding and the output embedding. A wrapper is the instance's ``forward``
-around that of its class, and keeps nothing between calls. The settings of one call travel in a context variable.
-Activation checkpointing passes them to the recomputation explicitly, so that it sees the right media however many
-forwards ran in between.
+is built: the decoder blocks, the input embedding and the output embedding. Some LMs look up further tables by token id
+(embeddings of their own for each block), which are wrapped too: they have no row for an added token. A wrapper is the
+instance's ``forward`` around that of its class, and keeps nothing between calls. The settings of one call travel in a
+context variable. Activation checkpointing passes them to the recomputation explicitly, so that it sees the right media
+however many forwards ran in between.
 
 Module hooks cannot replace the wrappers. A forward hook does not see the ids as they were before the pre-hook changed
 them, and whether Hugging Face's checkpointing surrounds a block's hooks depends on its version.
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from model.lm_probes import find_decoder_blocks, gives_logits_unchanged
+from model.lm_probes import check_hidden, find_decoder_blocks, probe_behavior
 from model.loss import head_cross_entropy
+from model.parameters import full_shape
 
 BeforeBlock = Callable[[Tensor], Tensor]
 
@@ -110,15 +112,15 @@ class LanguageModel(nn.Module):
             output_rows: The same tokens in the same order.
 
         Raises:
-            ValueError: The decoder blocks or the output embedding cannot be found.
+            ValueError: The decoder blocks or the output embedding cannot be found, or no cross-attention fits between
+                the blocks.
         """
         super().__init__()
         self.lm: Any = lm
         self.input_rows = nn.ModuleList(input_rows)
         self.output_rows = nn.ModuleList(output_rows)
         text_config = lm.config.get_text_config()
-        self.dim: int = text_config.hidden_size
-        self.num_blocks: int = text_config.num_hidden_layers
+        self.dim, self.num_blocks = read_sizes(lm)
         self.checkpointed = 0
         lm.requires_grad_(False)
         self.train(False)
@@ -126,11 +128,15 @@ class LanguageModel(nn.Module):
         if head is None:
             raise ValueError(f"{type(lm).__name__} has no output embedding: language_model.name must be a causal LM")
         self.token_ids = [row.token_id for row in output_rows]
-        self.vocab_size: int = max(embedding.num_embeddings, *(1 + token for token in self.token_ids))
+        self.vocab_size: int = max(table_size(lm), *(1 + token for token in self.token_ids))
+        behavior = probe_behavior(lm)
         text_config.vocab_size = self.vocab_size  # some versions' beam search reads the number of columns here
         lm.generation_config = GenerationConfig()  # generate() fills settings left open from the LM's own defaults
-        self.fuses_loss: bool = isinstance(head, nn.Linear) and gives_logits_unchanged(lm, head)
+        self.fuses_loss: bool = isinstance(head, nn.Linear) and behavior.gives_logits_unchanged
         embedding.forward = partial(self._embed, embedding.forward)
+        for name in behavior.token_tables:
+            table = lm.get_submodule(name)
+            table.forward = partial(self._look_up, table.forward)
         head.forward = partial(self._head, head, head.forward)
         for index, block in enumerate(find_decoder_blocks(lm)):
             block.forward = partial(self._block, block.forward, index)
@@ -198,13 +204,17 @@ class LanguageModel(nn.Module):
         return logits[0]
 
     def _embed(self, original: Callable[[Tensor], Tensor], input_ids_BL: Tensor) -> Tensor:
-        known_BL = input_ids_BL
-        for token in self.token_ids:
-            known_BL = known_BL.masked_fill(known_BL == token, 0)
-        embedded_BLE = original(known_BL)
+        embedded_BLE = self._look_up(original, input_ids_BL)
         for row in self.input_rows:
             embedded_BLE = row(embedded_BLE, input_ids_BL)
         return embedded_BLE
+
+    def _look_up(self, original: Callable[[Tensor], Tensor], input_ids_BL: Tensor) -> Tensor:
+        """Look up token ids in a table, with the row of id 0 for added tokens."""
+        known_BL = input_ids_BL
+        for token in self.token_ids:
+            known_BL = known_BL.masked_fill(known_BL == token, 0)
+        return original(known_BL)
 
     def _head(self, head: nn.Linear, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor) -> Tensor:
         call = _CALL.get()
@@ -234,12 +244,35 @@ class LanguageModel(nn.Module):
     def _block(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
         before = None if call is None else call.before.get(index)
+        if before is not None:
+            check_hidden(self.lm, args[0] if args else kwargs.get("hidden_states"), self.dim)
         if index < self.checkpointed and torch.is_grad_enabled():
             # A block draws no random numbers (nothing has dropout), so the generator's state need not be kept.
             return checkpoint(
                 _run_block, original, before, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )
         return _run_block(original, before, *args, **kwargs)
+
+
+def read_sizes(lm: Any) -> tuple[int, int]:
+    """Return the dim of the hidden states and the number of blocks of a causal LM.
+
+    Raises:
+        ValueError: Its config does not say them.
+    """
+    text_config = lm.config.get_text_config()
+    dim, num_blocks = (getattr(text_config, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(dim, int) or not isinstance(num_blocks, int):
+        raise ValueError(
+            f"the config of {type(lm).__name__} does not have one hidden_size and one num_hidden_layers: choose "
+            "another language_model"
+        )
+    return dim, num_blocks
+
+
+def table_size(lm: Any) -> int:
+    """Return the number of tokens in the input embedding of a causal LM, also while it is partitioned."""
+    return full_shape(lm.get_input_embeddings().weight)[0]
 
 
 def _run_block(original: Callable[..., Any], before: BeforeBlock | None, *args: Any, **kwargs: Any) -> Any:

@@ -1,36 +1,36 @@
 """Probe how a Hugging Face causal language model is built and how it behaves.
 
-So no table of families is needed. No probe reads a weight, so all of them work while ZeRO-3 has weights partitioned.
+So no table of families is needed. Behavior is tried out on a tiny model of the same class and config. No probe reads a
+weight of the language model itself, so all of them work while ZeRO-3 has weights partitioned.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from model.internals import attention_implementation
+from model.tiny_language_model import build_tiny
 
-# Largest sizes of a tiny model, by the names of its config.
-_SIZES = {
-    "vocab_size": 32,
-    "pad_token_id": 0,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "num_experts": 16,
-    "num_local_experts": 16,
-}
-# Documents; the second follows the first or the other. The ids suit vocabularies of 16 tokens and more.
+# Documents; the second follows the first or the other.
 _FIRST, _OTHER, _SECOND = [1, 4, 7, 10, 13, 3], [2, 5, 8, 11, 14, 6], [3, 6, 9, 12, 15, 4, 7]
 # Rounding changes the logits by a millionth of their size; a visible document changes them by more than a hundredth.
 _MOST_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """Say how a causal LM treats what it is given.
+
+    Attributes:
+        gives_logits_unchanged: Whether it returns the output of its output embedding without scaling or capping it.
+        token_tables: Names of the embeddings beside the input embedding that are looked up by token id.
+    """
+
+    gives_logits_unchanged: bool = False
+    token_tables: tuple[str, ...] = ()
 
 
 def find_decoder_blocks(lm: Any) -> nn.ModuleList:
@@ -39,11 +39,6 @@ def find_decoder_blocks(lm: Any) -> nn.ModuleList:
     Raises:
         ValueError: The LM has no such list, or several.
     """
-    blocks: nn.ModuleList = lm.get_submodule(_find_blocks_name(lm))
-    return blocks
-
-
-def _find_blocks_name(lm: Any) -> str:
     count = lm.config.get_text_config().num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
     for name, module in lm.named_modules():
@@ -55,33 +50,88 @@ def _find_blocks_name(lm: Any) -> str:
             f"{type(lm).__name__} has {len(found)} lists of {count} blocks ({', '.join(found) or 'none'}), but one was "
             "expected: choose another language_model"
         )
-    return next(iter(found))
+    return next(iter(found.values()))
 
 
-class _DecoderOutput(BaseModelOutputWithPast):
-    """Output of a decoder whose other fields, which differ by family, are all None."""
+class _Record:
+    """Run a tiny LM once, and record what its embeddings, blocks and output embedding were given."""
 
-    def __getattr__(self, name: str) -> None:
-        return None
+    def __init__(self, tiny: Any, input_ids: Tensor) -> None:
+        self.tables: list[str] = []
+        self.hidden: dict[int, Any] = {}  # by block; None where the hidden states were not found
+        self.head_input: Tensor | None = None
+        self._head_output = self._head_values = torch.empty(0)
+        self._input_ids = input_ids
+        embedding, head = tiny.get_input_embeddings(), tiny.get_output_embeddings()
+        for name, module in tiny.named_modules():
+            if isinstance(module, nn.Embedding) and module is not embedding:
+                module.register_forward_pre_hook(lambda _, args, name=name: self._look_up(name, args))
+        for index, block in enumerate(find_decoder_blocks(tiny)):
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, index=index: self._enter(index, args, kwargs), with_kwargs=True
+            )
+        head.register_forward_hook(lambda _, args, output: self._leave(args, output))
+        logits = tiny(input_ids=input_ids, use_cache=False).logits
+        self.gives_logits_unchanged = logits is self._head_output and torch.equal(logits, self._head_values)
+
+    def _look_up(self, name: str, args: tuple[Any, ...]) -> None:
+        if args and args[0].shape == self._input_ids.shape and torch.equal(args[0], self._input_ids):
+            self.tables.append(name)
+
+    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.hidden[index] = args[0] if args else kwargs.get("hidden_states")
+
+    def _leave(self, args: tuple[Any, ...], output: Tensor) -> None:
+        self.head_input, self._head_output, self._head_values = args[0], output, output.clone()
 
 
-def gives_logits_unchanged(lm: Any, head: Any) -> bool:
-    """Return whether a causal LM returns the output of its output embedding without scaling or capping it.
+@torch.no_grad()
+def probe_behavior(lm: Any) -> Behavior:
+    """Try out whether a causal LM can be used, and how it treats what it is given.
 
-    The LM's own ``forward`` runs around a decoder that gives zeros and an output embedding that gives one known tensor,
-    which must come out again.
+    Where no tiny model can be built or run, nothing is known: the first forward of the LM itself raises then.
+
+    Raises:
+        ValueError: The LM does not pass hidden states [B, L, D] from block to block, or does not call its blocks or its
+            output embedding as modules.
     """
-    device = head.weight.device
-    decoder = lm.get_submodule(_find_blocks_name(lm).rpartition(".")[0])
-    given = torch.zeros(1, 1, 1, device=device)
-    hidden = _DecoderOutput(last_hidden_state=torch.zeros(1, 1, head.in_features, device=device))
-    decoder.forward, head.forward = lambda *args, **kwargs: hidden, lambda *args: given
     try:
-        with torch.no_grad():
-            output = lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        del decoder.forward, head.forward
-    return output.logits is given
+        tiny = build_tiny(lm)
+        record = _Record(tiny, _fit_vocabulary(tiny, [_FIRST, _OTHER]))
+    except Exception:  # noqa: BLE001  a family's own code may fail in any way
+        return Behavior()
+    dim = tiny.config.get_text_config().hidden_size
+    for index in range(len(find_decoder_blocks(tiny))):
+        check_hidden(lm, record.hidden.get(index), dim)
+    if not _is_hidden(record.head_input):
+        raise ValueError(_unusable(lm, "does not call its output embedding as a module on the hidden states of a row"))
+    return Behavior(record.gives_logits_unchanged, tuple(record.tables))
+
+
+def check_hidden(lm: Any, hidden: Any, dim: int) -> None:
+    """Check what a decoder block gets as hidden states.
+
+    Raises:
+        ValueError: They are not one tensor [B, L, ``dim``].
+    """
+    if not isinstance(hidden, Tensor):
+        raise ValueError(_unusable(lm, "does not call its decoder blocks as modules with hidden states"))
+    if not _is_hidden(hidden):
+        raise ValueError(
+            _unusable(
+                lm, f"passes hidden states of {hidden.ndim} dimensions between its blocks (several streams), not 3"
+            )
+        )
+    if hidden.shape[-1] != dim:
+        raise ValueError(_unusable(lm, f"passes hidden states of {hidden.shape[-1]} numbers, not hidden_size {dim}"))
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3
+
+
+def _unusable(lm: Any, reason: str) -> str:
+    return f"{type(lm).__name__} {reason}, so no cross-attention fits between them: choose another language_model"
 
 
 @torch.no_grad()
@@ -89,83 +139,51 @@ def separates_packed_documents(lm: Any) -> bool:
     """Return whether a causal LM keeps packed documents apart when it gets only positions that restart.
 
     Many families derive their attention mask from the positions. Others do not (OPT, BLOOM), and state-space layers
-    carry their state on. A tiny model of the same class and config, with random weights on the CPU, reads two packed
-    documents: the second must get the same logits when the first changes, and when it stands alone.
+    carry their state on. A tiny model reads two packed documents: the second must get the same logits when the first
+    changes, and when it stands alone.
 
     Raises:
         ValueError: No such tiny model can be built or run, so nothing is known about this LM.
     """
     try:
-        small = _build_small(lm)
-        together = _run(small, torch.tensor([_FIRST + _SECOND, _OTHER + _SECOND]), [len(_FIRST), len(_SECOND)])
-        alone = _run(small, torch.tensor([_SECOND]), [len(_SECOND)])
+        tiny = build_tiny(lm)
+        together = _run(tiny, [_FIRST + _SECOND, _OTHER + _SECOND], [len(_FIRST), len(_SECOND)])
+        alone = _run(tiny, [_SECOND], [len(_SECOND)])
+        difference = (together[:, len(_FIRST) :] - alone).abs().max() / alone.abs().max()
+        return bool(difference <= _MOST_DIFFERENCE)
     except Exception as error:  # a family's own code may fail in any way
         raise ValueError(
             f"{type(lm).__name__} cannot be probed for packed documents ({type(error).__name__}: {error}): set packing "
             "to false, or use another language model"
         ) from error
-    return bool((together[:, len(_FIRST) :] - alone).abs().max() <= _MOST_DIFFERENCE * alone.abs().max())
 
 
-def _run(small: Any, input_ids: Tensor, lengths: list[int]) -> Tensor:
+@torch.no_grad()
+def takes_rows_beyond_positions(lm: Any) -> bool:
+    """Return whether a causal LM takes rows longer than the positions of its config, as rotary ones do.
+
+    Where no tiny model can be built, nothing is known, and the answer is yes.
+    """
+    few = 8
+    try:
+        tiny = build_tiny(lm, max_position_embeddings=few)
+        _run(tiny, [_SECOND[:few]], [few - 1])
+    except Exception:  # noqa: BLE001  a family's own code may fail in any way
+        return True
+    try:
+        _run(tiny, [_FIRST + _SECOND + _OTHER], [len(_FIRST + _SECOND + _OTHER)])
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _run(tiny: Any, rows: list[list[int]], lengths: list[int]) -> Tensor:
+    """Return the logits of rows that pack documents of these lengths."""
+    input_ids = _fit_vocabulary(tiny, rows)
     positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(input_ids)
-    logits: Tensor = small(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    logits: Tensor = tiny(input_ids=input_ids, position_ids=positions, use_cache=False).logits
     return logits
 
 
-def _build_small(lm: Any) -> Any:
-    """Build a tiny model of the LM's class on the CPU, in float32, always with the same random weights.
-
-    The class is called directly. ``from_config`` would partition the weights while an ``HfDeepSpeedConfig`` lives.
-    """
-    config = copy.deepcopy(lm.config)
-    for part in _parts(config):
-        _shrink(part)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)
-        small = type(lm)(config).float().eval()
-        for parameter in small.parameters():
-            if parameter.ndim > 1:  # a family's own start is so small that a leak would look like rounding
-                parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
-    if attention_implementation(lm.config) not in ("eager", "sdpa"):
-        small.set_attn_implementation("eager")  # the others need a GPU; their masks come from the same positions
-    return small
-
-
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a config and the configs inside it, which models of several modalities have."""
-    yield config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            yield from _parts(part)
-
-
-def _shrink(config: Any) -> None:
-    """Reduce the sizes of a config in place. ``head_dim`` stays, since rotary settings may depend on it."""
-    for name, size in _SIZES.items():
-        if (value := getattr(config, name, None)) is not None:
-            setattr(config, name, min(value, size))
-    num_layers, num_heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if num_layers is not None:
-        _keep_layers(config, num_layers)
-    if num_heads is not None:
-        few, groups = min(4, num_heads), getattr(config, "num_key_value_heads", None)
-        if groups is not None:
-            config.num_key_value_heads = few if groups == num_heads else min(groups, 2)
-        config.hidden_size = config.hidden_size // num_heads * few
-        config.num_attention_heads = few
-
-
-def _keep_layers(config: Any, num_layers: int) -> None:
-    """Keep two layers, and one of every kind where the config lists the kinds."""
-    lists = {name: value for name, value in vars(config).items() if _is_list_of(value, num_layers)}
-    kinds = next((value for name, value in lists.items() if isinstance(value[0], str)), [""] * num_layers)
-    kept = sorted({*range(min(2, num_layers)), *(kinds.index(kind) for kind in kinds)})
-    config.num_hidden_layers = len(kept)
-    for name, value in lists.items():
-        setattr(config, name, [value[index] for index in kept])
-
-
-def _is_list_of(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
+def _fit_vocabulary(tiny: Any, rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows) % tiny.get_input_embeddings().weight.shape[0]

@@ -1,7 +1,8 @@
 """Write a trained Flamingo to a folder, the export, and read it back.
 
-The folder has ``model.safetensors`` (trained tensors only), ``config.json``, ``frozen.json`` (a digest of every frozen
-tensor) and ``tokenizer/``. The frozen weights themselves stay where they came from.
+The folder has ``model.safetensors`` (trained tensors only), ``config.json``, ``preprocessor_config.json`` (how pixels
+and text become input), ``frozen.json`` (a digest of every frozen tensor) and ``tokenizer/``. The frozen weights
+themselves stay where they came from.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.config import DType, FlamingoConfig
+from model.config import DType, FlamingoConfig, VisionEncoderConfig
 from model.factory import build_flamingo, build_tokenizer, torch_dtype
 from model.flamingo import Flamingo
 from model.parameters import combine_digests, explain_difference, frozen_digests, full_shape, trainable_parameters
+from model.processor import ProcessorConfig, read_processor_config
 from model.tokens import FlamingoTokenizer, SpecialTokenIds
+from model.tower_statistics import with_statistics_of_old_exports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +42,7 @@ def save_pretrained(
     tokens: SpecialTokenIds,
     dtype: DType | torch.dtype,
     frozen: Mapping[str, str],
+    processor: ProcessorConfig,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
@@ -50,6 +55,7 @@ def save_pretrained(
         tokens: Ids of the special tokens.
         dtype: Type that the model was trained in, for which the digests hold.
         frozen: ``frozen_digests`` of the model.
+        processor: How training made pixels and text.
         seed: Seed that the model was built with. It decides frozen parts that were not loaded from anywhere.
         tokenizer: Tokenizer with the added tokens, to write as well.
     """
@@ -70,14 +76,23 @@ def save_pretrained(
         "frozen_fingerprint": combine_digests(frozen),
         "model": asdict(config),
     }
+    processor.save(folder)
     (folder / "frozen.json").write_text(json.dumps(frozen, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def save_flamingo(
-    folder: str | Path, model: Flamingo, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+    folder: str | Path,
+    model: Flamingo,
+    *,
+    processor: ProcessorConfig | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write an export of a model that is whole in this process; ``save_pretrained`` explains the arguments."""
+    """Write an export of a model that is whole in this process.
+
+    ``save_pretrained`` explains the arguments; without a processor, images become padded squares.
+    """
     trained = trainable_parameters(model)
     save_pretrained(
         folder,
@@ -86,6 +101,7 @@ def save_flamingo(
         tokens=model.tokens,
         dtype=next(iter(trained.values())).dtype,
         frozen=frozen_digests(model),
+        processor=processor or ProcessorConfig.of(model.vision_encoder),
         seed=seed,
         tokenizer=tokenizer,
     )
@@ -122,7 +138,11 @@ def from_pretrained(
                 f"the frozen weights are not those that {folder} was trained with ({difference}). Let language_model "
                 f"and vision in {folder}/config.json name those, or pass verify_frozen=False"
             )
-    load_trained(model, load_file(folder / "model.safetensors"))
+    try:
+        trained = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/model.safetensors cannot be read: {error}; export the run again") from error
+    load_trained(model, trained)
     if dtype is not None:
         cast_parameters(model, torch_dtype(dtype))
     return model.to(device).eval()
@@ -138,12 +158,27 @@ def load_exported_tokenizer(folder: str | Path) -> FlamingoTokenizer:
 
 
 def _read_description(folder: Path) -> tuple[dict[str, Any], FlamingoConfig]:
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ValueError(f"{folder} is not an exported Flamingo: it has no config.json")
-    description = json.loads((folder / "config.json").read_text())
-    if description.get("format") != _FORMAT:
-        raise ValueError(f"{folder}/config.json has format {description.get('format')!r}; this version reads {_FORMAT}")
-    return description, _map_paths(FlamingoConfig.from_dict(description["model"]), lambda path: _resolve(path, folder))
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(description, dict) or not {"format", "model", "tokens", "dtype", "seed"} <= description.keys():
+        raise ValueError(f"{folder} is not an exported Flamingo: its config.json was not written by trainer.export")
+    if description["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {description['format']!r}; this version reads {_FORMAT}")
+    config = _map_paths(FlamingoConfig.from_dict(description["model"]), lambda name: _resolve(name, folder))
+    return description, replace(config, vision=_with_statistics(config.vision, folder))
+
+
+def _with_statistics(vision: VisionEncoderConfig, folder: Path) -> VisionEncoderConfig:
+    """Return the tower's config with the normalization of the training, whatever this version would choose."""
+    processor = read_processor_config(folder)
+    if processor is None:
+        return with_statistics_of_old_exports(vision)
+    return replace(vision, mean=processor.image_mean, std=processor.image_std)
 
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model.config import LanguageModelConfig, SpecialTokensConfig
+from model.loading_errors import explain_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,23 @@ class SpecialTokenIds:
     eos_id: int
     pad_id: int
 
+    def require_table(self, size: int) -> None:
+        """Check that each token of a row, except the two added ones, has an embedding.
+
+        Args:
+            size: Number of tokens in the language model's embedding.
+
+        Raises:
+            ValueError: A token lies beyond the embedding.
+        """
+        tokens = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        beyond = [f"{name} (id {token})" for name, token in tokens.items() if not 0 <= token < size]
+        if beyond:
+            raise ValueError(
+                f"language_model.tokenizer: {', '.join(beyond)} lies beyond the language model's embedding of {size} "
+                f"tokens (ids 0 to {size - 1}); take the tokenizer that belongs to the language model"
+            )
+
 
 @dataclass(frozen=True)
 class FlamingoTokenizer(SpecialTokenIds):
@@ -45,9 +63,23 @@ class FlamingoTokenizer(SpecialTokenIds):
         """Ids alone, which can cross a process boundary."""
         return SpecialTokenIds(self.image_id, self.end_of_chunk_id, self.bos_id, self.eos_id, self.pad_id)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without the tokens that some tokenizers put around it."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def require_table(self, size: int) -> None:
+        """Check that each token of a row, also those of any text, has an embedding; texts give no special tokens.
+
+        Raises:
+            ValueError: A token lies beyond the language model's embedding of ``size`` tokens.
+        """
+        super().require_table(size)
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {self.image_id, self.end_of_chunk_id}
+        beyond = {token: i for token, i in self.tokenizer.get_vocab().items() if i >= size and i not in special}
+        if beyond:
+            last = max(beyond, key=beyond.__getitem__)
+            raise ValueError(
+                f"language_model.tokenizer has {len(beyond)} tokens beyond the language model's embedding of {size} "
+                f"tokens, such as {last!r} with id {beyond[last]}; take the tokenizer that belongs to the language "
+                "model"
+            )
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -58,18 +90,27 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
     """Load the tokenizer of a language model and add the two tokens.
 
     Raises:
-        ValueError: The config names no tokenizer, it cannot be loaded, or it has no end-of-sequence token.
+        ValueError: The config names no tokenizer, it cannot be loaded, it is not a fast one, or it has no
+            end-of-sequence token.
     """
     from transformers import AutoTokenizer  # takes seconds; ids alone do not need it
 
     name = language_model.tokenizer or language_model.name
     if name is None:
         raise ValueError("the language model has no tokenizer: set language_model.tokenizer (a folder or a repository)")
-    revision = language_model.revision if language_model.tokenizer is None else None
-    try:
+    if language_model.tokenizer is not None:
+        setting, revision = f"language_model.tokenizer {name!r}", None
+    else:
+        setting, revision = f"language_model.name {name!r}: its tokenizer", language_model.revision
+        setting += "" if revision is None else f" (language_model.revision {revision!r})"
+    with explain_loading(setting):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"the tokenizer {name!r} of language_model cannot be loaded: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"{setting} is a {type(tokenizer).__name__}, which is pure Python: the trainer needs a fast tokenizer "
+            "(backend_tokenizer, a file tokenizer.json); set language_model.tokenizer to one, or take another "
+            "language model"
+        )
     return add_special_tokens(tokenizer, tokens)
 
 

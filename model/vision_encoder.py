@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
 from model.tower_patches import Grid, encode_patches, find_patch_size
+from model.tower_statistics import TIMM, tower_statistics
 
-_TIMM = "timm:"
+_LOCAL = "local-dir:"
+_ROUNDING = 1e-3  # by which pixels in 0..1 may lie outside
 
 
 class VisionEncoder(nn.Module):
@@ -46,9 +49,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         size = tower.image_size
         self.image_size: int = int(size[0]) if isinstance(size, tuple | list) else int(size)
-        preprocess = _read_preprocessing(tower)
-        self.mean: tuple[float, ...] = tuple(preprocess["mean"])
-        self.std: tuple[float, ...] = tuple(preprocess["std"])
+        _check_borders(tower, config, self.image_size)
+        self.mean, self.std = tower_statistics(config, tower)
         # An integer buffer holds the float32 bit patterns. Casting the model to bf16 (Module.to, DeepSpeed) would round
         # a float buffer.
         self.statistics_bits: Tensor  # [2, 3]: mean and std
@@ -76,7 +78,7 @@ class VisionEncoder(nn.Module):
             [M, F, S, V]. With ``grids`` one feature for each patch, [S, V].
 
         Raises:
-            ValueError: Pixels have another number of dimensions or size, or the tower takes no patches.
+            ValueError: Pixels have another type, range, number of dimensions or size, or the tower takes no patches.
         """
         if grids is not None:
             return self._encode_patches(pixels, grids)
@@ -95,7 +97,11 @@ class VisionEncoder(nn.Module):
 
         Args:
             pixels: uint8, or floating point in 0..1.
+
+        Raises:
+            ValueError: Pixels are of another type, or floating point beyond 0..1.
         """
+        _check_pixels(pixels)
         scale = 1.0 if pixels.is_floating_point() else 255.0
         mean, std = self.statistics_bits.view(torch.float32)[..., None, None].unbind()
         return (pixels.float() / scale - mean) / std
@@ -145,9 +151,9 @@ def build_tower(config: VisionEncoderConfig) -> nn.Module:
         ValueError: The name is unknown, a file is not safetensors, or weights that the config asks for are missing.
     """
     device = str(torch.get_default_device())
-    if config.name.startswith(_TIMM):
+    if config.name.startswith(TIMM):
         return _build_timm(config)
-    local = config.name.removeprefix("local-dir:") if config.name.startswith("local-dir:") else None
+    local = config.name.removeprefix(_LOCAL) if config.name.startswith(_LOCAL) else None
     if local is not None and not (Path(local) / "open_clip_config.json").is_file():
         raise ValueError(f"vision.name: the folder {local!r} has no open_clip_config.json")
     if config.pretrained is not None and Path(config.pretrained).is_file():
@@ -171,11 +177,12 @@ def build_tower(config: VisionEncoderConfig) -> nn.Module:
 
 def _build_timm(config: VisionEncoderConfig) -> nn.Module:
     """Build a timm tower; ``pretrained`` is a safetensors file of the trunk, or "timm" for timm's own weights."""
-    name = config.name.removeprefix(_TIMM)
+    name = config.name.removeprefix(TIMM)
     from_timm = config.pretrained == "timm"
+    on_meta = str(torch.get_default_device()) == "meta"  # no weights are wanted
     try:
         # Without projection and pooling the trunk ends in its feature map.
-        tower = TimmModel(name, embed_dim=0, pool="", proj="none", pretrained=from_timm)
+        tower = TimmModel(name, embed_dim=0, pool="", proj="none", pretrained=from_timm and not on_meta)
     except RuntimeError as error:
         raise ValueError(f"vision.name {config.name!r}: {error}") from error
     defaults = tower.trunk.pretrained_cfg
@@ -185,7 +192,8 @@ def _build_timm(config: VisionEncoderConfig) -> nn.Module:
         from safetensors.torch import load_file
 
         _require_safetensors(config.pretrained)
-        tower.trunk.load_state_dict(load_file(config.pretrained))
+        if not on_meta:
+            tower.trunk.load_state_dict(load_file(config.pretrained))
     return tower
 
 
@@ -194,12 +202,59 @@ def _require_safetensors(path: str) -> None:
         raise ValueError(f"vision.pretrained {path!r} is neither a known tag nor a .safetensors file")
 
 
-def _read_preprocessing(tower: Any) -> dict[str, Any]:
-    """Return mean and standard deviation, which open_clip attaches to the tower."""
-    preprocess: dict[str, Any] = getattr(tower, "preprocess_cfg", None) or {}
-    if "mean" not in preprocess or "std" not in preprocess:
-        raise ValueError("the tower has no preprocess_cfg with mean and std: build it with open_clip.create_model")
-    return preprocess
+def _check_pixels(pixels: Tensor) -> None:
+    """Check the type of pixels, and the range of floating-point ones; uint8, which training uses, costs no waiting."""
+    if pixels.dtype == torch.uint8 or pixels.is_meta:
+        return
+    if not pixels.is_floating_point():
+        raise ValueError(f"media have the type {pixels.dtype}: give pixels as uint8, or as floating point in 0..1")
+    if pixels.numel() == 0:
+        return
+    low, high = (float(value) for value in pixels.aminmax())
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(
+            f"media are floating-point pixels from {low:.4g} to {high:.4g}, but must lie in 0..1: give uint8, or "
+            "divide values of 0..255 by 255; do not normalize them, the vision encoder does"
+        )
+
+
+def _check_borders(tower: Any, config: VisionEncoderConfig, size: int) -> None:
+    """Check that the tower sees all pixels of a chosen size.
+
+    A convolution that reads pixels without padding leaves out those beyond its last window. Some towers were trained so
+    at their own size (SigLIP with patches of 14 at 384 pixels), which is therefore allowed.
+
+    Raises:
+        ValueError: Rows at the bottom and columns at the right would not be seen.
+    """
+    if config.image_size is None or config.image_size == _own_size(config):
+        return
+    for module in tower.modules():
+        # Subclasses pad by themselves.
+        if type(module) is not nn.Conv2d or module.in_channels != 3 or isinstance(module.padding, str):
+            continue
+        stride, padding = module.stride[0], module.padding[0]
+        window = 1 + module.dilation[0] * (module.kernel_size[0] - 1)
+        unseen = (size + 2 * padding - window) % stride - padding
+        if unseen > 0:
+            below = size - unseen
+            raise ValueError(
+                f"vision.image_size {size}: the tower {config.name!r} reads steps of {stride} pixels, so the last "
+                f"{unseen} rows and columns would never be seen: set {below} or {below + stride}"
+            )
+
+
+def _own_size(config: VisionEncoderConfig) -> int | None:
+    """Return the size that a tower was made for, where its description tells it without building it."""
+    if config.name.startswith(TIMM):
+        return None
+    if config.name.startswith(_LOCAL):
+        path = Path(config.name.removeprefix(_LOCAL)) / "open_clip_config.json"
+        described = json.loads(path.read_text(encoding="utf-8")).get("model_cfg")
+    else:
+        described = open_clip.get_model_config(config.name.replace("/", "-"))
+    size = ((described or {}).get("vision_cfg") or {}).get("image_size")
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def _keep_features(tower: Any, config: VisionEncoderConfig) -> nn.Module:

@@ -83,9 +83,12 @@ def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], 
             print(f"{config.run_dir} is complete: {config.training.steps} steps, exported to {folder.export}")
         return EXIT_OK
 
+    from trainer.resilience.events import event_time
+    from trainer.resilience.restarts import cause_on_another_rank
     from trainer.resilience.watchdog import enable_flight_recorder
     from trainer.runtime import distributed
 
+    started = event_time()
     enable_flight_recorder(folder)
     try:
         world = distributed.initialize(config.deepspeed.timeout_seconds, config.training.threads)
@@ -106,6 +109,12 @@ def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], 
     except _USER_ERRORS as error:
         _log.error("%s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG))
         return getattr(error, "exit_code", EXIT_FAILED)
+    except RuntimeError as error:  # of a collective whose peer has left
+        cause = cause_on_another_rank(folder, error, world.rank, started)
+        if cause is None:
+            raise
+        _log.error("%s", cause)
+        return EXIT_FAILED
     finally:
         distributed.shut_down()
     return EXIT_OK

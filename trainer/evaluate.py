@@ -43,7 +43,8 @@ def _scores(config: EvaluationConfig) -> list[Score]:
     from transformers.utils.logging import disable_progress_bar
 
     from model.pretrained import from_pretrained, load_exported_tokenizer
-    from trainer.data.samples.tower_decoder import tower_decoder
+    from model.processor import TextLayout, load_processor_config
+    from trainer.data.samples.prompt_media import override, prompt_image_decoder
     from trainer.evaluation.exact_captions import evaluate_task
 
     disable_progress_bar()
@@ -52,10 +53,22 @@ def _scores(config: EvaluationConfig) -> list[Score]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = from_pretrained(config.model, dtype=config.dtype, device=device)
     tokenizer = load_exported_tokenizer(config.model)
+    trained = load_processor_config(config.model, model.vision_encoder)
+    layout = TextLayout(tokenizer, trained.space_after_image)
     # All decoders before the first task: a wrong image_tokens is an error at the start.
-    decoders = [tower_decoder(model.vision_encoder, config.image_fit, task.image_tokens) for task in config.tasks]
+    decoders = [
+        prompt_image_decoder(
+            override(
+                trained,
+                config.model,
+                image_fit=("image_fit", config.image_fit),
+                image_tokens=(f"tasks.{number}.image_tokens", task.image_tokens),
+            )
+        )
+        for number, task in enumerate(config.tasks)
+    ]
     return [
-        evaluate_task(model, tokenizer, task, config, decoder)
+        evaluate_task(model, layout, task, config, decoder)
         for task, decoder in zip(config.tasks, decoders, strict=True)
     ]
 

@@ -24,6 +24,7 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
+from trainer.entry import quiet_libraries
 from trainer.runtime.run_folder import RunFolder
 
 
@@ -44,12 +45,18 @@ def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState
 
 
 def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
-    """Write trained weights, configuration, tokenizer and digests of the frozen weights, for ``model.pretrained``."""
+    """Write weights, configuration, processor, tokenizer and digests of frozen weights, for ``model.pretrained``."""
+    import torch
+
     from model.factory import build_tokenizer
     from model.pretrained import save_pretrained
+    from model.vision_encoder import VisionEncoder, build_tower
+    from trainer.data.samples.tower_decoder import trained_processor
 
     weights, state = trained_weights(config)
     tokenizer = build_tokenizer(config.model)
+    with torch.device("meta"):  # its sizes and statistics, without its weights
+        encoder = VisionEncoder(build_tower(config.model.vision), config.model.vision)
     with _whole_or_not(output) as folder:
         save_pretrained(
             folder,
@@ -58,6 +65,7 @@ def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
             tokens=tokenizer.ids,
             dtype=config.training.dtype,
             frozen=state.frozen,
+            processor=trained_processor(config.data, encoder),
             seed=config.training.seed,
             tokenizer=tokenizer.tokenizer,
         )
@@ -116,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export)")
     arguments = parser.parse_args(argv)
+    quiet_libraries()
     run_folder = RunFolder(arguments.run_dir)
     try:
         kind = yaml.safe_load(run_folder.config.read_text(encoding="utf-8"))["task"]

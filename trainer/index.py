@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -120,8 +121,21 @@ def index_shards(
     if processes <= 1 or len(shards) <= 1:
         yield from map(work, shards)
         return
-    with ProcessPoolExecutor(min(processes, len(shards))) as pool:
-        yield from pool.map(work, shards, chunksize=max(1, min(32, len(shards) // (4 * processes))))
+    try:
+        pool = ProcessPoolExecutor(min(processes, len(shards)))
+        entries = pool.map(work, shards, chunksize=max(1, min(32, len(shards) // (4 * processes))))
+    except OSError as error:  # /dev/shm has no room for the pool's locks, or ulimit -u for its processes
+        print(f"indexing in one process, because others cannot be started: {error}", file=sys.stderr)
+        yield from map(work, shards)
+        return
+    with pool:
+        try:
+            yield from entries
+        except BrokenProcessPool as error:
+            raise ShardError(
+                "a process that indexed shards ended, perhaps killed for memory: run the command again (it goes on "
+                "where it stopped) with fewer --processes"
+            ) from error
 
 
 def _index(arguments: argparse.Namespace, communicator: Communicator, store: RemoteStore) -> int:
@@ -142,7 +156,14 @@ def _index(arguments: argparse.Namespace, communicator: Communicator, store: Rem
     share = shards[rank::size]
     progress = _Progress(len(share), quiet=rank > 0)
     entries = index_shards(share, arguments.output, tuple(arguments.require), store, processes)
-    parts = communicator.gather(list(progress.follow(entries)))
+    try:
+        found = list(progress.follow(entries))
+    except ShardError as error:
+        if size > 1:
+            raise
+        print(f"trainer.index: {error}", file=sys.stderr)
+        return 1
+    parts = communicator.gather(found)
     code = 0
     if parts is not None:
         try:

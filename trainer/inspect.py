@@ -142,7 +142,8 @@ def write_contact_sheet(config: RunConfig, step: int, path: Path, rows: int) -> 
     Raises:
         ValueError: Settings do not fit one another, or the configuration is not one of ``trainer.train``.
         ShardError: A shard cannot be read.
-        TooManyBadSamplesError: A sample and all of its substitutes were rejected.
+        TooManyBadSamplesError: More samples are bad than ``data.max_bad_fraction`` allows, or all samples are.
+        NoSamplesLeftError: The filters of a source leave nothing.
     """
     if not isinstance(config, FlamingoRunConfig):
         raise ValueError("--html shows the batches of trainer.train; this is the configuration of another trainer")

@@ -37,7 +37,8 @@ from trainer.deepspeed_engine.engine import Engine, StepResult
 from trainer.deepspeed_engine.optimizer import learning_rate_factor
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Operations, Utilization, UtilizationMeter
-from trainer.observers import StepObserver, StepReport, run_observers
+from trainer.observers.run_observers import run_observers
+from trainer.observers.step_observer import StepObserver, StepReport
 from trainer.resilience.events import EventLog
 from trainer.resilience.pending_error import PendingError
 from trainer.resilience.preemption import PreemptedError, Preemption

@@ -135,11 +135,11 @@ def _tables(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tens
     lm = model.language_model.lm
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     names = {module: name for name, module in lm.named_modules()}
-    inputs = outputs = (names[embedding],)
-    if head.weight is not embedding.weight:  # tied tables are stored once
-        outputs = (names[head], *_OUTPUT_EMBEDDINGS)
-    tables = {}
-    for side, module, known in (("input_rows", embedding, inputs), ("output_rows", head, outputs)):
+    sides: dict[str, tuple[Any, tuple[str, ...]]] = {"input_rows": (embedding, (names[embedding],))}
+    if head.weight is not embedding.weight:
+        sides["output_rows"] = (head, (names[head], *_OUTPUT_EMBEDDINGS))
+    tables: dict[str, Tensor | None] = {}
+    for side, (module, known) in sides.items():
         name = next((name for one in known if (name := f"lang_encoder.{one}.weight") in checkpoint), None)
         tables[side] = None if name is None else checkpoint[name]
         if name is not None:
@@ -152,7 +152,7 @@ def _tables(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tens
             model.config.tokens.end_of_chunk,
             model.config.tokens.image,
         )
-    return tables
+    return {"output_rows": tables["input_rows"]} | tables  # tied tables are stored once
 
 
 def _row_of(model: Flamingo, token_id: int) -> int:
@@ -166,8 +166,8 @@ def _check_table(model: Flamingo, table: Tensor, frozen: Tensor, name: str) -> N
     last = _row_of(model, model.tokens.image_id)
     if len(table) <= last:
         raise ValueError(
-            f"{name} of the checkpoint has {len(table)} rows, but the added tokens are in rows "
-            f"{last - 1} and {last}: language_model.tokenizer is not the tokenizer that the checkpoint was trained with"
+            f"{name} of the checkpoint has {len(table)} rows, but the added tokens are in rows {last - 1} and {last}: "
+            f"language_model.tokenizer is not the tokenizer that the checkpoint was trained with"
         )
     rows = min(last - 1, len(frozen))
     # The narrower type of the two: a checkpoint in bfloat16 has rounded the rows that it did not train.
@@ -175,15 +175,15 @@ def _check_table(model: Flamingo, table: Tensor, frozen: Tensor, name: str) -> N
     ours, theirs = (one[:rows].detach().cpu().to(narrow).float() for one in (frozen, table))
     if ours.shape != theirs.shape:
         raise ValueError(
-            f"{name} of the checkpoint has dim {theirs.shape[1]}, and the language model "
-            f"{ours.shape[1]}: language_model.name is not the model that the checkpoint was trained with"
+            f"{name} of the checkpoint has dim {theirs.shape[1]}, and the language model {ours.shape[1]}: "
+            f"language_model.name is not the model that the checkpoint was trained with"
         )
     different = int((ours != theirs).any(dim=1).sum())
     if different:
         _log.warning(
-            "%d of %d rows of %s differ from the frozen language model's, by up to %.3g. They "
-            "were trained, or language_model.name is another model. The language model's own rows are used, so "
-            "scores may differ from OpenFlamingo's",
+            "%d of %d rows of %s differ from the frozen language model's, by up to %.3g. They were trained, or "
+            "language_model.name is another model. The language model's own rows are used, so scores may differ from "
+            "OpenFlamingo's",
             different,
             rows,
             name,

@@ -52,7 +52,7 @@ def test_it_fits_the_cluster_that_it_names(path: Path) -> None:
     config = load(path)
     cluster = re.search(r"# Cluster: (\d+) x (\d+) H100 \((\d+) processes\)", path.read_text())
     if cluster is None:
-        assert path.name in ("debug.yaml",) or path.parent.name in ("quickstart", "benchmark")
+        assert path.name in ("debug.yaml",) or path.parent.name in ("quickstart", "benchmark", "own_data")
         return
     nodes, gpus, processes = map(int, cluster.groups())
     assert nodes * gpus == processes

@@ -11,8 +11,8 @@ import pytest
 from tests.config.conftest import WriteYaml, problems_of, run_values
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.deepspeed_schema import KNOWN_KEYS, SECTION_KEYS
-from trainer.config.raw_deepspeed_json import ALIASES, OWNERS
 from trainer.config.loader import load_config
+from trainer.config.raw_deepspeed_json import ALIASES, OWNERS
 from trainer.config.run_config import FlamingoRunConfig
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
@@ -239,6 +239,18 @@ def test_a_key_or_value_that_deepspeed_does_not_take(
     (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": raw}}))
     assert problem.path == f"deepspeed.raw.{path}"
     assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["checkpoint.load_universal", "zero_optimization.round_robin_gradients", "zero_optimization.elastic_checkpoint"],
+)
+def test_keys_that_break_checkpoints_are_refused(write_yaml: WriteYaml, key: str) -> None:
+    section, _, name = key.partition(".")
+    (problem,) = problems_of(write_yaml({**run_values(), "deepspeed": {"raw": {section: {name: True}}}}))
+    assert problem.path == f"deepspeed.raw.{key}"
+    harmless = write_yaml({**run_values(), "deepspeed": {"raw": {section: {name: False}}}})
+    load_config(harmless, [], FlamingoRunConfig, check_files=False)
 
 
 @pytest.mark.parametrize(

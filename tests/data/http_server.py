@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+PORT = 0  # 0 takes a free one
 Fault = Callable[["Handler", bytes], bool]
 
 
@@ -93,7 +94,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         """Bind a free port and start to listen."""
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", PORT), Handler)
         self.folder = folder
         self.faults: list[Fault | None] = []
         self.requests: Counter[str] = Counter()

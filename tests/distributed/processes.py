@@ -37,7 +37,7 @@ def reserved_port() -> Iterator[int]:
 
 
 def run_distributed(
-    function: Callable[..., Result], world_size: int, *arguments: Any, timeout_seconds: float = 120
+    function: Callable[..., Result], world_size: int, *arguments: Any, timeout_seconds: float = 300
 ) -> list[Result]:
     """Return the results of ``function(world, *arguments)`` on ``world_size`` processes, by rank.
 

@@ -19,7 +19,7 @@ from tests.distributed.small_run import read_events, read_ledger, read_metrics, 
 from tests.distributed.train_in_process import as_config, train_error
 from trainer.deepspeed_engine.engine import Engine
 from trainer.loop import train
-from trainer.observers import StepObserver
+from trainer.observers.step_observer import StepObserver
 from trainer.resilience.skipped_windows import SkippedWindow
 from trainer.runtime.distributed import World
 from trainer.tasks.flamingo import build_flamingo_task

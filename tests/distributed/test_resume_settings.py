@@ -6,10 +6,12 @@ import shutil
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.distributed.processes import run_distributed
 from tests.distributed.test_checkpoint_universal import BEFORE, OPTIMIZER, Gated, optimizer_contents, train_steps
@@ -27,6 +29,19 @@ pytestmark = pytest.mark.distributed
 OTHER = OptimizerConfig(
     lr=0.01, betas=(0.5, 0.9), eps=1e-4, weight_decay=0.5, gate_lr_multiplier=1.5, clip_grad_norm=0.25
 )
+
+
+class Resampled(Gated):
+    """Has a module that ``optimizer.no_decay_resampler`` moves to another group of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resampler = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        self.calls += 1
+        hidden = self.resampler(torch.tanh(self.inner(x))) * torch.tanh(self.attention_gate)
+        return SimpleNamespace(loss=(self.frozen(self.outer(hidden)) - y).float().square().sum())
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Setup:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.optimizer.name == "cpu_adam":
             settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        return Engine(Gated().bfloat16() if self.bf16 else Gated(), self.optimizer, settings, world)
+        return Engine(Resampled().bfloat16() if self.bf16 else Resampled(), self.optimizer, settings, world)
 
 
 def save(world: World, folder: Path, setups: list[Setup]) -> list[dict[str, Any]]:
@@ -118,7 +133,6 @@ LAYOUTS = [
     Setup(2),
     Setup(3),
     Setup(3, zero=(("sub_group_size", 10),)),
-    Setup(2, zero=(("round_robin_gradients", True),)),
 ]
 
 
@@ -134,7 +148,17 @@ def test_another_layout_of_the_shards_is_converted(tmp_path: Path) -> None:
     assert all((path / UNIVERSAL).is_dir() for path in tmp_path.glob("*/step-*"))
 
 
-def test_other_parameter_groups_and_another_dtype_are_converted(tmp_path: Path) -> None:
+def test_other_groups_of_parameters_are_converted(tmp_path: Path) -> None:
+    setups = [Setup(1), Setup(3)]
+    saved = run_distributed(save, 2, tmp_path, setups)[0]
+    regrouped = replace(OPTIMIZER, no_decay_resampler=False)
+    pairs = [(number, replace(setup, optimizer=regrouped)) for number, setup in enumerate(setups)]
+    for before, (contents, _, _) in zip(saved, run_distributed(load_all, 2, tmp_path, pairs)[0], strict=True):
+        assert state_of(contents) == state_of(before)
+        assert set(contents["steps"]) == {float(BEFORE)}
+
+
+def test_another_dtype_is_converted(tmp_path: Path) -> None:
     setups = [Setup(3), Setup(1), Setup(3, bf16=True), Setup(2, bf16=True)]
     saved = run_distributed(save, 2, tmp_path, setups)[0]
     pairs = [(number, setup) for number in range(4) for setup in setups]

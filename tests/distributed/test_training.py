@@ -20,7 +20,7 @@ from tests.distributed.small_run import losses, make_assets, read_ledger, read_m
 from tests.distributed.train_in_process import as_config, train_error, train_run
 from trainer.checkpoint.catalog import find_checkpoint
 from trainer.deepspeed_engine.engine import Engine
-from trainer.observers import StepObserver
+from trainer.observers.step_observer import StepObserver
 from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed

@@ -14,7 +14,7 @@ from trainer.config.loader import load_config
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.deepspeed_engine.engine import Engine
 from trainer.loop import train
-from trainer.observers import StepObserver
+from trainer.observers.step_observer import StepObserver
 from trainer.runtime.distributed import World
 from trainer.tasks.flamingo import build_flamingo_task
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.processor import Special
 from tests.data.helpers import build_manifest, image_bytes, mmc4, write_shard
 from trainer.config.evaluation_config import EvaluationTask
 from trainer.data.samples.image_decoder import ImageDecoder
@@ -51,13 +52,7 @@ def test_first_replaced_keeps_the_target_image() -> None:
 
 
 def test_the_prompt_ends_before_the_caption_to_generate() -> None:
-    class Tokens:
-        """Name the ids of special tokens."""
-
-        bos_id, image_id, end_of_chunk_id = 1, 2, 3
-
-    prompt = prompt_of(example(0), Tokens(), lambda text: [len(text)])  # type: ignore[arg-type]
-    assert prompt == [1, 2, len("caption 0 0"), 3, 2]
+    assert prompt_of(example(0)) == [Special.IMAGE, "caption 0 0", Special.END_OF_CHUNK, Special.IMAGE]
 
 
 def test_documents_are_read_up_to_the_image_to_caption(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from model.config import FlamingoConfig, LanguageModelConfig, SpecialTokensConfig
 from model.factory import build_flamingo, build_language_model, build_tokenizer
 from model.parameters import frozen_digests, trainable_parameters
+from model.processor import encode_prompt
 from model.tokens import add_special_tokens
-from tests.model.builders import BEYOND, EOS, FAMILIES, VOCAB_SIZE, text_with_media, tiny_config, tiny_tokenizer
+from tests.model.builders import BEYOND, BOS, EOS, FAMILIES, VOCAB_SIZE, text_with_media, tiny_config, tiny_tokenizer
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -164,7 +165,7 @@ def test_a_tokenizer_gets_the_added_tokens(tmp_path: Path) -> None:
     config = tiny_config(language_model=LanguageModelConfig(name=None, tokenizer=str(tmp_path)))
     tokenizer = build_tokenizer(config)
     assert tokenizer.ids == BEYOND
-    assert tokenizer.encode("w0 <image>w1<|endofchunk|>") == [4, VOCAB_SIZE, 5, VOCAB_SIZE + 1]
+    assert encode_prompt(tokenizer, "w0 <image>w1<|endofchunk|>") == [BOS, 4, VOCAB_SIZE, 5, VOCAB_SIZE + 1]
     assert tokenizer.decode([4, VOCAB_SIZE, 5, VOCAB_SIZE + 1, EOS]) == "w0 w1"
     # a model with these tokens runs
     model = build_flamingo(replace(tiny_config(), tokens=config.tokens), tokenizer)

@@ -12,6 +12,7 @@ from model.flops import UsefulFlops, Workload, utilization
 from model.presets import get_preset
 from model.vision_encoder import VisionEncoder, build_tower
 from tests.model.builders import BEYOND, random_media, tiny_flamingo
+from tests.model.language_models import build
 
 SIZES = UsefulFlops(
     lm_weights=1000, lm_attention=16, head_weights=500, cross_text=200, cross_media=60, cross_attention=8,
@@ -50,6 +51,35 @@ def test_sizes_of_a_model() -> None:
     assert sizes.resampler_features == 24 * 20 + 2 * 20 * 32
     assert sizes.resampler_latents == 2 * (20 * 16 + 20 * 32 + 16 * 20 + 2 * 20 * 80)
     assert sizes.resampler_attention == 2 * 16
+
+
+ATTENTION = 2 * 32 * 32 + 2 * 32 * 16  # weights of a block's attention: 4 heads of 8, 2 of keys and values
+
+
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        ("mixtral", 4 * (ATTENTION + 4 * 32 + 2 * 3 * 32 * 48)),
+        ("qwen2_moe", 4 * (ATTENTION + 4 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 16 + 32)),  # an expert that all tokens share
+    ],
+)
+def test_a_mixture_counts_the_experts_that_a_token_meets(family: str, weights: int) -> None:
+    assert UsefulFlops.of(build(family)).lm_weights == weights
+
+
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [
+        ("mamba", 0),
+        ("lfm2", 2 * 32),  # 2 of the 4 blocks are convolutions
+        ("qwen3_next", 2 * 32),
+        ("deepseek_v3", 4 * 4 * (4 + 8 + 8) / 2),  # keys have 12 numbers, values 8
+    ],
+)
+def test_only_blocks_with_softmax_attention_cost_the_square_of_a_row(family: str, width: int) -> None:
+    sizes = UsefulFlops.of(build(family))
+    assert sizes.lm_attention == width
+    assert sizes.lm_weights > 0
 
 
 def test_the_resampler_against_torchs_counter() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from model import factory
-from model.config import CrossAttentionConfig
+from model.config import CrossAttentionConfig, LanguageModelConfig
 from model.flamingo import Flamingo
 from model.generation import generate
+from model.generation_probes import probe_batches
 from model.media_inputs import media_inputs
 from model.tokens import SpecialTokenIds
 from model.tower_patches import Grid
@@ -181,8 +182,17 @@ def test_without_media_the_model_is_a_text_model() -> None:
     model = tiny_flamingo(gates=1.0)
     with_blind_media = generate(model, [[1, 5, 6]], random_media(1)[:0], [0], max_new_tokens=5)
     assert generate(model, [[1, 5, 6]], None, [0], max_new_tokens=5) == with_blind_media
-    # without media an <image> token in a prompt is an ordinary token
-    assert len(generate(model, [[1, IMAGE, 6]], None, [1], max_new_tokens=5)) == 1
+
+
+def test_image_tokens_without_media_are_an_error_unless_the_model_is_blind() -> None:
+    model = tiny_flamingo(gates=1.0)
+    for count in (0, 1):
+        with pytest.raises(ValueError, match="prompt 0 has 1 image tokens|media has 0 rows"):
+            generate(model, [[1, IMAGE, 6]], None, [count], max_new_tokens=5)
+    prompts, media = [[1, IMAGE, 6], [1, IMAGE, 6, 7]], random_media(2)
+    blind = generate(model, prompts, media, [1, 1], max_new_tokens=5, blind=True)
+    assert blind == generate(model, prompts, 255 - media, [1, 1], max_new_tokens=5, blind=True)
+    assert blind == generate(model, prompts, None, [0, 0], max_new_tokens=5, blind=True)
 
 
 def test_the_language_models_own_generation_defaults_do_not_matter() -> None:
@@ -211,3 +221,119 @@ def test_media_that_do_not_fit_the_prompts_are_an_error() -> None:
         generate(model, [[1, IMAGE]], media, [1], max_new_tokens=2)
     with pytest.raises(ValueError, match="2 prompts but media_per_prompt has 1"):
         generate(model, [[1, IMAGE], [1]], media, [1], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"num_beams": 0}, "num_beams 0"),
+        ({"num_beams": -1}, "num_beams -1"),
+        ({"num_beams": 1.5}, "num_beams 1.5"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p 0.0"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p 1.5"),
+        ({"do_sample": True, "top_p": float("nan")}, "top_p nan"),
+        ({"do_sample": True, "temperature": 0}, "temperature 0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature -1.0"),
+        ({"do_sample": True, "top_k": -3}, "top_k -3"),
+        ({"length_penalty": float("inf")}, "length_penalty inf"),
+        ({"beams": 3}, "beams: no such setting.*num_beams"),
+        ({"repetition_penalti": 3}, "did you mean repetition_penalty"),
+        ({"eos_token_id": 3}, "eos_token_id"),
+        ({"use_cache": False}, "use_cache"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"num_return_sequences": 2}, "num_return_sequences 2"),
+        ({"num_return_sequences": 0}, "num_return_sequences 0"),
+    ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_flamingo(), [[1, 5]], None, [0], **{"max_new_tokens": 2, **settings})
+
+
+def test_prompts_that_cannot_be_continued_are_named() -> None:
+    with pytest.raises(ValueError, match="no prompts"):
+        generate(tiny_flamingo(), [], None, [], max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 1 has the token id 99"):
+        generate(tiny_flamingo(), [[1], [1, 99]], None, [0, 0], max_new_tokens=2)
+    with pytest.raises(ValueError, match="64 positions.*max_new_tokens is 90.*at most 62"):
+        generate(tiny_flamingo("gpt2"), [[1, 5]], None, [0], max_new_tokens=90, stop_ids=[0], suppress_tokens=[0])
+
+
+def test_several_texts_of_a_prompt_follow_each_other() -> None:
+    model, media = tiny_flamingo(gates=1.0, seed=3), random_media(6)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3}
+    texts = generate(model, PROMPTS, media, COUNTS, num_return_sequences=3, **settings)
+    assert texts[::3] == generate(model, PROMPTS, media, COUNTS, **settings)
+    assert len(texts) == 3 * len(PROMPTS)
+
+
+# Families that see padding, or the length of other rows, in transformers itself.
+_SENSITIVE: dict[str, dict[str, Any]] = {
+    "longrope": FAMILIES["llama"]
+    | {
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 12,
+        },
+    },
+    "dynamic": FAMILIES["llama"]
+    | {
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "minimax": FAMILIES["llama"]
+    | {
+        "model_type": "minimax",
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "rwkv": {
+        "model_type": "rwkv",
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "attention_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "context_length": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("family", _SENSITIVE)
+def test_prompts_of_one_length_are_grouped_where_padding_or_other_rows_would_matter(family: str) -> None:
+    model = tiny_flamingo(language_model=LanguageModelConfig(architecture=_SENSITIVE[family]), gates=1.0, seed=1)
+    assert not probe_batches(model.language_model.lm).batches_any_lengths
+    with torch.no_grad():
+        for parameter in model.language_model.lm.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3)
+    media = random_media(6)
+    batch = generate(model, PROMPTS, media, COUNTS, max_new_tokens=8, stop_ids=[EOS])
+    assert batch == one_by_one(model, media, max_new_tokens=8, stop_ids=[EOS])
+    assert batch[::-1] == generate(
+        model, PROMPTS[::-1], media[[3, 4, 5, 2, 0, 1]], COUNTS[::-1], max_new_tokens=8, stop_ids=[EOS]
+    )
+    beams: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2, "stop_ids": [EOS]}
+    if family == "rwkv":
+        with pytest.raises(ValueError, match="num_beams 2: RwkvForCausalLM"):
+            generate(model, PROMPTS, media, COUNTS, **beams)
+    else:
+        assert generate(model, PROMPTS, media, COUNTS, **beams) == one_by_one(model, media, **beams)
+    with pytest.raises(ValueError, match="synced_ranks"):
+        generate(model, PROMPTS, media, COUNTS, max_new_tokens=2, synced_ranks=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_continue_all_prompts_together(family: str) -> None:
+    assert probe_batches(tiny_flamingo(family).language_model.lm).batches_any_lengths

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from model.imports.openflamingo import convert_openflamingo_state, load_openflam
 from model.parameters import trainable_parameters
 from model.presets import openflamingo
 from model.pretrained import from_pretrained, save_flamingo
+from model.processor import PROCESSOR_FILE, ProcessorConfig
+from model.tower_statistics import OPENAI, with_statistics_of_old_exports
 from tests.model.builders import (
     BEYOND,
     FAMILIES,
@@ -95,6 +98,46 @@ def test_relative_paths_move_with_the_folders(tmp_path: Path, monkeypatch: pytes
     assert build_tokenizer(found.config).ids == BEYOND
 
 
+def test_an_export_keeps_pixels_and_statistics(tmp_path: Path) -> None:
+    model = tiny_flamingo()
+    save_flamingo(tmp_path, model, processor=ProcessorConfig.of(model.vision_encoder, image_fit="crop"))
+    path = tmp_path / PROCESSOR_FILE
+    assert json.loads(path.read_text())["image_fit"] == "crop"
+    # Another version of open_clip may know other statistics of the same tower.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert from_pretrained(tmp_path).vision_encoder.mean == (0.1, 0.2, 0.3)
+
+
+def test_an_older_export_keeps_the_statistics_that_it_was_trained_with(tmp_path: Path) -> None:
+    save_flamingo(tmp_path, tiny_flamingo())
+    (tmp_path / PROCESSOR_FILE).unlink()
+    description = json.loads((tmp_path / "config.json").read_text())
+    for name in ("mean", "std"):
+        del description["model"]["vision"][name]
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert from_pretrained(tmp_path).vision_encoder.mean == (0.5, 0.4, 0.3)  # the tower's own
+    weights = tmp_path / "weights.safetensors"
+    save_file({}, weights)
+    found = with_statistics_of_old_exports(VisionEncoderConfig("ViT-B-16-SigLIP", str(weights)))
+    assert (found.mean, found.std) == OPENAI
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "llama"}'])
+def test_a_damaged_description_is_named(tmp_path: Path, text: str) -> None:
+    save_flamingo(tmp_path, tiny_flamingo())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    save_flamingo(tmp_path, tiny_flamingo())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        from_pretrained(tmp_path)
+
+
 def test_other_frozen_weights_are_an_error_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_flamingo("export", local_flamingo(tmp_path))
@@ -133,9 +176,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def openflamingo_model() -> Flamingo:
+def openflamingo_model(**architecture: Any) -> Flamingo:
     config = tiny_config("gpt_neox")
-    language_model = LanguageModelConfig(architecture=FAMILIES["gpt_neox"] | {"num_hidden_layers": 4})
+    language_model = LanguageModelConfig(architecture=FAMILIES["gpt_neox"] | {"num_hidden_layers": 4} | architecture)
     preset = openflamingo(language_model, every_n_layers=2)
     small = PerceiverResamplerConfig(
         **(preset.resampler.__dict__ | {"num_layers": 2, "num_heads": 2, "head_dim": 8, "num_latents": 4})
@@ -267,6 +310,19 @@ def test_a_missing_head_is_not_taken_from_the_input_embeddings(caplog: pytest.Lo
     assert not torch.equal(model.language_model.input_rows[0].weight, start)
     assert "no lang_encoder.lm_head.weight" in caplog.text
     assert "<|endofchunk|> and <image> keep their start" in caplog.text
+
+
+def test_tied_embeddings_are_taken_from_the_one_table_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, checkpoint = openflamingo_model(tie_word_embeddings=True), openflamingo_checkpoint()
+    del checkpoint["module.lang_encoder.embed_out.weight"]
+    load_openflamingo(model, checkpoint)
+    table = checkpoint["module.lang_encoder.gpt_neox.embed_in.weight"]
+    for rows in (model.language_model.input_rows, model.language_model.output_rows):
+        image, end = rows
+        assert torch.equal(end.weight[0], table[VOCAB_SIZE])
+        assert torch.equal(image.weight[0], table[VOCAB_SIZE + 1])
+    (record,) = caplog.records
+    assert f"{VOCAB_SIZE} of {VOCAB_SIZE} rows" in record.getMessage()
 
 
 def lm_tables(model: Flamingo) -> tuple[Tensor, Tensor]:

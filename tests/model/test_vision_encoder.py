@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.config import VisionEncoderConfig
+from model.tower_statistics import OPENAI, Statistics, tower_statistics
 from model.vision_encoder import VisionEncoder, build_tower
 from tests.model.builders import IMAGE_SIZE, random_media, tower_folder, write_tower
 
@@ -176,3 +178,136 @@ def test_media_of_a_wrong_shape_are_a_clear_error() -> None:
         encoder()(random_media(1)[0])
     with pytest.raises(ValueError, match=r"32 x 32 pixels.*built for 16.*vision\.image_size"):
         encoder()(random_media(1, size=32))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        random_media(1).float(),
+        random_media(1).double(),
+        random_media(1).bfloat16(),
+        random_media(1).float() / 127.5 - 1,
+        random_media(1).float() / 255 + torch.nan,
+        random_media(1).int(),
+        random_media(1) > 9,
+    ],
+    ids=["0..255", "double", "bfloat16", "normalized", "nan", "int32", "bool"],
+)
+def test_pixels_of_another_range_or_type_are_an_error(pixels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        encoder()(pixels)
+
+
+def test_patches_of_another_range_are_an_error() -> None:
+    patches = random_media(1, size=8)[:, 0]
+    with pytest.raises(ValueError, match=r"0 to 2\d\d.*0\.\.1"):
+        encoder()(patches.float(), [(1, 1, 1)])
+    assert encoder()(patches / 255, [(1, 1, 1)]).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("ViT-B-32", 230, "image_size 230.*last 6.*224 or 256"),
+        ("ViT-B-32", 31, "image_size 31.*"),
+        ("timm:test_vit", 100, "image_size 100.*last 4.*96 or 112"),
+        ("timm:convnext_atto", 226, "image_size 226.*last 2.*224 or 228"),
+    ],
+)
+def test_a_size_whose_border_no_patch_sees_is_an_error(name: str, size: int, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        encoder(VisionEncoderConfig(name=name, image_size=size))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("ViT-SO400M-14-SigLIP-384", None), ("ViT-SO400M-14-SigLIP-384", 384), ("RN50", 250)]
+)
+def test_a_towers_own_size_and_padded_convolutions_are_fine(name: str, size: int | None) -> None:
+    with torch.device("meta"):
+        found = encoder(VisionEncoderConfig(name=name, image_size=size, feature_norm=False))
+    assert found.image_size == (size or 384)
+
+
+class Tower:
+    """Stand for a tower to which open_clip attached OpenAI's statistics."""
+
+    preprocess_cfg = {"mean": OPENAI[0], "std": OPENAI[1]}
+
+
+def statistics(name: str, pretrained: str | None, **settings: Any) -> Statistics:
+    return tower_statistics(VisionEncoderConfig(name=name, pretrained=pretrained, **settings), Tower())
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    save_file({}, tmp_path / "weights.safetensors")
+    return str(tmp_path / "weights.safetensors")
+
+
+def test_weights_from_a_file_get_the_statistics_of_every_tag(weights: str) -> None:
+    """Compare all models and tags that open_clip knows; nothing is downloaded."""
+    refused = set()
+    for name in open_clip.list_models():
+        settings = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+        expected = {(tuple(one["mean"]), tuple(one["std"])) for one in settings}
+        if len(expected) > 1:
+            refused.add(name)
+            with pytest.raises(ValueError, match=rf"vision\.mean, vision\.std.*'{name}'"):
+                statistics(name, weights)
+        else:
+            assert expected <= {statistics(name, weights)}
+    assert "ViT-L-14" in refused
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("ViT-B-16-SigLIP", 0.5),
+        ("ViT-B-16-SigLIP2", 0.5),
+        ("PE-Core-B-16", 0.5),
+        ("MobileCLIP-S1", 0.0),
+        ("ViT-L-14-CLIPA", 0.485),
+        ("ViT-B/32", OPENAI[0][0]),
+        ("timm:vit_base_patch16_siglip_224", 0.5),
+    ],
+)
+def test_families_keep_their_own_mean(weights: str, name: str, mean: float) -> None:
+    assert statistics(name, weights)[0][0] == mean
+
+
+def test_a_tag_has_its_statistics_also_without_weights() -> None:
+    assert statistics("ViT-L-14", "laion2b_s32b_b82k")[0] == (0.5, 0.5, 0.5)
+    assert statistics("ViT-L-14", "openai") == OPENAI
+
+
+def test_an_architecture_without_published_weights_is_named(weights: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert statistics("ViT-L-16", weights) == OPENAI
+    assert "'ViT-L-16'" in caplog.text and "vision.mean and vision.std" in caplog.text
+
+
+def test_the_tags_of_a_timm_tower_disagree(weights: str) -> None:
+    with pytest.raises(ValueError, match=r"vision\.mean, vision\.std.*'timm:resnet34'"):
+        statistics("timm:resnet34", weights)
+    assert statistics("timm:resnet34", weights, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))[0] == (0.1, 0.2, 0.3)
+
+
+def test_statistics_can_be_set() -> None:
+    tower = encoder(replace(CONFIG, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    assert (tower.mean, tower.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    expected = (random_media(1)[0, 0, 1].float() / 255 - 0.2) / 0.5
+    torch.testing.assert_close(tower.normalize(random_media(1))[0, 0, 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, r"vision\.std is not set"),
+        ({"std": (0.5, 0.5, 0.5)}, r"vision\.mean is not set"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, r"vision\.mean.*divided by 255"),
+        ({"mean": (0.5,), "std": (0.5, 0.5, 0.5)}, r"vision\.mean.*three numbers"),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.0, 0.5, 0.5)}, r"vision\.std"),
+    ],
+)
+def test_wrong_statistics_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder(replace(CONFIG, **settings))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +104,23 @@ def test_missing_nvidia_software_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     findings = {finding.name: finding for finding in doctor._check_compilers()}
     assert findings["nvcc"].verdict == "absent"
     assert "plain torch on the GPU" in findings["nvcc"].detail
+
+
+@pytest.mark.slow
+def test_it_works_from_an_installed_package(tmp_path: Path) -> None:
+    """Without the clone, the requirements come from the installed metadata."""
+    for name in ("model", "trainer"):
+        shutil.copytree(ROOT / name, tmp_path / "site" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "trainer.doctor"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "missing " not in done.stdout
+
+
+def test_installed_requirements_are_those_of_the_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from packaging.requirements import Requirement
+
+    in_clone = {Requirement(text).name for text in doctor._requirements()}
+    monkeypatch.setattr(doctor, "PROJECT", tmp_path / "pyproject.toml")
+    assert {Requirement(text).name for text in doctor._requirements()} == in_clone

@@ -8,7 +8,14 @@ import pytest
 
 from trainer.resilience.events import EventLog
 from trainer.resilience.hostfile import Host
-from trainer.resilience.restarts import Failure, RestartPolicy, choose_hosts, read_events, read_failure
+from trainer.resilience.restarts import (
+    Failure,
+    RestartPolicy,
+    cause_on_another_rank,
+    choose_hosts,
+    read_events,
+    read_failure,
+)
 from trainer.runtime.run_folder import RunFolder
 
 HOSTS = (Host("a", 2), Host("b", 2), Host("c", 2))
@@ -77,3 +84,16 @@ def test_messages_about_a_lost_peer_do_not_count_as_errors(tmp_path: Path) -> No
     log.write("failed", host="b", error="KeyError: 'x'")
     folder.metrics.write_text('{"step": 4}\n{"step": 5}\n{"st')
     assert read_failure(folder, before) == failure(5, ("b", "KeyError: 'x'"))
+
+
+def test_a_lost_peer_is_explained_by_the_rank_that_failed_first(tmp_path: Path) -> None:
+    folder, gloo = RunFolder(tmp_path), RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    EventLog(folder).write("failed", rank=1, host="old", error="ShardError: an earlier attempt")
+    since = read_events(folder)[-1]["time"] + "~"
+    assert cause_on_another_rank(folder, gloo, 0, since) is None
+    EventLog(folder).write("failed", rank=2, host="b", error=str(gloo))
+    EventLog(folder).write("failed", rank=1, host="a", error="ShardError: no such file: 3.tar")
+    since = read_events(folder)[1]["time"]
+    assert cause_on_another_rank(folder, gloo, 0, since) == "rank 1 on a failed: ShardError: no such file: 3.tar"
+    assert cause_on_another_rank(folder, gloo, 1, read_events(folder)[1]["time"] + "~") is None
+    assert cause_on_another_rank(folder, ValueError("a bug"), 0, since) is None

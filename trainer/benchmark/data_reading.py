@@ -16,9 +16,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from model.processor import PlainTextEncoder
 from trainer.benchmark.result_file import Measurement
 from trainer.data.samples.image_decoder import ImageDecoder
-from trainer.data.samples.text_encoding import PlainTextEncoder
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.manifest_builder import build_manifest, index_shard
 from trainer.data.shards.reader import ShardReader

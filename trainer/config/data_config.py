@@ -249,7 +249,7 @@ class DataConfig:
             and pads with the mean color (the paper), "crop" resizes the short side and crops the center (open_clip),
             "stretch" ignores the aspect.
         max_pixels: Most pixels of an image or video frame, by its header; larger ones are replaced before they are
-            decoded. Decoding takes up to 16 bytes a pixel for an image, and 32 for a video, whose decoder keeps frames.
+            decoded. Decoding takes up to 24 bytes a pixel for an image, and 32 for a video, whose decoder keeps frames.
         ledger: Write ``ledger/rank-N.jsonl``, one line for each sample that an applied step consumed.
         max_bad_fraction: Largest share of bad samples among the last ``bad_window`` samples of a source, over all
             ranks. The run stops above it and names the reasons. Bad replacements count; filtered samples do not.
@@ -257,7 +257,8 @@ class DataConfig:
         cache_dir: Folder for blocks of remote shards, shared by all processes of a node. None takes a folder of this
             user in the system's temporary folder.
         cache_bytes: Most bytes in ``cache_dir``; the blocks not used for longest are removed first.
-        read_retries: Times that a failed read from remote storage is repeated, after growing waits.
+        read_retries: Times that a failed read is repeated, after growing waits: from remote storage, or from a local
+            file after an error that passes (a stale handle of NFS, an I/O error).
         read_timeout_seconds: Seconds without a byte after which a read from remote storage has failed.
         read_deadline_seconds: Seconds that a read may take in all, with its repetitions; then the run stops.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config.types import FORBID_UNKNOWN_KEYS, Positive, Probability
+from trainer.config.types import FORBID_UNKNOWN_KEYS, NonNegative, Positive, Probability
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class EvaluationTask:
         type: Kind of samples in the manifest.
         image: Image of each document whose caption is generated, counted from 1. The prompt holds the true captions of
             the images before it.
-        image_tokens: The source's ``image_tokens`` in training: most patches of an image, or None for squares
-            (``image_fit``).
+        image_tokens: Most patches of an image, instead of the ``image_tokens`` of the training run; 0 makes squares
+            (``image_fit``), None keeps that of the training run.
         control: Change of the images that shows whether they matter: "shuffled" gives each sample the target image of
             another one, "first_replaced" replaces the first image of each document by another document's,
             "without_images" gives none.
@@ -34,7 +34,7 @@ class EvaluationTask:
     manifest: Path
     type: Literal["image_text", "interleaved"] = "image_text"
     image: Positive = 1
-    image_tokens: Positive | None = None
+    image_tokens: NonNegative | None = None
     control: Literal["none", "shuffled", "first_replaced", "without_images"] = "none"
     minimum: Probability | None = None
     maximum: Probability | None = None
@@ -52,7 +52,7 @@ class EvaluationConfig:
         batch_size: Captions generated together.
         max_new_tokens: Longest generated caption in tokens.
         num_beams: Beams of the beam search; 1 is greedy.
-        image_fit: ``data.image_fit`` of the training run.
+        image_fit: How an image becomes a square, instead of ``data.image_fit`` of the training run; None keeps that.
         device: Device of torch, such as "cuda:1"; None takes a GPU if there is one.
         dtype: Type of weights and activations; None takes the type in which the model was trained.
         seed: Seed of the random choices of controls.
@@ -69,7 +69,7 @@ class EvaluationConfig:
     batch_size: Positive = 64
     max_new_tokens: Positive = 32
     num_beams: Positive = 1
-    image_fit: Literal["pad", "crop", "stretch"] = "pad"
+    image_fit: Literal["pad", "crop", "stretch"] | None = None
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 0

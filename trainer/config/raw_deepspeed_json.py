@@ -63,6 +63,22 @@ _IMPLIED = {
     "zero_optimization.offload_param.pin_memory": False,
     "zero_optimization.offload_optimizer.pin_memory": False,
 }
+# Keys that may only have the value given here, with the reason.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "checkpoint.load_universal": (
+        False,
+        "the trainer converts a checkpoint by itself where the number of processes changed; remove this",
+    ),
+    # Converting its shards gives tensors to the wrong parameters: the groups have another order than their names.
+    "zero_optimization.round_robin_gradients": (
+        False,
+        "shards in this order cannot be converted for another number of processes or ZeRO stage; remove this",
+    ),
+    "zero_optimization.elastic_checkpoint": (
+        False,
+        "checkpoints fit any number of processes without it, and ZeRO-3 cannot save with it; remove this",
+    ),
+}
 # Keys that DeepSpeed reads under two names, with the name that the generated JSON has.
 _SHORT_NAMES = """prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters
     max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold use_all_reduce_for_fetch_params
@@ -138,9 +154,10 @@ def conflicts(raw: dict[str, Any], generated: dict[str, Any], config: RunConfig)
         section = key.partition(".")[0]
         if section == "scheduler" and _only_auto(raw[section]):
             continue
-        if key == "checkpoint.load_universal":
-            message = "the trainer converts a checkpoint by itself where the number of processes changed; remove this"
-            problems.append(Problem(f"deepspeed.raw.{key}", message))
+        if key in _REFUSED:
+            only, message = _REFUSED[key]
+            if value != only:
+                problems.append(Problem(f"deepspeed.raw.{key}", message))
         owner = _owner(key)
         if owner is None:
             continue

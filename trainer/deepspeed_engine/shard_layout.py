@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-_RAW_ZERO_KEYS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
+_RAW_ZERO_KEYS = ("sub_group_size", "parameter_alignment")
 _RAW_SECTIONS = ("bf16", "data_types", "torch_autocast")
 
 

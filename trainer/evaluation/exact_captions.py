@@ -6,7 +6,7 @@ only the images: the score that it costs is what the model gained from seeing th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from model.flamingo import Flamingo
 from model.generation import generate
-from model.tokens import FlamingoTokenizer
+from model.processor import Special, TextLayout
 from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
 from trainer.data.errors import SampleError
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.mmc4_document import image_bytes, parse_document
-from trainer.data.samples.prompt_images import model_media
+from trainer.data.samples.prompt_media import model_media
 from trainer.data.samples.sample_members import decode_json, image_member, text_member
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.reader import ShardReader
@@ -125,16 +125,16 @@ def apply_control(examples: Sequence[Example], task: EvaluationTask, seed: int) 
     return controlled
 
 
-def prompt_of(example: Example, tokenizer: FlamingoTokenizer, encode: Callable[[str], list[int]]) -> list[int]:
-    """Return the tokens ``<BOS><image>caption<EOC>...<image>``, up to the caption to generate."""
-    prompt = [tokenizer.bos_id]
+def prompt_of(example: Example) -> list[str | Special]:
+    """Return the prompt ``<image>caption<EOC>...<image>``, up to the caption to generate."""
+    prompt: list[str | Special] = []
     for caption in example.captions[:-1]:
-        prompt += [tokenizer.image_id, *encode(caption), tokenizer.end_of_chunk_id]
-    return [*prompt, tokenizer.image_id]
+        prompt += [Special.IMAGE, caption, Special.END_OF_CHUNK]
+    return [*prompt, Special.IMAGE]
 
 
 def evaluate_task(
-    model: Flamingo, tokenizer: FlamingoTokenizer, task: EvaluationTask, config: EvaluationConfig, decoder: ImageDecoder
+    model: Flamingo, layout: TextLayout, task: EvaluationTask, config: EvaluationConfig, decoder: ImageDecoder
 ) -> Score:
     """Generate every caption of a task and return the share of exact ones; errors as ``read_examples``."""
     examples = apply_control(read_examples(task, decoder, config.num_samples), task, config.seed)
@@ -146,14 +146,15 @@ def evaluate_task(
         media, media_grids = model_media(images, decoder)
         generated = generate(
             model,
-            [prompt_of(example, tokenizer, tokenizer.encode) for example in batch],
+            [layout.encode_parts(prompt_of(example)) for example in batch],
             media,
             [len(example.images) if with_images else 0 for example in batch],
             max_new_tokens=config.max_new_tokens,
             media_grids=media_grids,
             num_beams=config.num_beams,
+            blind=not with_images,
         )
-        captions += [tokenizer.decode(ids).strip() for ids in generated]
+        captions += [layout.tokenizer.decode(ids).strip() for ids in generated]
     truth = [example.captions[-1] for example in examples]
     exact = sum(found == true for found, true in zip(captions, truth, strict=True))
     return Score(task, exact / len(examples), len(examples), tuple(zip(truth, captions, strict=True)))

@@ -2,7 +2,7 @@
 
 Training writes resumed, settings_changed, step_skipped, spike, rewind, preempted, rank_times, straggler, hung and
 failed; ``trainer.supervise`` writes start, restart, node_lost and gave_up. A resume does not remove earlier events.
-Where the file cannot be written, training goes on without its events.
+Where the file cannot be written, a warning says so, and training goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from typing import Any
 from trainer.runtime.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
+
+
+def event_time() -> str:
+    """Return the time of an event that happens now; later times are later texts."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class EventLog:
@@ -34,11 +39,11 @@ class EventLog:
         """Append an event and sync it to the disk; a warning names the file if that is not possible."""
         if not self._enabled:
             return
-        record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "step": step, **details}
+        record = {"time": event_time(), "event": event, "step": step, **details}
         try:
             self._append(json.dumps(record, ensure_ascii=False).encode())
         except OSError as error:
-            _log.warning("cannot write %s: %s; training goes on without the event %s", self._path, error, event)
+            _log.warning("cannot write %s: %s; the event %s is left out", self._path, error, event)
 
     def _append(self, line: bytes) -> None:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

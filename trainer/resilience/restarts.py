@@ -44,6 +44,24 @@ def read_failure(run_folder: RunFolder, num_events_before: int) -> Failure:
     return Failure(steps_done(run_folder), frozenset(errors))
 
 
+def cause_on_another_rank(run_folder: RunFolder, error: Exception, rank: int, since: str) -> str | None:
+    """Return which other rank failed first, and how, if ``error`` only tells that a peer is gone; else None.
+
+    Args:
+        run_folder: Folder of the run.
+        error: Error of this rank.
+        rank: This rank.
+        since: Start of this attempt, as the events write it.
+    """
+    if not _PEER_LOST.search(str(error)):
+        return None
+    for event in read_events(run_folder):
+        if event["event"] == "failed" and event["time"] >= since and event["rank"] != rank:
+            if not _PEER_LOST.search(event["error"]):
+                return f"rank {event['rank']} on {event['host']} failed: {event['error']}"
+    return None
+
+
 def read_events(run_folder: RunFolder) -> list[dict[str, Any]]:
     """Read the events of a run; none if there is no file yet."""
     return _read_lines(run_folder.events)

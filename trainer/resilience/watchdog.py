@@ -189,8 +189,9 @@ class Watchdog:
         with suppress(OSError):  # the disk is full
             file.close()
         path = self._stacks_of(self._world.rank)
-        if not _size(path):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it was never made
+            if not _size(path):
+                path.unlink()
         with suppress(OSError):  # not empty, or another rank removed it
             self._folder.rmdir()
 

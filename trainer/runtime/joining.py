@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
@@ -64,7 +65,7 @@ def wait_for_all(timeout_seconds: float) -> object:
         group.add("joined", 1)
         if rank == 0:
             _wait_for_ranks(group, size, deadline)
-        elif obstacle := group.get("obstacle").decode():
+        elif obstacle := _answer_of_rank_0(group, deadline + _READ_SECONDS):
             raise JoinError(obstacle)
     except RuntimeError as error:  # torch's errors of stores and sockets
         first = str(error).partition("\n")[0]
@@ -114,7 +115,7 @@ def _wait_for_server(rank: int, size: int, address: str, port: int, deadline: fl
     raise JoinError(f"rank {rank} of {size}: rank 0 is not at {address}:{port} ({reason}). {ADVICE}")
 
 
-def _wait_for_ranks(group: dist.Store, size: int, deadline: float) -> None:
+def _wait_for_ranks(group: Any, size: int, deadline: float) -> None:
     """Wait until all ranks have joined, and tell the others whether they have; only rank 0 calls this."""
     for seconds in _notices(deadline):
         if group.add("joined", 0) >= size:
@@ -129,7 +130,21 @@ def _wait_for_ranks(group: dist.Store, size: int, deadline: float) -> None:
     raise JoinError(obstacle)
 
 
-def _missing(group: dist.Store, size: int) -> str:
+def _answer_of_rank_0(group: Any, deadline: float) -> str:
+    """Wait for rank 0, and return why not all have joined; empty if they have.
+
+    This polls, because a signal cannot interrupt torch's own wait.
+    """
+    pause = _POLL_SECONDS
+    while time.monotonic() < deadline:
+        if group.check(["obstacle"]):
+            return str(group.get("obstacle").decode())
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)  # thousands of ranks ask
+    return f"rank 0 gave no answer. {ADVICE}"
+
+
+def _missing(group: Any, size: int) -> str:
     ranks = [rank for rank in range(size) if not group.check([f"rank/{rank}"])]
     shown = ", ".join(map(str, ranks[:_MOST_RANKS_SHOWN]))
     return f"rank {shown}{', ...' if len(ranks) > _MOST_RANKS_SHOWN else ''} ({len(ranks)} of {size} processes)"

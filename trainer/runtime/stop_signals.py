@@ -1,8 +1,7 @@
 """Handle the signals that ask a process to stop, without torch.
 
-SIGTERM and SIGUSR1 (Slurm's warning) ask to stop; so do Ctrl-C (SIGINT) and the end of a terminal (SIGHUP). SIGINT and
-SIGHUP stay ignored where the starter of this process ignored them: SIGHUP under nohup, Ctrl-C in the background job of
-a shell script.
+SIGTERM and SIGUSR1 (Slurm's warning) ask to stop; so do Ctrl-C (SIGINT) and the end of a terminal (SIGHUP). SIGHUP
+stays ignored where the starter of this process ignored it, as nohup does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import NoReturn
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_STAY_IGNORED = (signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 Handler = Callable[[int, FrameType | None], None]
@@ -28,12 +26,9 @@ class StoppedError(BaseException):
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask this process to stop, without those that its starter ignores."""
-    return tuple(
-        number
-        for number in STOP_SIGNALS
-        if number not in _STAY_IGNORED or signal.getsignal(number) is not signal.SIG_IGN
-    )
+    """Return the signals that ask this process to stop."""
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP))
 
 
 @contextmanager

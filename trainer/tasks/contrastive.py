@@ -20,6 +20,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from model.loading_errors import explain_loading
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import ContrastiveRunConfig
 from trainer.data.batch import BatchFormat
@@ -130,7 +131,8 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
         write_architecture(config)
     barrier()
     torch.manual_seed(config.training.seed)
-    clip = open_clip.create_model(f"local-dir:{RunFolder(config.run_dir).architecture}", load_weights=False)
+    with explain_loading(f"architecture {config.architecture!r}"):
+        clip = open_clip.create_model(f"local-dir:{RunFolder(config.run_dir).architecture}", load_weights=False)
     settings = deepspeed_json(config)
     towers = ContrastiveTowers(clip, world, mask_duplicate_captions=config.mask_duplicate_captions)
     if config.training.dtype == "bfloat16":
@@ -178,13 +180,25 @@ def caption_tokenizer(config: ContrastiveRunConfig, clip: Any) -> Callable[[str]
     """Return a function from a caption to int64 [context length], cut or padded.
 
     It uses ``config.tokenizer`` or, without one, the tokenizer of open_clip.
+
+    Raises:
+        ValueError: The tokenizer cannot be loaded, has no end-of-sequence token, or has more tokens than the tower.
     """
     context = int(clip.context_length)
     if config.tokenizer is None:
         name = config.architecture if isinstance(config.architecture, str) else "ViT-B-32"
         tokenize = open_clip.get_tokenizer(name, context_length=context)
         return lambda caption: tokenize([caption])[0].to(torch.int64)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    with explain_loading(f"tokenizer {str(config.tokenizer)!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {str(config.tokenizer)!r} has no end-of-sequence token, which pads the captions")
+    table, largest = getattr(clip, "vocab_size", None), max(tokenizer.get_vocab().values())
+    if table is not None and largest >= table:
+        raise ValueError(
+            f"tokenizer {str(config.tokenizer)!r} has ids up to {largest}, but the text tower has {table} tokens: set "
+            f"vocab_size of the architecture's text_cfg to {largest + 1} or more"
+        )
     padding = int(tokenizer.eos_token_id)
 
     def encode(caption: str) -> Tensor:

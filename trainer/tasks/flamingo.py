@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,10 @@ from trainer.planning.activation_memory import ActivationMemory, recomputed_bloc
 from trainer.planning.workload import largest_micro_batch
 from trainer.runtime.distributed import World
 from trainer.tasks.batch_flops import count_operations, data_sheet_tflops
-from trainer.tasks.row_builders import check_packing, flamingo_builders
+from trainer.tasks.language_model_fit import check_language_model
+from trainer.tasks.row_builders import flamingo_builders
+
+_log = logging.getLogger(__name__)
 
 
 def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
@@ -37,9 +41,10 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
             gather=build.gather,
             partition=build.partition,
         )
-    check_packing(config.data, model.language_model.lm)
+    check_language_model(config.data, model.language_model.lm)
     config = _choose_checkpointing(config, model, world)
-    tower, sizes = model.vision_encoder, UsefulFlops.of(model)
+    tower, sizes = model.vision_encoder, count_sizes(model)
+    recomputed = config.training.activation_checkpointing
     return Task(
         module=model,
         builders=flamingo_builders(config.data, tokenizer, tower),
@@ -47,9 +52,19 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         deepspeed=settings,
         model=config.model.to_dict(),
         frozen=frozen_digests(model, build.gather),
-        operations=partial(count_operations, sizes, config.training.activation_checkpointing),
+        operations=None if sizes is None else partial(count_operations, sizes, recomputed),
         peak_tflops=config.logging.peak_tflops or data_sheet_tflops(world.device, config.training.dtype),
     )
+
+
+def count_sizes(model: Flamingo) -> UsefulFlops | None:
+    """Return what the FLOPs of a step depend on; None where a language model's config does not say it."""
+    try:
+        return UsefulFlops.of(model)
+    except Exception as error:  # noqa: BLE001  counting must not prevent training
+        name = type(model.language_model.lm).__name__
+        _log.warning("the FLOPs of %s are not counted, so metrics have no mfu (%s)", name, error)
+        return None
 
 
 def _choose_checkpointing(config: FlamingoRunConfig, model: Flamingo, world: World) -> FlamingoRunConfig:

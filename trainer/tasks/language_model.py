@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from model.factory import torch_dtype
-from model.loss import gather_labels, summed_cross_entropy
-from model.loss import find_target_positions
+from model.factory import build_architecture, torch_dtype
+from model.loss import find_target_positions, gather_labels, summed_cross_entropy
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import LanguageModelRunConfig, TokenizerTrainingConfig
 from trainer.data.batch import BatchFormat
@@ -26,7 +25,8 @@ from trainer.deepspeed_engine.engine import partitioned_loading
 from trainer.loop import Task
 from trainer.runtime.distributed import World, barrier
 from trainer.runtime.run_folder import RunFolder
-from trainer.tasks.row_builders import check_packing, text_builders
+from trainer.tasks.language_model_fit import check_language_model
+from trainer.tasks.row_builders import text_builders
 
 
 @dataclass
@@ -130,10 +130,8 @@ def build_language_model_task(config: LanguageModelRunConfig, world: World) -> T
     architecture = model_settings(config, tokenizer)
     torch.manual_seed(config.training.seed)
     with partitioned_loading(settings):
-        language_model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**architecture), dtype=torch_dtype(config.training.dtype)
-        )
-    check_packing(config.data, language_model)
+        language_model = build_architecture("architecture", architecture, torch_dtype(config.training.dtype))
+    check_language_model(config.data, language_model)
     return Task(
         module=CausalLanguageModel(language_model),
         builders=text_builders(config.data, tokenizer),

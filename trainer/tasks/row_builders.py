@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model.lm_probes import separates_packed_documents
+from model.image_geometry import padding_color
+from model.processor import PlainTextEncoder
 from model.tokens import FlamingoTokenizer
 from model.vision_encoder import VisionEncoder
 from trainer.config.data_config import (
@@ -20,11 +21,11 @@ from trainer.config.data_config import (
     VideoTextSource,
 )
 from trainer.data.samples.contrastive_rows import ContrastiveBuilder
-from trainer.data.samples.image_decoder import ImageDecoder, padding_color
+from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.interleaved_rows import InterleavedBuilder
 from trainer.data.samples.pair_rows import PairBuilder
 from trainer.data.samples.rows import RowBuilder
-from trainer.data.samples.text_encoding import PlainTextEncoder, TextEncoding
+from trainer.data.samples.text_encoding import TextEncoding
 from trainer.data.samples.text_rows import TextBuilder
 from trainer.data.samples.tower_decoder import require_patches, tower_decoder
 from trainer.data.samples.video_decoder import VideoDecoder
@@ -82,7 +83,13 @@ def contrastive_builders(
         source.name: ContrastiveBuilder(
             source,
             tokenize,
-            ImageDecoder(image_size, data.image_fit, padding_color(mean), data.max_pixels, source.augment),
+            ImageDecoder(
+                image_size,
+                data.image_fit,
+                padding_color(mean),
+                max_pixels=data.max_pixels,
+                augment=source.augment,
+            ),
         )
         for source in data.sources
         if isinstance(source, ImageTextSource)
@@ -102,21 +109,6 @@ def check_image_tokens(data: DataConfig, vision_encoder: VisionEncoder) -> None:
     ]
     if settings:
         require_patches(vision_encoder, settings)
-
-
-def check_packing(data: DataConfig, lm: nn.Module) -> None:
-    """Check that the language model suits the sources that set ``packing``.
-
-    Raises:
-        ValueError: The language model would let the documents of a packed row see one another.
-    """
-    packed = [f"data.sources.{number}.packing" for number, source in enumerate(data.sources) if source.packing]
-    if packed and not separates_packed_documents(lm):
-        raise ValueError(
-            f"{', '.join(packed)}: {type(lm).__name__} does not keep packed documents apart (its attention mask "
-            "ignores their positions, or some of its layers are not attention). Set packing to false, or use another "
-            "language model"
-        )
 
 
 def flamingo_encoding(tokenizer: FlamingoTokenizer) -> TextEncoding:

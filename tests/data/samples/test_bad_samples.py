@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from model.processor import PlainTextEncoder
 from tests.data.helpers import DECODER, build_manifest, image_bytes, mmc4, noise, saved, step_loader, write_shard
 from tests.data.shards.test_reader import Bomb
 from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource
@@ -21,7 +22,7 @@ from trainer.data.errors import SampleError
 from trainer.data.samples.interleaved_rows import InterleavedBuilder
 from trainer.data.samples.pair_rows import PairBuilder
 from trainer.data.samples.rows import RowBuilder, sample_rng
-from trainer.data.samples.text_encoding import PlainTextEncoder, TextEncoding
+from trainer.data.samples.text_encoding import TextEncoding
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.shards.reader import ShardReader
 
@@ -72,7 +73,7 @@ DOCUMENTS: dict[str, tuple[dict[str, bytes], str | None]] = {
     "broken": ({"json": b'{"text_list": ["a"'}, "invalid_json"),
     "nan": ({"json": b'{"text_list": ["a"], "image_info": NaN}'}, "invalid_json"),
     "huge_float": ({"json": b'{"text_list": ["a"], "image_info": [1e999]}'}, "invalid_json"),
-    "huge_similarity": (_matched(0, matched_sim=10**400), "invalid_json"),
+    "huge_similarity": (_matched(0, matched_sim=10**400), "missing_similarity"),
     "half_a_surrogate_pair": (_document(text_list=["ab \ud800", "cd"]), "invalid_json"),
     "latin_1": ({"json": b'{"text_list": ["caf\xe9"]}'}, "invalid_utf8"),
     "no_json": ({"png": GOOD}, "missing_json"),

@@ -31,6 +31,7 @@ from tests.data.videos import video_bytes
 from trainer.config.data_config import DataConfig, FilterConfig, ImageTextSource, VideoTextSource
 from trainer.data.errors import SampleError
 from trainer.data.samples.contrastive_rows import ContrastiveBuilder
+from trainer.data.samples.image_file import image_size
 from trainer.data.samples.pair_rows import PairBuilder
 from trainer.data.samples.rows import RowBuilder, sample_rng
 from trainer.data.samples.video_decoder import VideoDecoder

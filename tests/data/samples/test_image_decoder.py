@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
+from model.image_geometry import PatchBudget
 from tests.data.helpers import image_bytes, noise, saved
 from trainer.data.errors import SampleError
-from trainer.data.samples.image_decoder import ImageDecoder, PatchBudget
+from trainer.data.samples.image_decoder import ImageDecoder
 
 MEAN = (1, 2, 3)
 

@@ -111,7 +111,7 @@ def test_random_windows_contain_images() -> None:
 def test_window_from_the_start() -> None:
     members = mmc4(["abc", "def"], [0, 1])
     assert text_of(build(members, subsequence="start", max_tokens=4).input_ids) == "B#ab"
-    assert reason(mmc4(["x" * 30, "y"], [1]), subsequence="start", max_tokens=10) == "no_images"
+    assert reason(mmc4(["x" * 30, "y"], [1]), subsequence="start", max_tokens=10) == "filtered_subsequence"
 
 
 def test_windows_do_not_begin_with_the_end_of_another_chunk() -> None:
@@ -131,7 +131,7 @@ def test_windows_reach_both_ends_of_the_document() -> None:
 def test_only_images_of_the_window_are_decoded() -> None:
     members = {**mmc4(["abc", "def"], [0, 1]), "1.png": b"broken"}
     assert len(build(members, subsequence="start", max_tokens=4).media) == 1
-    assert reason(members) == "corrupt_image"
+    assert text_of(build(members).input_ids) == "B#abc def|"
 
 
 def test_images_in_base64_and_by_full_name() -> None:
@@ -152,7 +152,7 @@ def test_minimum_similarity() -> None:
     content["image_info"][1]["matched_sim"] = 0.2
     members["json"] = json.dumps(content).encode()
     assert text_of(build(members, min_similarity=0.25).input_ids) == "B#a b|"
-    assert reason(members, min_similarity=0.5) == "no_images"
+    assert reason(members, min_similarity=0.5) == "filtered_similarity"
     assert reason(mmc4(["a"], [0]), min_similarity=0.1) == "missing_similarity"
 
 
@@ -199,7 +199,7 @@ def test_bad_json() -> None:
     half = mmc4(["ab \ud800", "cd"], [0, 1])
     assert b"\\ud800" in half["json"] and reason(half) == "invalid_json"
     huge = document(image_info=[{"image_name": "0.png", "matched_text_index": 0, "matched_sim": 10**400}])
-    assert reason(huge, min_similarity=0.1) == "invalid_json"
+    assert reason(huge, min_similarity=0.1) == "missing_similarity"
     assert reason(document(image_info=[{"image_name": "0.png", "matched_text_index": 10**30}])) == "match_out_of_range"
 
 
@@ -255,7 +255,7 @@ def test_every_row_keeps_images_text_and_index_together(
     except SampleError as error:
         failed = error.reason
     if row is None:
-        assert (failed, window) == ("no_images", "start")
+        assert (failed, window) == ("filtered_subsequence", "start")
         return
     ids = row.input_ids.tolist()
     text = text_of(ids)
@@ -291,3 +291,70 @@ def test_media_are_uint8_squares() -> None:
     (medium,) = build(mmc4(["a"], [0])).media
     assert medium.shape == (1, 3, 8, 8)
     assert medium.dtype == torch.uint8
+
+
+def test_an_unusable_image_is_dropped_where_another_is_left() -> None:
+    """The row is that of the document without the image, and it is no longer than packing has reserved."""
+    for changed in ({"1.png": b"broken"}, {"1.png": b""}):
+        members = {**mmc4(["ab", "cd", "ef"], [0, 1, 2]), **changed}
+        row = build(members)
+        assert (text_of(row.input_ids), levels(row)) == ("B#ab cd|#ef|", [0, 2])
+        assert [image.reason for image in row.dropped_images] in (["corrupt_image"], ["empty_image"])
+        assert torch.equal(row.media_index, build(mmc4(["ab", "cd", "ef"], [0, 2])).media_index)
+    everything = {**members, "0.png": b"broken", "2.png": b"broken"}
+    assert reason(everything) == "corrupt_image"
+    for max_tokens in (5, 9, 13, 40):
+        for index in range(20):
+            builder, sample = document_builder(max_tokens=max_tokens, max_images=1), SampleId("s", 0, "a", index, "doc")
+            reserved = builder.length(members, sample, sample_rng(0, sample))
+            try:
+                made = builder(members, sample, sample_rng(0, sample))
+            except SampleError:
+                continue
+            assert len(made.input_ids) <= reserved
+            assert text_of(made.input_ids).count("#") == len(made.media) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"image_name": "9.png", "matched_text_index": 1}, "missing_image"),
+        ({"image_name": "1.png", "matched_text_index": 7}, "match_out_of_range"),
+        ({"image_name": "1.png", "matched_text_index": None}, "missing_match"),
+        ({"image_name": "1.png", "matched_text_index": float("nan")}, "invalid_document"),
+        ({"image_base64": "@@", "matched_text_index": 1}, "invalid_base64"),
+        ("1.png", "invalid_document"),
+    ],
+)
+def test_an_unusable_entry_is_dropped_where_another_is_left(entry: object, expected: str) -> None:
+    row = build(document(image_info=[{"image_name": "0.png", "matched_text_index": 0}, entry]))
+    assert (text_of(row.input_ids), levels(row)) == ("B#ab cd|", [0])
+    assert [image.reason for image in row.dropped_images] == [expected]
+
+
+def test_base64_as_people_write_it() -> None:
+    data = image_bytes((50, 50, 50), kind="JPEG", quality=97)
+    plain = base64.b64encode(data).decode()
+    assert "+" in plain or "/" in plain
+    url_safe = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    lines = "\r\n".join(plain[i : i + 76] for i in range(0, len(plain), 76)) + "\n"
+    uri = f"data:image/jpeg;base64,{plain}"
+    for encoded in (plain, lines, url_safe, uri, uri.replace("+", "%2B").replace("=", "%3D")):
+        row = build(document(image_info=[{"image_base64": encoded, "matched_text_index": 0}]))
+        assert int(row.media[0][0, 0, 0, 0]) == 50
+    assert reason(document(image_info=[{"image_base64": "data:,abc", "matched_text_index": 0}])) == "invalid_base64"
+
+
+def test_fields_that_nobody_asked_for_may_hold_anything() -> None:
+    odd = {"score": float("nan"), "huge": 10**400, "title": "half \ud83d", "inf": float("-inf")}
+    info = [{"image_name": "0.png", "matched_text_index": 0, "matched_sim": float("nan"), **odd}]
+    assert text_of(build(document(image_info=info, **odd)).input_ids) == "B#ab cd|"
+    assert reason(document(image_info=info), min_similarity=0.1) == "missing_similarity"
+
+
+def test_a_document_is_cut_to_its_most_characters() -> None:
+    members = mmc4(["abc", "def", "ghi"], [0, 2])
+    row = build(members, max_document_characters=5)
+    assert (text_of(row.input_ids), levels(row)) == ("B#abc de|", [0])
+    assert reason(mmc4(["abc", "def"], [1]), max_document_characters=3) == "filtered_max_document_characters"
+    assert text_of(build(members, max_document_characters=9).input_ids) == "B#abc def|#ghi|"

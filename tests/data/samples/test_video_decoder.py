@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.image_geometry import PatchBudget
 from tests.data.helpers import FORMAT, NO_MANIFEST, SAMPLE, encoding, image_bytes, text_of
 from tests.data.videos import video_bytes
 from trainer.config.data_config import AugmentConfig, VideoTextSource
@@ -19,7 +21,8 @@ from trainer.data.errors import SampleError
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.pair_rows import PairBuilder
 from trainer.data.samples.rows import sample_rng
-from trainer.data.samples.video_decoder import VideoDecoder, VideoHeader
+from trainer.data.samples.video_container import VideoHeader
+from trainer.data.samples.video_decoder import VideoDecoder
 
 FORMATS = [("mp4", "libx264"), ("mp4", "mpeg4"), ("webm", "libvpx"), ("matroska", "libx264")]
 IMAGE_DECODER = ImageDecoder(16)
@@ -105,6 +108,89 @@ def test_all_frames_are_augmented_alike() -> None:
     assert 4 < sum(bright_side) < 16
 
 
+@pytest.mark.parametrize(
+    ("container", "codec", "pixel_format"),
+    [
+        ("avi", "mpeg4", "yuv420p"),
+        ("mov", "mpeg4", "yuv420p"),
+        ("mpegts", "libx264", "yuv420p"),
+        ("gif", "gif", "rgb8"),
+    ],
+)
+def test_other_containers(container: str, codec: str, pixel_format: str) -> None:
+    data = video_bytes(6, container=container, codec=codec, pixel_format=pixel_format)
+    assert seconds_of(video_decoder(start="center")(data, 0.0)) == pytest.approx([1, 2, 3, 4], abs=0.5)
+    assert seconds_of(DECODER(data, 0.99)) == pytest.approx([2, 3, 4, 5], abs=0.5)
+
+
+def test_a_quicktime_file_without_ftyp() -> None:
+    data = video_bytes(2, container="mov", codec="mpeg4")
+    assert data[4:8] == b"ftyp"
+    assert torch.equal(DECODER(data[:4] + b"wide" + data[8:], 0.0), DECODER(data, 0.0))
+
+
+@pytest.mark.parametrize("container", ["matroska", "mov"])
+def test_the_span_is_that_of_the_video_stream(container: str) -> None:
+    """Neither a longer sound nor a late first frame moves the frames or makes the video longer."""
+    plain = video_decoder(frames_per_second=4.0, max_seconds=3.0)
+    for start, sound_seconds in ((0.0, 10.0), (2.5, 0.0), (2.5, 10.0)):
+        data = video_bytes(2, container=container, codec="mpeg4", start=start, sound_seconds=sound_seconds)
+        for draw in (0.0, 0.99):
+            expected = [draw + k / 4 for k in range(4)]
+            assert seconds_of(plain(data, draw)) == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize(("aspect", "shown"), [((2, 1), (64, 48)), ((1, 2), (32, 96)), ((900, 1), (32, 48))])
+def test_the_aspect_of_pixels_is_applied(container: str, aspect: tuple[int, int], shown: tuple[int, int]) -> None:
+    data = video_bytes(
+        1, size=(32, 48), container=container, pixel_aspect=Fraction(*aspect), color=lambda _: (255, 255, 255)
+    )
+    assert DECODER.frame_size({"mp4": data}) == shown
+    frame = video_decoder(ImageDecoder(48, "pad"))(data, 0.0)[0]
+    white = [int((frame.amax((0, axis)) > 250).sum()) for axis in (1, 2)]  # columns, rows
+    assert white == pytest.approx([round(48 * side / max(shown)) for side in shown], abs=1)
+    kept = video_decoder(ImageDecoder(48, budget=PatchBudget(36, 8)))(data, 0.0)[0]
+    assert kept.shape[1:] == PatchBudget(36, 8).size(*reversed(shown))
+    assert int(video_decoder(ImageDecoder(48, "crop"))(data, 0.0).min()) > 250
+
+
+def test_transparent_pixels_of_a_gif_are_white() -> None:
+    from PIL import Image
+
+    frames = [Image.new("RGBA", (16, 16), (0, 0, 0, 0)) for _ in range(3)]
+    frames[1].putpixel((0, 0), (9, 9, 9, 255))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    assert int(DECODER(buffer.getvalue(), 0.0)[0].min()) > 250
+
+
+def test_an_allocation_that_ffmpeg_refuses_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video_bytes(1)
+
+    def fail(error: MemoryError) -> None:
+        def opened(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(av, "open", opened)
+
+    fail(av.error.MemoryError(12, "Cannot allocate memory"))
+    with pytest.raises(SampleError, match="corrupt_video"):
+        DECODER(data, 0.0)
+    fail(MemoryError())
+    with pytest.raises(MemoryError):
+        DECODER(data, 0.0)
+
+
+def test_errors_of_our_own_are_not_bad_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ImageDecoder, "fit_pixels", broken)
+    with pytest.raises(ZeroDivisionError):
+        DECODER(video_bytes(1), 0.0)
+
+
 FRAGMENTED = video_bytes(8, size=(64, 64), movflags="frag_keyframe+empty_moov", color=lambda t: (int(t * 31), 0, 90))
 
 
@@ -119,6 +205,10 @@ FRAGMENTED = video_bytes(8, size=(64, 64), movflags="frag_keyframe+empty_moov", 
         (video_bytes(4)[:-200], {"truncated_video"}),  # mp4 keeps its table of contents at the end
         (video_bytes(8, container="webm", codec="libvpx")[:800], {"truncated_video", "corrupt_video"}),
         (FRAGMENTED[: len(FRAGMENTED) // 2], {"truncated_video"}),
+        (video_bytes(4, container="matroska", codec="mpeg4")[:-500], {"truncated_video"}),
+        (video_bytes(4, container="avi", codec="mpeg4")[:-500], {"truncated_video"}),
+        (video_bytes(2, container="gif", codec="gif", pixel_format="rgb8")[:-500], {"truncated_video"}),
+        (video_bytes(2, container="flv", codec="flv1"), {"unsupported_video"}),
         (image_bytes(), {"unsupported_video"}),
     ],
 )
@@ -145,7 +235,7 @@ def test_limits_are_checked_by_the_header() -> None:
     wide = video_bytes(1, size=(320, 240))
     with pytest.raises(SampleError, match="too_many_pixels"):
         video_decoder(ImageDecoder(16, max_pixels=1000))(wide, 0.0)
-    with pytest.raises(SampleError, match="too_long.*max_seconds = 3"):
+    with pytest.raises(SampleError, match="filtered_max_seconds.*max_seconds = 3"):
         video_decoder(max_seconds=3.0)(video_bytes(4), 0.0)
 
 

@@ -198,8 +198,13 @@ def test_the_readmes_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "arguments",
-    ["{o} --require jpg txt -- {t}", "{t} {o} --require jpg txt", "--require .JPG --require txt {o} {t}"]
-    + ["--require jpg txt {t} {o}", "{o} --require jpg txt {p}"],
+    [
+        "{o} --require jpg txt -- {t}",
+        "{t} {o} --require jpg txt",
+        "--require .JPG --require txt {o} {t}",
+        "--require jpg txt {t} {o}",
+        "{o} --require jpg txt {p}",
+    ],
 )
 def test_where_require_may_stand(tmp_path: Path, arguments: str) -> None:
     write_shard(tmp_path / "a.tar", [("k", {"txt": b"t", "jpg": b"j"})])
@@ -218,7 +223,11 @@ def test_require_alone_names_what_is_missing(tmp_path: Path, capsys: pytest.Capt
 def test_manifests_with_other_requirements_do_not_change_each_other(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [("one", {"jpg": b"j", "txt": b"1"}), ("two", {"txt": b"2"})])
     shard = str(tmp_path / "a.tar")
-    for name, options in (("all", ()), ("pairs", ("--require", "jpg", "--allow-rejected")), ("text", ("--require=txt",))):
+    for name, options in (
+        ("all", ()),
+        ("pairs", ("--require", "jpg", "--allow-rejected")),
+        ("text", ("--require=txt",)),
+    ):
         assert index.main(["--output", str(tmp_path / f"{name}.npz"), *options, "--", shard]) == 0
     assert texts(tmp_path, "all.npz") == [b"1", b"2"]
     assert texts(tmp_path, "pairs.npz") == [b"1"]

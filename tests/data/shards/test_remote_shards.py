@@ -24,8 +24,8 @@ from trainer.data.shards import manifest_builder
 from trainer.data.shards.manifest import Manifest, load_manifest
 from trainer.data.shards.reader import ShardReader
 from trainer.data.shards.remote_store import RemoteError, RemoteStore
-from trainer.data.shards.sidecar import load_sidecar
 from trainer.data.shards.retries import RetryPolicy
+from trainer.data.shards.sidecar import load_sidecar
 from trainer.data.shards.storage_settings import StorageSettings
 from trainer.data.stream.order import SourceOrder
 from trainer.data.stream.prefetch import BlockPrefetcher

@@ -5,14 +5,19 @@ from __future__ import annotations
 import pickle
 import re
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from tests.data import http_server
 from tests.data.http_server import Server, cut, drip, hang, serve, shifted, status, whole_file, wrong_size
 from trainer.data.errors import ShardError
+from trainer.data.shards import remote_store, retries
 from trainer.data.shards.remote_store import RemoteError, RemoteStore, without_query
 from trainer.data.shards.retries import RetryPolicy
 from trainer.data.shards.urls import is_remote
@@ -127,6 +132,122 @@ def test_a_port_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         STORE.read(f"http://127.0.0.1:{bound.getsockname()[1]}/a.tar", 0, 10)
     assert caught.value.reason == "connection"
     assert "after 5 attempts" in str(caught.value)
+
+
+def test_a_dead_host_is_not_found_out_again_for_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(retries, "FIRST_CONTACT_SECONDS", 0.3)
+    store = RemoteStore(replace(STORE.policy, retries=1000, first_wait_seconds=0.2))
+    start = time.monotonic()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        for number in range(200):
+            with pytest.raises(RemoteError, match="never answered|asked again") as caught:
+                store.stat(f"http://127.0.0.1:{bound.getsockname()[1]}/{number}.tar")
+            assert caught.value.reason == "connection"
+    assert time.monotonic() - start < 20
+
+
+def test_a_host_that_answered_before_has_all_retries(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that restarts must not end a run."""
+    monkeypatch.setattr(retries, "FIRST_CONTACT_SECONDS", 0.0)
+    STORE.read(server.url("a.tar"), 0, 10)
+    port, folder = server.server_port, server.folder
+    server.shutdown()
+    server.server_close()
+    revived: list[Server] = []
+
+    def revive() -> None:
+        time.sleep(0.5)
+        monkeypatch.setattr(http_server, "PORT", port)
+        revived.append(Server(folder))
+        threading.Thread(target=revived[0].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    threading.Thread(target=revive).start()
+    store = RemoteStore(RetryPolicy(retries=1000, first_wait_seconds=0.05, longest_wait_seconds=0.05))
+    assert store.read(f"http://127.0.0.1:{port}/a.tar", 0, 10) == DATA[:10]
+    revived[0].shutdown()
+    revived[0].server_close()
+
+
+def test_a_name_that_does_not_resolve_fails_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_SECONDS", 0.3)
+    monkeypatch.setenv("no_proxy", "*")
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match="nowhere"):
+        RemoteStore().stat("http://nowhere.invalid/a.tar")
+    assert time.monotonic() - start < 20
+
+
+class NoCredentialsError(Exception):
+    """Named as botocore's error."""
+
+
+class HttpError(Exception):
+    """Has a status, as gcsfs's error."""
+
+    code = 401
+
+
+class EndpointConnectionError(Exception):
+    """Named as botocore's error for a dead endpoint."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NoCredentialsError("Unable to locate credentials"), "credentials"),
+        (HttpError("Anonymous caller does not have storage.objects.get access"), "credentials"),
+        (OSError("An error occurred (InvalidAccessKeyId) when calling the HeadObject operation"), "credentials"),
+        (EndpointConnectionError("Could not connect to the endpoint URL"), "connection"),
+        (OSError("wrapped"), "connection"),
+    ],
+    ids=["botocore", "gcsfs", "key", "endpoint", "cause"],
+)
+def test_missing_credentials_and_dead_endpoints_fail_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, request: pytest.FixtureRequest
+) -> None:
+    files = fsspec.filesystem("memory")
+    if str(error) == "wrapped":
+        error.__cause__ = EndpointConnectionError("x")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(files), "info", fail)
+    monkeypatch.setattr(type(files), "cat_file", fail)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_SECONDS", 0.3)
+    bucket = f"memory://{request.node.callspec.id}"
+    start = time.monotonic()
+    for number in range(50):
+        with pytest.raises(RemoteError) as caught:
+            RemoteStore().read(f"{bucket}/{number}.tar", 0, 10)
+        assert caught.value.reason == reason
+    assert time.monotonic() - start < 20
+    assert type(error).__name__ in str(caught.value)
+
+
+def test_an_object_store_without_an_answer_fails_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(remote_store, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_SECONDS", 0.3)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", lambda *_, **__: release.wait())
+    with pytest.raises(RemoteError, match=r"no answer within.*never answered") as caught:
+        RemoteStore().read("memory://silent/a.tar", 0, 10)
+    assert caught.value.reason == "timed_out"
+    release.set()
+
+
+def test_retries_are_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.faults = [status(503), cut(3)]
+    STORE.read(server.url("a.tar?signature=secret"), 0, 10)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "status 503" in messages[0] and "retry 1 of 4" in messages[0] and "secret" not in messages[0]
 
 
 def test_fsspec_ranges() -> None:

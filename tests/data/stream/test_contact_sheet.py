@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from model.image_geometry import PatchBudget
 from tests.data.helpers import (
     DECODER,
     IMAGE,
@@ -30,7 +31,6 @@ from tests.data.helpers import (
 from tests.distributed.small_run import make_assets, run_settings
 from trainer import inspect
 from trainer.data.batch import BatchFormat, collate
-from trainer.data.samples.image_decoder import PatchBudget
 from trainer.data.samples.rows import pack, sample_rng
 from trainer.data.stream.contact_sheet import contact_sheet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.data.helpers import (
     text_shards,
     write_shard,
 )
+from trainer import index
 from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource
 from trainer.data.batch import Batch, Row, SampleId
 from trainer.data.errors import DataError, SampleError, ShardError, TooManyBadSamplesError
@@ -318,3 +320,34 @@ def test_state_of_other_data_is_refused_with_both_values(shards: Path, tmp_path:
         check_data_state({**state, "order_version": 0}, state)
     with pytest.raises(ValueError, match="samples_consumed was 56, is 64"):
         check_data_state(state, data_state(data, manifests, 8))
+
+
+def test_state_of_data_that_moved_is_accepted(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = config(shards)
+    manifests = [load_manifest(source.manifest) for source in data.sources]
+    state = data_state(data, manifests, 7)
+    shutil.copytree(shards / "text", tmp_path / "elsewhere")
+    build_manifest(tmp_path / "elsewhere")
+    (tmp_path / "lists").mkdir()
+    output = tmp_path / "lists/manifest.npz"
+    assert index.main(["--output", str(output), "--processes", "1", str(tmp_path / "elsewhere/*.tar")]) == 0
+    moved = [*manifests[:2], load_manifest(output)]
+    assert moved[2].sha256 != manifests[2].sha256
+    check_data_state(state, data_state(data, moved, 7))
+    assert "source 'text': its shards have moved" in caplog.text
+    names = [str(tmp_path / f"elsewhere/{number}.tar") for number in ("0001", "0000")]
+    assert index.main(["--output", str(output), "--processes", "1", *names]) == 0
+    with pytest.raises(ValueError, match=r"content_sha256 was.*same order"):
+        check_data_state(state, data_state(data, [*manifests[:2], load_manifest(output)], 7))
+
+
+def test_state_of_a_checkpoint_without_the_content_digest(shards: Path) -> None:
+    data = config(shards)
+    manifests = [load_manifest(source.manifest) for source in data.sources]
+    state = data_state(data, manifests, 7)
+    for source in state["sources"].values():
+        del source["content_sha256"]
+    check_data_state(state, data_state(data, manifests, 7))
+    state["sources"]["text"]["manifest_sha256"] = "0"
+    with pytest.raises(ValueError, match=r"source 'text': manifest_sha256 was '0'"):
+        check_data_state(state, data_state(data, manifests, 7))

@@ -112,21 +112,31 @@ def test_batches_mix_shards() -> None:
     assert same < 2.5 / 50  # 1 / 50 for independent draws
 
 
-def test_substitutes_are_other_samples_of_the_window() -> None:
+def test_the_first_substitutes_are_the_other_samples_of_the_window() -> None:
     made = order(shuffle_window=10)
     for position in (0, 9, 10, 24, 25):
         start = position % 25 // 10 * 10 + position // 25 * 25
         window = {made.at(2, i) for i in range(start, min(start + 10, position // 25 * 25 + 25))}
         own = made.at(2, position)
-        offered = []
-        while (one := made.substitute(2, position, len(offered))) is not None:
-            offered.append(one)
+        offered = [made.substitute(2, position, attempt) for attempt in range(len(window) - 1)]
         assert sorted(map(repr, offered)) == sorted(map(repr, window - {own}))
         assert offered[0] == order(shuffle_window=10).substitute(2, position, 0)
 
 
-def test_no_substitute_in_a_window_of_one() -> None:
-    assert order(shuffle_window=1).substitute(0, 0, 0) is None
+@pytest.mark.parametrize("shuffle_window", [1, 10, 1000])
+def test_substitutes_go_on_through_the_lane_and_then_through_the_other_lanes(shuffle_window: int) -> None:
+    made = order(shuffle_window=shuffle_window)
+    for position in (0, 24, 25, 49):
+        epoch = position // 25
+        lanes = {lane: {made.at(lane, epoch * 25 + i) for i in range(25)} for lane in range(made.num_lanes)}
+        offered = []
+        while (one := made.substitute(2, position, len(offered))) is not None:
+            offered.append(one)
+        assert len(offered) == len(set(offered)) == 25 * made.num_lanes - 1
+        assert set(offered[:24]) == lanes[2] - {made.at(2, position)}
+        assert set(offered) == set().union(*lanes.values()) - {made.at(2, position)}
+        again = order(shuffle_window=shuffle_window)  # in any order, in any process
+        assert [again.substitute(2, position, attempt) for attempt in (30, 3, 24)] == [offered[i] for i in (30, 3, 24)]
 
 
 def test_what_does_not_fit_names_the_setting() -> None:

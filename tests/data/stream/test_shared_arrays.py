@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -90,6 +92,16 @@ def test_a_folder_that_cannot_be_used_names_the_setting(tmp_path: Path) -> None:
         SharedArrays(tmp_path / "file").get("key", lambda: np.arange(3))
     (tmp_path / "arrays").touch()
     with pytest.raises(ShardError, match=r"data\.cache_dir.* cannot be used"):
+        SharedArrays(tmp_path).get("key", lambda: np.arange(3))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ShardError, match=rf"data\.cache_dir: {tmp_path}.*cannot lock.*-o flock.*lockd"):
         SharedArrays(tmp_path).get("key", lambda: np.arange(3))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.data.conversion.common import Refused
 from trainer.data.errors import SampleError
@@ -96,7 +96,7 @@ def _zipped(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, io.Buffe
             members = [one for one in archive.infolist() if not one.is_dir() and "__MACOSX" not in one.filename]
             for one in members:
                 with archive.open(one) as content:
-                    yield f"{path}/{one.filename}", io.BufferedReader(content)
+                    yield f"{path}/{one.filename}", io.BufferedReader(cast(io.RawIOBase, content))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, or encrypted
         raise ValueError(f"{path}: the zip archive cannot be read: {error}: unzip it with another program") from error
 
@@ -110,7 +110,7 @@ def _until_broken(name: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _is_binary(start: bytes) -> bool:
-    return b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")) or start.startswith(b"PAR1")
+    return (b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff"))) or start.startswith(b"PAR1")
 
 
 def _json_lines(name: str, file: Iterable[bytes]) -> Iterator[Row]:
@@ -148,7 +148,9 @@ def _json_rows(name: str, file: io.BufferedReader, *, is_array: bool, one_value:
     except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
             raise ValueError(f"{name}: not JSON: {error}") from error
-        yield from _json_lines(name, text.encode("utf-8", "surrogateescape").splitlines())  # lines, in spite of its name
+        yield from _json_lines(
+            name, text.encode("utf-8", "surrogateescape").splitlines()
+        )  # lines, in spite of its name
         return
     yield from _object_rows(name, value)
 

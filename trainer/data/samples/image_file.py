@@ -25,6 +25,7 @@ _PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "
 _ORIENTATION_TAG = 0x0112
 _TIFF_TILE_TAGS = (322, 323)  # width and height
 _JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
 _JFIF_VERSION = 11  # byte of a JPEG that begins with a JFIF segment
 _MOST_SCANS = 100  # of a large JPEG; encoders write about 10, and each one takes the time of a decode
 _LARGE = 1 << 20  # pixels
@@ -92,6 +93,9 @@ def _decode_jpeg(data: bytes, check_pixels: CheckPixels) -> NDArray[np.uint8]:
         if "unknown JFIF revision" in str(error) and data[_JFIF_VERSION] != 1:
             # libjpeg reports its first warning alone. Without this one, it finds others.
             return _decode_jpeg(data[:_JFIF_VERSION] + b"\x01" + data[_JFIF_VERSION + 1 :], check_pixels)
+        if "Premature end of JPEG file" in str(error) and not data.endswith(_JPEG_END):
+            # Only the end mark may be missing. With one, libjpeg still finds that pixels are.
+            return _decode_jpeg(data + _JPEG_END, check_pixels)
         if isinstance(error, ValueError) and not _keeps_pixels(str(error), len(data)):
             raise _image_error(error) from error
 

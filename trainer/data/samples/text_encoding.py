@@ -1,8 +1,8 @@
 """Encode text to token ids so that no text can become a special token.
 
 A caption may contain the characters ``<image>``. Tokenizers of Hugging Face find special tokens in any text, so a web
-page could forge images and ends of documents. Two measures prevent it: ``PlainTextEncoder`` splits such characters like
-any others, and ``TextEncoding`` refuses special ids in the result of any encoder.
+page could forge images and ends of documents. Two measures prevent it: ``model.processor.PlainTextEncoder`` splits such
+characters like any others, and ``TextEncoding`` refuses special ids in the result of any encoder.
 """
 
 from __future__ import annotations
@@ -10,39 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
+from model.processor import TextError, refuse_special_ids
 from trainer.data.errors import SampleError
 
-_CHARACTERS_PER_TOKEN = 16  # of a text's beginning that is encoded first; English has 4 or 5
+_WHOLE_CHARACTERS = 1 << 15  # a text up to this length is encoded as a whole, which takes some 20 ms
+_CHARACTERS_PER_TOKEN = 16  # of a longer text's beginning that is encoded first; English has 4 or 5
 _SPARE_TOKENS = 64  # ids before a cut that might change without it
-
-
-class PlainTextEncoder:
-    """Encode plain text with a copy of a ``tokenizers.Tokenizer`` (``backend_tokenizer`` in transformers).
-
-    It adds and recognizes no special tokens, and neither truncates nor pads.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True
-
-    def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text.
-
-        Raises:
-            SampleError: unencodable_text: the tokenizer has no token for a part of it, and none for unknown text.
-        """
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise SampleError("unencodable_text", str(error)) from error
-
-    def __reduce__(self) -> tuple[object, tuple[Tokenizer]]:
-        return PlainTextEncoder, (self._tokenizer,)
 
 
 def first_ids(encode: Callable[[str], list[int]], text: str, max_tokens: int) -> list[int]:
@@ -55,7 +28,7 @@ def first_ids(encode: Callable[[str], list[int]], text: str, max_tokens: int) ->
     Returns:
         Ids of the whole text if it is short, otherwise at least ``max_tokens`` ids.
     """
-    length = _CHARACTERS_PER_TOKEN * (max_tokens + _SPARE_TOKENS)
+    length = max(_WHOLE_CHARACTERS, _CHARACTERS_PER_TOKEN * (max_tokens + _SPARE_TOKENS))
     while length < len(text):
         end = length
         for place in range(length, length // 2, -1):
@@ -100,10 +73,11 @@ class TextEncoding:
         Raises:
             SampleError: special_token, unencodable_text.
         """
-        ids = self.encode(text) if max_tokens is None else first_ids(self.encode, text, max_tokens)
-        special = {self.bos_id, self.eos_id, self.pad_id, self.image_id, self.end_of_chunk_id}.intersection(ids)
-        if special:
-            raise SampleError("special_token", f"the text was encoded to the special tokens {special}")
+        try:
+            ids = self.encode(text) if max_tokens is None else first_ids(self.encode, text, max_tokens)
+            refuse_special_ids(ids, (self.bos_id, self.eos_id, self.pad_id, self.image_id, self.end_of_chunk_id))
+        except TextError as error:
+            raise SampleError(error.reason, error.detail) from error
         return ids
 
     def layout_ids(self) -> tuple[int, int]:

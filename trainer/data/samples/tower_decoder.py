@@ -1,18 +1,19 @@
-"""Make the image decoder that fits a vision tower, the same for training and for prompts."""
+"""Make the image decoder that fits a vision tower, and describe for exports how training made pixels and text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from model.image_geometry import ImageFit
+from model.processor import ProcessorConfig, VideoSampling
 from model.vision_encoder import VisionEncoder
-from trainer.config.data_config import AugmentConfig, DataConfig
-from trainer.data.samples.image_decoder import ImageDecoder, PatchBudget, padding_color
+from trainer.config.data_config import AugmentConfig, DataConfig, MediaSource, VideoTextSource
+from trainer.data.samples.image_decoder import ImageDecoder
 
 
 def tower_decoder(
     encoder: VisionEncoder,
-    fit: Literal["pad", "crop", "stretch"] = DataConfig.image_fit,
+    fit: ImageFit = DataConfig.image_fit,
     image_tokens: int | None = None,
     *,
     max_pixels: int = DataConfig.max_pixels,
@@ -30,11 +31,10 @@ def tower_decoder(
     Raises:
         ValueError: ``image_tokens`` is set, but the tower takes squares only.
     """
-    budget = None
     if image_tokens is not None:
-        patch_size = require_patches(encoder, ["image_tokens"])
-        budget = PatchBudget(image_tokens, patch_size)
-    return ImageDecoder(encoder.image_size, fit, padding_color(encoder.mean), max_pixels, augment, budget)
+        require_patches(encoder, ["image_tokens"])
+    geometry = ProcessorConfig.of(encoder, image_fit=fit).geometry(image_tokens)
+    return ImageDecoder(**vars(geometry), max_pixels=max_pixels, augment=augment)
 
 
 def require_patches(encoder: VisionEncoder, settings: Sequence[str]) -> int:
@@ -53,3 +53,24 @@ def require_patches(encoder: VisionEncoder, settings: Sequence[str]) -> int:
             "attention mask). Leave it out, or use one of open_clip's own vision transformers, such as ViT-L-14"
         )
     return encoder.patch_size
+
+
+def trained_processor(data: DataConfig, encoder: VisionEncoder) -> ProcessorConfig:
+    """Describe how a run makes its media and the text after them, for its export.
+
+    Where sources differ, the first one of a kind (images, videos) decides.
+    """
+    sources = [source for source in data.sources if isinstance(source, MediaSource)]
+    videos = [source for source in sources if isinstance(source, VideoTextSource)]
+    budgets = {source.name: source.image_tokens for source in sources if not isinstance(source, VideoTextSource)}
+    video = None
+    if videos:
+        video = VideoSampling(videos[0].num_frames, videos[0].frames_per_second, videos[0].image_tokens)
+    return ProcessorConfig.of(
+        encoder,
+        image_fit=data.image_fit,
+        image_tokens=next(iter(budgets.values()), None),
+        image_tokens_of_sources=budgets if len(set(budgets.values())) > 1 else {},
+        video=video,
+        space_after_image=bool(sources) and all(source.space_prefix_probability == 1 for source in sources),
+    )

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.image_geometry import shown_size
 from trainer.config.data_config import VideoTextSource
 from trainer.data.errors import SampleError
 from trainer.data.samples.augmentation import Augmentation
-from trainer.data.samples.image_decoder import ImageDecoder, shown_size
+from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.sample_members import video_member
 from trainer.data.samples.video_container import (
     VideoHeader,
@@ -74,7 +75,7 @@ class VideoDecoder:
             # The frame size may change within the video, so FFmpeg checks the pixels of each frame.
             stream.codec_context.options = {"max_pixels": str(self.image.max_pixels)}
             times = self._frame_times(seconds, start)
-            if times[0] > 0:
+            if times[0] > 0 and container.format.name != "mpegts":  # which has no index of keyframes
                 with typed_errors():
                     container.seek(math.floor((origin + times[0]) / stream.time_base), stream=stream, backward=True)
             fit = partial(self._fit_frame, augmentation, header.pixel_aspect)

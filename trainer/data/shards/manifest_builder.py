@@ -28,7 +28,6 @@ from trainer.data.shards.urls import HTTP_SCHEMES, OBJECT_SCHEMES, is_remote, lo
 READ_AHEAD_BYTES = 4 << 20  # bytes of a remote shard that are read at once; the scan jumps over larger members
 
 
-
 @dataclass(frozen=True)
 class ManifestEntry:
     """One shard of a manifest. The offsets of its samples stay in the sidecar.

@@ -106,7 +106,7 @@ def repeat(
         give_up = stop
         if isinstance(last, UnreachableFailure) and not answered_before:
             give_up = min(stop, start + FIRST_CONTACT_SECONDS)
-        longest = min(policy.longest_wait_seconds, policy.first_wait_seconds * 2**number)
+        longest = min(policy.longest_wait_seconds, policy.first_wait_seconds * 2.0 ** min(number, 30))
         wait = max(_random.uniform(0, longest), last.retry_after)
         if number == policy.retries or time.monotonic() + wait >= give_up:
             break
@@ -114,8 +114,8 @@ def repeat(
             "%s: %s: %s; retry %d of %d in %.1f s", where, last.reason, last.detail, number + 1, policy.retries, wait
         )
         time.sleep(wait)
-    last.detail += f"; gave up after {number + 1} attempts in {time.monotonic() - start:.1f} s"
-    raise last
+    detail = f"{last.detail}; gave up after {number + 1} attempts in {time.monotonic() - start:.1f} s"
+    raise type(last)(last.reason, detail) from last.__cause__
 
 
 def disk_failure(error: OSError) -> PermanentFailure | PassingFailure:

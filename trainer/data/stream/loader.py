@@ -15,7 +15,7 @@ from trainer.data.samples.rows import RowBuilder
 from trainer.data.shards.manifest import load_manifest
 from trainer.data.stream.loader_processes import (
     SharedMicroBatches,
-    check_sockets,
+    check_hand_over,
     explain_failures,
     micro_batches_ahead,
 )
@@ -140,7 +140,7 @@ class StepLoader:
         workers = self.config.num_workers
         if not workers:
             return iter(self._data_loader(self._dataset, indices, None))
-        check_sockets(workers)
+        check_hand_over(workers)
         # data.prefetch counts steps ahead, over all workers; with fewer than two tasks each, a worker would idle.
         ahead = max(2, -(-self.config.prefetch * self.micro_batches_per_step // workers))
         ahead = micro_batches_ahead(ahead, workers)

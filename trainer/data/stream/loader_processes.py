@@ -1,8 +1,9 @@
 """Start loader processes where shared memory, sockets and file descriptors allow it, and say what is missing.
 
-A loader process hands its batches over in shared memory (``/dev/shm``), and the descriptors of it through a socket below
-``TMPDIR``. Python does both in a thread that prints an error and goes on, and the training process would wait for ever.
-So sockets and descriptors are checked before the start, and each batch moves to shared memory where an error is caught.
+A loader process hands its batches over in shared memory (``/dev/shm``). It sends their descriptors through a socket
+below ``TMPDIR``. Python does both in a thread that prints an error and goes on, and the training process would wait for
+ever. So sockets and descriptors are checked before the start, and each batch moves to shared memory where an error is
+caught.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
+from multiprocessing import Lock
 from multiprocessing.connection import Listener
 from typing import TypeVar
 
@@ -72,12 +74,18 @@ def micro_batches_ahead(wanted: int, num_workers: int) -> int:
     return max(2, min(wanted, soft // (num_workers * _TENSORS * _SHARE)))
 
 
-def check_sockets(num_workers: int) -> None:
-    """Check that processes can hand descriptors to one another.
+def check_hand_over(num_workers: int) -> None:
+    """Check that processes can have queues, and hand descriptors to one another.
 
     Raises:
-        DataError: They cannot, because of ``TMPDIR``.
+        DataError: They cannot, because of ``/dev/shm`` or ``TMPDIR``.
     """
+    try:
+        # Each queue takes a few locks, and each lock a page of shared memory.
+        locks = [Lock() for _ in range(4 * num_workers + 4)]
+    except OSError as error:
+        raise _explained(error, num_workers) from error
+    del locks
     try:
         Listener(None, "AF_UNIX").close()
     except OSError as error:
@@ -89,7 +97,7 @@ def check_sockets(num_workers: int) -> None:
 
 
 def explain_failures(call: Callable[[], Result], num_workers: int) -> Result:
-    """Call torch's DataLoader, and name the cause of what it raises about its processes.
+    """Call torch's DataLoader, and name the cause of an error about its processes.
 
     Raises:
         DataError: A loader process ended, or cannot be started, or hand over its batches.

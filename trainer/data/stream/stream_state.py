@@ -76,16 +76,17 @@ def check_data_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         raise ValueError(
             "the data of the checkpoint do not match this run, so it cannot continue exactly: "
             + "; ".join(problems)
-            + ". Use the settings and manifests that the checkpoint was written with, or choose a new run_dir. Shards may "
-            "move, but their content and their order in the manifest have to stay: run trainer.index on them in the same "
-            "order"
+            + ". Use the settings and manifests that the checkpoint was written with, or choose a new run_dir. Shards "
+            "may move, but their content and their order in the manifest have to stay: index them in the same order"
         )
 
 
 def _moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the digest that does not decide: that of the paths, where the content is known to be the same."""
-    if "content_sha256" not in old or old["content_sha256"] != new["content_sha256"]:
-        return "content_sha256"  # the other one differs too, or the checkpoint was written before this one existed
+    if "content_sha256" not in old:
+        return "content_sha256"  # the checkpoint was written before this digest existed
+    if old["content_sha256"] != new["content_sha256"]:
+        return ""
     if old["manifest_sha256"] != new["manifest_sha256"]:
         _LOG.warning("source %r: its shards have moved; their content is the same, so the run goes on", name)
     return "manifest_sha256"

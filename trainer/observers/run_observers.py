@@ -1,63 +1,25 @@
-"""Define observers of the steps of a run, and build those of every run: ledger, metrics, stability, stragglers."""
+"""Build the observers of every run: ledger, metrics, stability, bad samples, stragglers, traces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from trainer.config.run_config import RunConfig
-from trainer.data.batch import SampleId
 from trainer.data.stream.bad_sample_limit import BadSampleLimit
-from trainer.data.stream.step_totals import StepTotals
-from trainer.deepspeed_engine.engine import Engine
+from trainer.deepspeed_engine.engine import Engine, gathered_parameters
+from trainer.deepspeed_engine.optimizer import learning_rate_factor
+from trainer.metrics.gate_watch import GateWatch
 from trainer.metrics.ledger import LedgerWriter
 from trainer.metrics.profiler_trace import ProfilerTrace
 from trainer.metrics.sinks import MetricsWriter
-from trainer.metrics.step_metrics import StepMetrics
+from trainer.observers.step_observer import StepObserver, StepReport
 from trainer.resilience.events import EventLog
 from trainer.resilience.pending_error import PendingError
-from trainer.resilience.skipped_windows import SkippedWindow
 from trainer.resilience.stability import Stability
 from trainer.resilience.stragglers import Stragglers
 from trainer.runtime.distributed import World
 from trainer.runtime.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Report one step to the observers.
-
-    Attributes:
-        metrics: Metrics over all ranks; ``metrics.step`` counts from 1.
-        totals: Counts of the global batch; None for a step whose data were skipped.
-        samples: Samples of this rank that an applied step consumed.
-        data_seconds: Seconds that this rank waited for the data.
-        stop_requested: Whether any rank was asked to stop.
-        record_failed: Whether any rank could not record an earlier step.
-    """
-
-    metrics: StepMetrics
-    totals: StepTotals | None
-    samples: Sequence[SampleId]
-    data_seconds: float
-    stop_requested: bool
-    record_failed: bool
-
-
-class StepObserver:
-    """Observe every step of a run. All ranks call the same observers in the same order, so they may use collectives."""
-
-    def begin(self, step: int, engine: Engine, skip_reason: str | None) -> None:
-        """Prepare for a step, counted from 1. ``skip_reason`` is set where its data are not trained on."""
-
-    def end(self, report: StepReport) -> None:
-        """Take the report of a step."""
-
-    def rewind(self, window: SkippedWindow) -> None:
-        """Learn that training goes back to a checkpoint from before ``window``; the run folder knows it already."""
-
-    def close(self) -> None:
-        """Finish: training has ended, or starts again from a checkpoint."""
 
 
 def run_observers(
@@ -92,6 +54,9 @@ def run_observers(
     def write_metrics(report: StepReport) -> None:
         records.attempt(lambda: writer.write(report.metrics))
 
+    def factor(step_index: int) -> float:
+        return learning_rate_factor(step_index, config.training.steps, config.schedule)
+
     def judge(report: StepReport) -> None:
         if report.totals is not None:
             step = report.metrics
@@ -103,6 +68,7 @@ def run_observers(
     yield _Observer(judge)
     yield _Observer(lambda report: stragglers.record(report.metrics.step, report.data_seconds))
     yield _TraceObserver(ProfilerTrace(folder, config.logging.profile_steps, is_main=world.is_main))
+    yield _GateObserver(GateWatch(gathered_parameters, config.training.steps, factor))
 
 
 @dataclass(frozen=True)
@@ -131,3 +97,11 @@ class _TraceObserver(StepObserver):
 
     def close(self) -> None:
         self.trace.close()
+
+
+@dataclass(frozen=True)
+class _GateObserver(StepObserver):
+    watch: GateWatch
+
+    def begin(self, step: int, engine: Engine, skip_reason: str | None) -> None:
+        self.watch.look(step - 1, engine.module)

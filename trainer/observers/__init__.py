@@ -1,0 +1,1 @@
+"""Observe the steps of a run: what the training loop tells, and who listens."""
