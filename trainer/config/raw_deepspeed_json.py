@@ -49,7 +49,6 @@ _IMPLIED = {
     "torch_autocast.enabled": False,
     "gradient_accumulation_steps": 1,
     "managed_gradient_accumulation": True,
-    "checkpoint.load_universal": False,
     "zero_allow_untested_optimizer": False,
     "zero_force_ds_cpu_optimizer": True,
     "zero_optimization.zero_hpz_partition_size": 1,
