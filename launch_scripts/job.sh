@@ -13,10 +13,11 @@ request_stop() {
 }
 
 interrupt() {
+    local now=${EPOCHREALTIME/[^0-9]/} # microseconds; the locale chooses the decimal separator
     request_stop
     if [ -z "$interrupted_at" ]; then
-        interrupted_at=$SECONDS
-    elif [ $((SECONDS - interrupted_at)) -ge 1 ]; then # within a second, it is the same Ctrl-C, passed on by a wrapper
+        interrupted_at=$now
+    elif [ $((now - interrupted_at)) -ge 1000000 ]; then # within a second, it is the same Ctrl-C, passed on by a wrapper
         interrupted_at=killed
         kill -KILL -- "-$job" || true
     fi
@@ -35,7 +36,8 @@ run_job() {
     while kill -0 "$job" 2>/dev/null; do
         if [ "$stop_requested" = 1 ]; then
             kill -USR1 -- "-$job" 2>/dev/null || true
-            sleep 1
+            sleep 1 & # in the foreground, it would hold the next signal back until its end
+            wait "$!" || true
         else
             wait "$job" || true # ends early at a signal
         fi
