@@ -40,6 +40,7 @@ def test_baselines_of_the_resampler_compute_the_same() -> None:
         torch.testing.assert_close(baseline(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(library.load_errors()["cpu"] is not None, reason="the CPU kernels are not built")
 def test_a_run_writes_rows_after_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.CROSS_SHAPES, "cpu", [CROSS])

@@ -30,6 +30,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_parameter_counts(name: str) -> None:
     (num_blocks, dim, num_heads, num_layers), billions = PAPER[name]

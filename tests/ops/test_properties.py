@@ -73,6 +73,7 @@ def as_one_attention(results: Results) -> Results:
     return out, dq, keys, torch.cat([dv_features.flatten(), dv_latents.flatten()])
 
 
+@pytest.mark.slow
 @bounded
 @given(cross_cases())
 def test_cross_attention(case: CrossCase) -> None:
@@ -81,6 +82,7 @@ def test_cross_attention(case: CrossCase) -> None:
     assert (out[case.media_index < 0] == 0).all()
 
 
+@pytest.mark.slow
 @bounded
 @given(resampler_cases())
 def test_resampler(case: ResamplerCase) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from tests.project.test_scripts import Clone
 
+pytestmark = pytest.mark.slow
+
 # Both survive SIGUSR1 as Python does: the launcher never handles it, the rank does once it has started.
 RANK = """
 import os, signal, sys, time

@@ -12,6 +12,7 @@ from trainer.resilience.hostfile import Host
 from trainer.resilience.ssh import unreachable_hosts
 
 
+@pytest.mark.slow
 def test_all_hosts_are_tried_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Try host "good", which answers only while the others are tried; "slow" never answers, "bad" refuses."""
     ssh = tmp_path / "ssh"

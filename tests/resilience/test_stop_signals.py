@@ -72,6 +72,7 @@ def test_during_training_a_signal_is_remembered(number: signal.Signals) -> None:
         assert preemption.requested
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_process() -> None:
     program = """
 import time

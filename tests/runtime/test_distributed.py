@@ -20,6 +20,7 @@ def initialize_alone(rounds: int) -> list[tuple[int, int, list[int]]]:
     return results
 
 
+@pytest.mark.slow
 def test_single_processes_at_the_same_time_need_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

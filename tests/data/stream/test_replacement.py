@@ -48,6 +48,7 @@ def kept_source(folder: Path, *, packing: bool, kept_every: int = 50, count: int
     return data, pair_builder(filters=filters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_filters_that_keep_two_percent_train_and_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, packing: bool
