@@ -1,8 +1,9 @@
 """Predict what a run needs: ``python -m trainer.plan CONFIG --nodes N --devices-per-node D``.
 
-The prediction covers a device's memory, the seconds and the traffic of a step, and the time for two billion samples. It
-needs the configuration alone: nothing is downloaded and no weights are loaded. ``--search`` also tries other
-micro-batches, offload, hpZ and activation checkpointing, and prints the fastest settings that fit.
+The prediction covers the memory of a device and a node, the seconds and the traffic of a step, and the time for two
+billion samples. It needs the configuration alone: nothing is downloaded and no weights are loaded. ``--search`` tries
+other micro-batches, ZeRO stages, offload, hpZ and activation checkpointing, and says why each is slower or does not
+fit. ``--write`` writes a configuration with the best of them. ``--scale`` predicts other numbers of devices.
 
 Exit codes: 0 the configuration fits into memory; 1 it does not; 2 it is wrong.
 """
@@ -20,15 +21,12 @@ from typing import TYPE_CHECKING
 from trainer.config.loader import check_world_size, load_config
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.errors import ConfigError
+from trainer.planning.plan_text import print_prediction, print_scaling, print_search, settings_text
 
 if TYPE_CHECKING:  # these load torch; a wrong configuration is reported before that
     from model.flamingo import Flamingo
     from trainer.planning.devices import Device
-    from trainer.planning.prediction import Prediction
-
-_GIB = 2.0**30
-_SAMPLES = 2e9
-_NUM_PRINTED = 5  # variants of the search
+    from trainer.planning.search import Found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, overrides, FlamingoRunConfig, check_files=False)
         check_world_size(config, options.nodes * options.devices_per_node)
-        return _plan(config, options)
-    except (ConfigError, ValueError) as error:
+        if options.write is not None and not options.write.parent.is_dir():
+            raise ValueError(f"--write {options.write}: there is no folder {options.write.parent}")
+        return _plan(config, options, overrides)
+    except (ConfigError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return ConfigError.exit_code
 
@@ -67,38 +67,61 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="result of trainer.benchmark step --json to compare with"
     )
-    parser.add_argument("--search", action="store_true", help="also print the fastest settings that fit")
+    parser.add_argument("--search", action="store_true", help="also print the fastest settings of each kind")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="YAML file to write with the fastest settings")
+    parser.add_argument(
+        "--scale",
+        type=_sizes,
+        metavar="N,N,...",
+        help="numbers of devices to predict, with the same batch and a larger one",
+    )
     return parser
 
 
-def _plan(config: FlamingoRunConfig, options: argparse.Namespace) -> int:
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
+
+
+def _plan(config: FlamingoRunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from trainer.benchmark.plan_comparison import comparison_table
-    from trainer.planning.activation_memory import ActivationMemory
-    from trainer.planning.prediction import Cluster, predict
+    from trainer.planning.prediction import Cluster
+    from trainer.planning.predictor import Predictor
     from trainer.planning.random_weights import build_on_meta_device
-    from trainer.planning.search import fitting_variants
+    from trainer.planning.scaling import scaling
+    from trainer.planning.search import search
+    from trainer.planning.write_config import write_config
 
     model = build_on_meta_device(config.model, config.training.dtype)
     cluster = Cluster(_device(config, model, options), options.nodes, options.devices_per_node)
-    found = predict(config, model, cluster, ActivationMemory(config, model))
+    found = Predictor(model, exact=True)(config, cluster)
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
-    _print_prediction(found)
+    print_prediction(found)
     if options.measured is not None:
         print(comparison_table(found, config, cluster.size, options.measured))
-    ranked = []
-    if options.search or not found.fits:
-        activations = ActivationMemory(config, model, interpolate=True)
-        predict_variant = partial(predict, model=model, cluster=cluster, activations=activations)
-        candidates = fitting_variants(config, model.language_model.num_blocks, cluster, predict_variant)
-        ranked = sorted(candidates, key=lambda candidate: candidate[1].step_seconds)
+    predictor = Predictor(model)
+    if options.scale:
+        print_scaling(scaling(config, cluster, options.scale, predictor))
+    ranked: list[Found] = []
+    if options.search or options.write or not found.fits:
+        num_blocks = model.language_model.num_blocks
+        ranked = search(config, num_blocks, cluster, partial(predictor, cluster=cluster))
     if options.search:
-        print("the fastest that fit:" if ranked else "no setting of the search fits")
-        for settings, prediction in ranked[:_NUM_PRINTED]:
-            print(f"  {prediction.step_seconds:8.2f} s  {prediction.total_memory / _GIB:6.1f} GiB  {settings}")
+        print_search(ranked)
+    best = ranked[0] if ranked and ranked[0].prediction.fits else None
+    if options.write is not None and best is None:
+        print(f"wrote no {options.write}: no setting of the search fits", file=sys.stderr)
+        return 1
+    if options.write is not None and best is not None:
+        write_config(options.config, overrides, best.variant.settings, options.write)
+        print(f"wrote {options.write}: {best.prediction.step_seconds:.2f} s a step")
+        return 0
     if found.fits:
         return 0
-    advice = f"set {ranked[0][0]}" if ranked else "take more devices, devices with more memory, or a smaller model"
-    needed, available = found.total_memory / _GIB, cluster.device.memory / _GIB
+    advice = f"set {settings_text(best)}" if best else "take more devices, devices with more memory, or a smaller model"
+    needed, available = found.device_memory / 2**30, cluster.device.memory / 2**30
     print(f"it does NOT fit: {needed:.1f} GiB on a device with {available:.1f} GiB; {advice}", file=sys.stderr)
     return 1
 
@@ -117,21 +140,6 @@ def _device(config: FlamingoRunConfig, model: Flamingo, options: argparse.Namesp
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"--device {options.device}: not a known device{hint} Known: {', '.join(DEVICES)}")
     return DEVICES[options.device]
-
-
-def _print_prediction(found: Prediction) -> None:
-    print(f"  parameters {found.parameters / 1e9:.3f} G, of which {found.trainable / 1e9:.3f} G train")
-    for name, size in found.memory.parts.items():
-        if size:
-            print(f"  memory   {name:28s} {size / _GIB:10.2f} GiB")
-    print(f"  memory   {'of a device, total':28s} {found.total_memory / _GIB:10.2f} GiB, at {found.memory.moment}")
-    for name, seconds in found.seconds.items():
-        print(f"  step     {name:28s} {seconds:10.3f} s")
-    rate = found.samples / found.step_seconds
-    print(f"  step     {'total':28s} {found.step_seconds:10.3f} s, {rate:.0f} samples/s")
-    print(f"  sent     {'by a device, in a step':28s} {found.sent / _GIB:10.2f} GiB")
-    print(f"  {found.recomputed} of the language model's blocks are recomputed in the backward pass")
-    print(f"  2 billion samples {found.days(_SAMPLES):28.1f} days", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_GIB = 2.0**30
+
 
 @dataclass(frozen=True)
 class Device:
@@ -11,13 +13,16 @@ class Device:
 
     Attributes:
         tflops: Peak of dense bfloat16 products, in 10^12 operations per second.
-        memory: Bytes that a process can allocate.
+        memory: Bytes of the device, as its driver reports them.
         host_link: Bytes per second to the host, in one direction.
         node_link: Bytes per second between two devices of a node, in one direction.
         network: Bytes per second of one device to other nodes: its share of the node's adapters.
         flops: Measured operations per second of a model's blocks; None where nothing was measured.
         optimizer: Measured bytes per second of AdamW's step; None where nothing was measured.
         overlaps: Whether the device computes while it sends. A CPU does not.
+        reserved: Bytes that no tensor can use: the CUDA context and the buffers of NCCL and cuBLAS.
+        fragmentation: Bytes that the allocator cannot use, as a share of those in tensors.
+        message_seconds: Seconds that a collective takes before its first byte, and again for each rank in the ring.
     """
 
     tflops: float
@@ -28,15 +33,36 @@ class Device:
     flops: float | None = None
     optimizer: float | None = None
     overlaps: bool = True
+    reserved: float = 0.0
+    fragmentation: float = 0.0
+    message_seconds: tuple[float, float] = (0.0, 0.0)
 
 
-# From NVIDIA's data sheets. memory is about 1 GB below the nominal size, which the driver and CUDA take.
-# network assumes an adapter per device: 400 Gbit/s, and 200 Gbit/s beside an A100.
+def _nvidia(tflops: float, memory_gib: float, host_link: float, node_link: float, network: float) -> Device:
+    """Describe a GPU by its data sheet, with assumptions on what its libraries take.
+
+    The context takes about 0.5 GiB, NCCL's buffers and cuBLAS's workspaces about 1 GiB. Expandable segments leave a few
+    percent unused. A ring's message costs its kernel and about 2 microseconds for each rank.
+    """
+    return Device(
+        tflops,
+        memory_gib * _GIB,
+        host_link,
+        node_link,
+        network,
+        reserved=1.5 * _GIB,
+        fragmentation=0.04,
+        message_seconds=(20e-6, 2e-6),
+    )
+
+
+# Rates are those of NVIDIA's data sheets. network assumes an adapter for each device: 400 Gbit/s, and 200 Gbit/s beside
+# an A100.
 DEVICES = {
-    "a100-40": Device(312, 39e9, 25e9, 300e9, 25e9),
-    "a100-80": Device(312, 79e9, 25e9, 300e9, 25e9),
-    "h100": Device(989, 79e9, 50e9, 450e9, 50e9),
-    "h200": Device(989, 140e9, 50e9, 450e9, 50e9),
-    "b200": Device(2250, 180e9, 50e9, 900e9, 50e9),
-    "rtx-4090": Device(165, 24e9, 25e9, 25e9, 12e9),
+    "a100-40": _nvidia(312, 39.4, 25e9, 300e9, 25e9),
+    "a100-80": _nvidia(312, 79.2, 25e9, 300e9, 25e9),
+    "h100": _nvidia(989, 79.1, 50e9, 450e9, 50e9),
+    "h200": _nvidia(989, 139.8, 50e9, 450e9, 50e9),
+    "b200": _nvidia(2250, 178.3, 50e9, 900e9, 50e9),
+    "rtx-4090": _nvidia(165, 23.6, 25e9, 25e9, 12e9),
 }

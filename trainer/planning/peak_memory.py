@@ -88,6 +88,20 @@ def _permanent(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
     return parts
 
 
+def host_memory(sizes: Sizes, zero: Mapping[str, Any], devices_per_node: int) -> Parts:
+    """Return the bytes of a node's host memory that offloaded tensors take.
+
+    An offloaded optimizer keeps its gradients on the host too. Loader processes and the page cache come on top.
+    """
+    share = devices_per_node / sizes.ranks
+    parameters = sizes.itemsize * sizes.total * share if _offload_device(zero, "param") == "cpu" else 0.0
+    on_host = _offload_device(zero, "optimizer") == "cpu"
+    return {
+        "offloaded parameters": parameters,
+        "offloaded optimizer": (ADAMW_STATE_BYTES + _FLOAT32) * sizes.trainable * share * on_host,
+    }
+
+
 def _moments(
     sizes: Sizes, zero: Mapping[str, Any], micro_batches: Sequence[tuple[str, Activations, int]]
 ) -> Iterator[tuple[str, Parts]]:
@@ -143,4 +157,8 @@ def _at_the_loss(activations: Activations) -> Parts:
 
 
 def _offloads(zero: Mapping[str, Any], what: str) -> bool:
-    return bool(zero.get(f"offload_{what}", {}).get("device", "none") != "none")
+    return _offload_device(zero, what) != "none"
+
+
+def _offload_device(zero: Mapping[str, Any], what: str) -> str:
+    return str(zero.get(f"offload_{what}", {}).get("device", "none"))

@@ -1,0 +1,115 @@
+"""Count what each device sends in a step under ZeRO.
+
+The volumes follow ZeRO (arXiv:1910.02054), section 7, for several micro-batches, and are what DeepSpeed 0.19 was
+measured to send (``tests/planning/test_plan.py``). Only the traffic of recomputed blocks, which are gathered once more,
+and the number of messages are estimates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from model.flamingo import Flamingo
+from model.flops import UsefulFlops
+from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
+
+_PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default for stage3_param_persistence_threshold
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Hold what a device sends in a step.
+
+    Attributes:
+        elements: Numbers, where all collectives are rings.
+        messages: Collectives.
+    """
+
+    elements: float
+    messages: int
+
+
+class ModelSizes:
+    """Count the parameters of a model once, for many predictions.
+
+    Attributes:
+        total: Parameters of the model.
+        trainable: Parameters that train.
+        vision: Parameters of the vision tower.
+        useful: Sizes that decide the useful work.
+    """
+
+    def __init__(self, model: Flamingo) -> None:
+        """Count the parameters of a model, which may be on the meta device."""
+        self.total = _count(model.parameters())
+        self.trainable = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.vision = _count(model.vision_encoder.parameters())
+        self.useful = UsefulFlops.of(model)
+        self._all = [parameter.numel() for parameter in model.parameters()]
+        self._vision = [parameter.numel() for parameter in model.vision_encoder.parameters()]
+        crossings = model.blocks_with_cross_attention()
+        self._blocks = [
+            [p.numel() for part in (block, crossings.get(index)) if part is not None for p in part.parameters()]
+            for index, block in enumerate(model.language_model.decoder_blocks())
+        ]
+        lm = model.language_model.lm
+        table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        self._table, self._is_tied = table.numel(), table is head
+        # ZeRO-3 gathers a block of any of these with one message.
+        blocks = len(self._blocks) + len(crossings) + len(model.resampler.layers)
+        self._units = blocks + _longest_stack(model.vision_encoder)
+
+    def traffic(self, zero: Mapping[str, Any], ranks: int, micro_batches: int, recomputed: int = 0) -> Traffic:
+        """Return what each device sends in a step.
+
+        Stage 1 reduces gradients once a step and gathers the stepped parameters; stage 2 reduces at every micro-batch.
+        Stage 3 gathers every parameter above the persistence threshold for each forward, and again for each backward
+        what was released in between. It gathers the other parameters, frozen ones included, once a step.
+
+        Args:
+            zero: ``zero_optimization`` of DeepSpeed's json.
+            ranks: Number of devices.
+            micro_batches: Micro-batches of a device in a step.
+            recomputed: Number of the language model's first blocks that are recomputed.
+        """
+        if ranks == 1:
+            return Traffic(0.0, 0)
+        share = (ranks - 1) / ranks
+        buckets = math.ceil(self.trainable / zero["reduce_bucket_size"])
+        if zero["stage"] < 3:
+            reductions = 1 if zero["stage"] == 1 else micro_batches
+            return Traffic(share * self.trainable * (2 * reductions + 1), reductions * buckets + 1)
+        threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
+        persistent = sum(size for size in self._all if size <= threshold)
+        gathered = self.total - persistent
+        again = self._gathered_again(zero, gathered, threshold, recomputed)
+        elements = share * (micro_batches * (gathered + again + self.trainable) + persistent)
+        passes = 1 + again / gathered if gathered else 1
+        return Traffic(elements, round(micro_batches * (passes * self._units + buckets)) + 1)
+
+    def _gathered_again(self, zero: Mapping[str, Any], gathered: int, threshold: int, recomputed: int) -> int:
+        """Return how many parameters the backward of a micro-batch gathers again."""
+        behind_tower = gathered - sum(size for size in self._vision if size > threshold)
+        reuse = zero.get("stage3_max_reuse_distance", DEFAULT_LIVE_PARAMETERS)
+        # Between a block's forward and its backward, all parameters behind it are used twice.
+        again = max(0, behind_tower - reuse // 2)
+        if not again:
+            return 0
+        if self._table > threshold:
+            again += self._table * (3 if self._is_tied else 1)
+        return again + sum(size for block in self._blocks[:recomputed] for size in block if size > threshold)
+
+
+def _longest_stack(module: nn.Module) -> int:
+    """Return the length of the longest list of modules in a module: the blocks of a vision tower."""
+    stacks = (found for found in module.modules() if isinstance(found, nn.ModuleList | nn.Sequential))
+    return max(map(len, stacks), default=0)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(math.prod(parameter.shape) for parameter in parameters)
