@@ -4,7 +4,7 @@ Both are optional. Without torch, compiler or CUDA toolkit at build time the ins
 ``model/ops/_build_report.json`` keeps the reason, which ``python -m trainer.doctor`` shows. All other metadata are in
 pyproject.toml.
 
-Environment variables: MAX_JOBS (compilations at a time), TORCH_CUDA_ARCH_LIST (default "8.0 9.0a"), CUDA_HOME, CXX,
+Environment variables: MAX_JOBS (compilations at a time), TORCH_CUDA_ARCH_LIST (default "8.0+PTX 9.0a"), CUDA_HOME, CXX,
 FLAMINGO_BUILD=0 (build nothing), FLAMINGO_BUILD=cpu (build no CUDA).
 """
 
@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0a"
+DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # PTX lets later cards compile the kernels when they are loaded
 
 
 class Unavailable(Exception):
@@ -75,24 +75,32 @@ def find_nvcc() -> str:
     raise Unavailable("no nvcc: set CUDA_HOME to a CUDA toolkit to build the CUDA kernels")
 
 
-def cuda_code_flags() -> list[str]:
-    """Return ``-gencode`` options from TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a" or "8.0+PTX"; Ampere and later only.
+def cuda_architectures() -> list[str]:
+    """Return the architectures of TORCH_CUDA_ARCH_LIST, such as "9.0a" or "8.0+PTX"; Ampere and later only.
 
     Raises:
         Unavailable: The list has no such architecture.
     """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
-    flags = []
+    found = []
     for name in names.replace(";", " ").split():
-        number = name.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("af").isdigit():
+        number = name.removesuffix("+PTX").replace(".", "").rstrip("af")
+        if not number.isdigit():
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST holds {name!r}; expected numbers like 8.0 or 9.0a")
-        if int(number.rstrip("af")) < 80:
-            continue
+        if int(number) >= 80:
+            found.append(name)
+    if not found:
+        raise Unavailable(f"TORCH_CUDA_ARCH_LIST={names!r} names no architecture of compute capability 8.0 or later")
+    return found
+
+
+def cuda_code_flags() -> list[str]:
+    """Return the ``-gencode`` options for ``cuda_architectures``, which lists the errors."""
+    flags = []
+    for name in cuda_architectures():
+        number = name.removesuffix("+PTX").replace(".", "")
         code = f"sm_{number}" if not name.endswith("+PTX") else f"[sm_{number},compute_{number}]"
         flags += ["-gencode", f"arch=compute_{number},code={code}"]
-    if not flags:
-        raise Unavailable(f"TORCH_CUDA_ARCH_LIST={names!r} names no architecture of compute capability 8.0 or later")
     return flags
 
 
@@ -211,6 +219,8 @@ class OptionalLibraries(build_ext):
                     raise Unavailable("built with FLAMINGO_BUILD=0")
                 torch_folders()
                 build_library(rules(), libraries, package / name, folder / device)
+                if device == "cuda":
+                    report["cuda architectures"] = " ".join(cuda_architectures())
             except Unavailable as reason:
                 report[device] = str(reason)
                 print(f"flamingo-trainer: no {device} kernels: {reason}", file=sys.stderr)

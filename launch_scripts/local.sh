@@ -44,6 +44,10 @@ visible_gpus() {
     done
 }
 
+# Batches differ in shape. Without this, torch's allocator splits its memory into pieces that later shapes do not fit.
+if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
 visible=()
 if [ "$gpus" -gt 0 ] && [ "${DS_ACCELERATOR:-}" != cpu ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     if [ "$CUDA_VISIBLE_DEVICES" = -1 ]; then CUDA_VISIBLE_DEVICES=""; fi

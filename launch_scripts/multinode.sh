@@ -22,7 +22,7 @@ set -euo pipefail
 caller="$PWD"
 cd "$(dirname "$0")/.."
 
-FORWARDED='^(DS_ACCELERATOR|LD_LIBRARY_PATH|PATH|TOKENIZERS_PARALLELISM|(CUDA|FI|FLAMINGO|GLOO|HF|MKL|NCCL|OMP|TORCH|UCX)_.*)$'
+FORWARDED='^(DS_ACCELERATOR|LD_LIBRARY_PATH|PATH|TOKENIZERS_PARALLELISM|(CUDA|FI|FLAMINGO|GLOO|HF|MKL|NCCL|OMP|PYTORCH|TORCH|UCX)_.*)$'
 # The launcher sets CUDA_VISIBLE_DEVICES itself. HF_TOKEN would show in the output of ps.
 NOT_FORWARDED='^(CUDA_VISIBLE_DEVICES|HF_TOKEN)$'
 
@@ -47,6 +47,10 @@ case "$launcher" in pdsh | openmpi) ;; *) echo "LAUNCHER=$launcher: set it to pd
 ssh_arguments="${SSH_ARGS:-} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 read -ra ssh_array <<<"$ssh_arguments"
 if [ -n "${INTERFACE:-}" ]; then export NCCL_SOCKET_IFNAME="=$INTERFACE" GLOO_SOCKET_IFNAME="$INTERFACE"; fi
+# See local.sh.
+if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
 FLAMINGO_JOB="$(hostname)-$$-$RANDOM" # identifies the job's processes on the nodes
 export FLAMINGO_JOB
 scratch="$(mktemp -d)"

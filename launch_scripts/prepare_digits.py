@@ -22,13 +22,11 @@ does nothing if it has finished with the same settings before.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,21 +38,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from webdataset import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs as a file, from any folder
 
 from launch_scripts.digit_sentences import caption, sentence
-from trainer import index
-from trainer.runtime.files import write_atomically
+from launch_scripts.prepared_data import Members, Parts, parse_arguments, prepare_once, write_shards
 
 SIZE = 32  # side of a picture, in pixels
-STAMP = "finished.json"
 VERSION = 1
-SAMPLES_PER_SHARD = 1000
 
 Pair = tuple[int, int]
-Members = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -101,21 +94,16 @@ class Split:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the data to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(__doc__.split("\n")[0], argv)
     return prepare(arguments.output, Settings(seed=arguments.seed))
 
 
 def prepare(output: Path, settings: Settings) -> int:
     """Write all folders below ``output`` and return an exit code."""
-    stamp = output / STAMP
-    if stamp.exists() and json.loads(stamp.read_text()) == asdict(settings):
-        print(f"{output}: finished before with the same settings")
-        return 0
-    stamp.unlink(missing_ok=True)
-    start = time.monotonic()
+    return prepare_once(output, settings, partial(_writers, output, settings))
+
+
+def _writers(output: Path, settings: Settings) -> Parts:
     splits = split(settings)
     seen = splits["train"].pairs
     train = Pictures(splits["train"].digits, distort=True)
@@ -133,12 +121,8 @@ def prepare(output: Path, settings: Settings) -> int:
             (f"{name}/documents", settings.evaluation, make_documents),
         ]
     for number, (name, count, make) in enumerate(work):
-        code = write(output / name, make(np.random.default_rng([settings.seed, number]), count))
-        if code:
-            return code
-        print(f"  {name}: {count:,} samples, {time.monotonic() - start:.1f} s", flush=True)
-    write_atomically(stamp, json.dumps(asdict(settings)).encode())
-    return 0
+        samples = make(np.random.default_rng([settings.seed, number]), count)
+        yield name, partial(write_shards, output / name, samples)
 
 
 def split(settings: Settings) -> dict[str, Split]:
@@ -181,17 +165,17 @@ class Pictures:
         half = SIZE // 2
         images = self.images[np.array(chosen)]
         if self._distort:
-            grid = F.affine_grid(_distortions(rng, len(chosen)), [len(chosen), 1, half, half], align_corners=False)
+            grid = F.affine_grid(distortions(rng, len(chosen)), [len(chosen), 1, half, half], align_corners=False)
             large = F.grid_sample(images, grid, align_corners=False)
         else:
             large = F.interpolate(images, (half, half), mode="bilinear", align_corners=False)
         canvas = torch.zeros(len(wanted), SIZE, SIZE)
         canvas[:, half // 2 : half // 2 + half] = torch.cat([large[: len(wanted), 0], large[len(wanted) :, 0]], 2)
         pixels = (canvas * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        return [_png(one) for one in pixels]
+        return [png(one) for one in pixels]
 
 
-def _distortions(rng: np.random.Generator, count: int) -> Tensor:
+def distortions(rng: np.random.Generator, count: int) -> Tensor:
     """Draw affine maps [count, 2, 3]: rotate by up to 0.2 rad, scale by 0.12, shear by 0.15, shift by 0.15."""
     u = torch.from_numpy(rng.uniform(-1, 1, (6, count))).float()
     angle, x_scale, y_scale, shear = 0.2 * u[0], 1 + 0.12 * u[1], 1 + 0.12 * u[2], 0.15 * u[3]
@@ -200,7 +184,8 @@ def _distortions(rng: np.random.Generator, count: int) -> Tensor:
     return torch.stack([x_row, y_row], 1)
 
 
-def _png(gray: NDArray[np.uint8]) -> bytes:
+def png(gray: NDArray[np.uint8]) -> bytes:
+    """Encode a gray picture [height, width] as an RGB PNG."""
     buffer = io.BytesIO()
     Image.fromarray(gray).convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -250,22 +235,6 @@ def sentences(rng: np.random.Generator, count: int) -> Iterator[Members]:
     """Yield text samples: ``txt``, one sentence."""
     for _ in range(count):
         yield {"txt": sentence(rng).encode()}
-
-
-def write(folder: Path, samples: Iterable[Members]) -> int:
-    """Write shards and manifest of one folder; return the exit code of ``trainer.index``.
-
-    The same samples give the same bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.tar*"):
-        old.unlink()
-    pattern = str(folder.resolve()).replace("%", "%%") + "/%05d.tar"
-    reproducible = {"encoder": False, "mtime": 0, "user": "", "group": ""}
-    with ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, verbose=0, **reproducible) as writer:
-        for number, members in enumerate(samples):
-            writer.write({"__key__": f"{number:06d}", **members})
-    return index.main(["--output", str(folder / "manifest.npz"), "--processes", "1", str(folder / "*.tar")])
 
 
 if __name__ == "__main__":

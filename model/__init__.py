@@ -24,6 +24,7 @@ Media:
 
 Attention:
     H: heads.
+    U: heads of keys and values, where several heads of queries share one.
     K: dim of a head (``head_dim``).
     Q: queries of an attention, padding included.
     J: keys of an attention, padding included.

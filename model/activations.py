@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.flamingo import Flamingo
 from model.internals import FakeTensor, FakeTensorMode, TorchDispatchMode, list_tensors, storage_id
 from model.parameters import full_shape
+from model.tower_patches import PatchLayout
 
 Linear = Callable[..., Tensor]
 
@@ -139,7 +140,8 @@ def _make_inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
     text = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
     size, media = model.vision_encoder.image_size, max(1, batch.media)
     inputs: dict[str, Any] = {"input_ids": text, "labels": text.clone(), "media_index": text.clone()}
-    inputs["position_ids" if batch.packed else "attention_mask"] = text.clone()
+    if batch.packed:
+        inputs |= {"position_ids": text.clone(), "document_offsets": text[:, 0].int(), "longest_document": batch.tokens}
     inputs["target_positions"] = text[:, 1:].flatten()  # as many as can have a label
     if batch.grid is None:
         return inputs | {"media": torch.zeros(media, batch.num_frames, 3, size, size, dtype=torch.uint8)}
@@ -147,7 +149,8 @@ def _make_inputs(model: Flamingo, batch: MicroBatch) -> dict[str, Any]:
     assert patch is not None, "a tower that takes squares only"
     grids = [(batch.num_frames, *batch.grid)] * media
     patches = media * batch.num_frames * batch.grid[0] * batch.grid[1]
-    return inputs | {"media": torch.zeros(patches, 3, patch, patch, dtype=torch.uint8), "media_grids": grids}
+    pixels = torch.zeros(patches, 3, patch, patch, dtype=torch.uint8)
+    return inputs | {"media": pixels, "media_grids": grids, "patch_layout": PatchLayout.of(grids)}
 
 
 class SavedTensors:

@@ -14,10 +14,13 @@ from model.config import DType, FlamingoConfig, LanguageModelConfig
 from model.flamingo import Flamingo, cross_attention_blocks
 from model.gated_cross_attention import GatedCrossAttentionBlock
 from model.language_model import InputRow, LanguageModel, OutputRow, read_sizes, table_size
+from model.lm_probes import find_decoder_blocks
 from model.loading_errors import explain_loading
+from model.lora import add_adapters
 from model.parameters import Gather, no_gather
-from model.perceiver_resampler import PerceiverResampler
+from model.perceiver_resampler import build_resampler
 from model.tokens import FlamingoTokenizer, SpecialTokenIds, load_tokenizer
+from model.trainable_parts import set_trainable
 from model.vision_encoder import VisionEncoder, build_tower
 
 Partition = Callable[[], AbstractContextManager[Any]]
@@ -65,29 +68,43 @@ def build_flamingo(
     Raises:
         ValueError: A setting does not fit; the message names it.
     """
-    dtype = torch_dtype(dtype)
+    dtype, trainable = torch_dtype(dtype), config.trainable
     with _seeded(seed, 0):
         vision_encoder = VisionEncoder(build_tower(config.vision).to(dtype), config.vision)
     with _seeded(seed, 1):
-        lm = build_language_model(config.language_model, dtype)
+        lm = build_language_model(config.language_model, dtype, random=trainable.language_model == "from_random")
     tokens.require_table(table_size(lm))
     input_start, output_start = _end_of_sequence_rows(lm, tokens.eos_id, gather)
     dim, num_blocks = read_sizes(lm)
     with _seeded(seed, 2), _default_dtype(dtype), partition():
-        resampler = PerceiverResampler(config.resampler, vision_encoder.dim)
+        resampler = build_resampler(config.resampler, vision_encoder.dim)
         cross_attention = nn.ModuleList(
             GatedCrossAttentionBlock(config.cross_attention, dim, resampler.dim)
             for _ in cross_attention_blocks(config, num_blocks)
         )
         added = [(tokens.image_id, config.tokens.train_image), (tokens.end_of_chunk_id, True)]
         input_rows = [InputRow(token, input_start, trained) for token, trained in added]
-        output_rows = [OutputRow(token, output_start, trained) for token, trained in added]
+        predicted = added if config.tokens.image_output else added[1:]
+        output_rows = [OutputRow(token, output_start, trained) for token, trained in predicted]
+    # Adapters are made whole: peft draws them in a way that a partitioned parameter does not allow.
+    with _seeded(seed, 3):
+        if trainable.language_model == "lora":
+            add_adapters(lm, find_decoder_blocks(lm), config.language_model_lora, "model.language_model_lora")
+        if trainable.vision == "lora":
+            add_adapters(vision_encoder.tower, [vision_encoder.tower], config.vision_lora, "model.vision_lora")
     language_model = LanguageModel(lm, input_rows, output_rows)
-    return Flamingo(config, tokens, vision_encoder, resampler, cross_attention, language_model)
+    model = Flamingo(config, tokens, vision_encoder, resampler, cross_attention, language_model)
+    set_trainable(model, trainable)
+    return model
 
 
-def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any:
+def build_language_model(config: LanguageModelConfig, dtype: torch.dtype, *, random: bool = False) -> Any:
     """Build the Hugging Face causal LM of a config: from safetensors, or random from ``architecture``.
+
+    Args:
+        config: Settings of the language model.
+        dtype: Type of the parameters.
+        random: Whether a model with a name gets random weights too.
 
     Raises:
         ValueError: ``name`` and ``architecture`` are both set or both left out, or Hugging Face cannot load the model.
@@ -98,6 +115,9 @@ def build_language_model(config: LanguageModelConfig, dtype: torch.dtype) -> Any
     if config.name is not None:
         revision = "" if config.revision is None else f", language_model.revision {config.revision!r}"
         with explain_loading(f"language_model.name {config.name!r}{revision}{attention}"):
+            if random:
+                architecture = AutoConfig.from_pretrained(config.name, revision=config.revision or "main")
+                return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
             return AutoModelForCausalLM.from_pretrained(
                 config.name,
                 revision=config.revision or "main",

@@ -17,6 +17,7 @@ from torch import nn
 
 from model.flamingo import Flamingo
 from model.parameters import full_shape
+from model.perceiver_resampler import FeedForwardProjector, LinearProjector, TransformerResampler
 
 # Settings of Hugging Face's configs, by what they say: experts of a block, experts of a token, kinds of the blocks.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -54,13 +55,19 @@ class UsefulFlops:
         cross_text: Weights of all cross-attentions that act on text: query, output, feed-forward.
         cross_media: Weights of all cross-attentions that act on latents: keys, values.
         cross_attention: Sum of heads * head_dim over the cross-attentions.
-        num_latents: Latents of a medium.
+        num_latents: Latents of a medium, whatever its frames; 0 with a linear projector.
         num_features: Features of a frame.
         resampler_features: Weights of the resampler that act on each feature.
         resampler_latents: Weights of the resampler that act on each latent.
         resampler_attention: Sum of heads * head_dim over the resampler's layers.
-        vision: Forward FLOPs of the vision tower for a frame.
+        vision: Forward FLOPs of the vision tower for a frame, without tiles that only fill an image up.
         num_blocks: Blocks of the language model.
+        lm_factor: FLOPs for each weight of the language model and token: 4 where it is frozen, 6 where it trains.
+        features_attend: Whether the resampler's layers act on features as they do on latents.
+        vision_passes: Work of the vision tower as a multiple of its forward: 1 where it is frozen, 2 with adapters, 3
+            where it trains.
+        latents_per_frame: Latents of a frame with a linear projector; else 0.
+        features_per_patch: Features of a patch of media that keep their aspect.
     """
 
     lm_weights: int
@@ -76,11 +83,17 @@ class UsefulFlops:
     resampler_attention: int
     vision: int
     num_blocks: int
+    lm_factor: int = 4
+    features_attend: bool = False
+    vision_passes: int = 1
+    latents_per_frame: int = 0
+    features_per_patch: int = 1
 
     @classmethod
     def of(cls, model: Flamingo) -> UsefulFlops:
         """Read the sizes of a model, which may be on the meta device or partitioned."""
         language_model, resampler = model.language_model, model.resampler
+        is_linear, features_attend = isinstance(resampler, LinearProjector), isinstance(resampler, TransformerResampler)
         text_config = language_model.lm.config.get_text_config()
         blocks = list(language_model.decoder_blocks())
         cross = list(model.blocks_with_cross_attention().values())
@@ -96,34 +109,44 @@ class UsefulFlops:
             ),
             cross_media=sum(_matrices(block.attention.key_value.parameters()) for block in cross),
             cross_attention=sum(block.attention.num_heads * block.attention.head_dim for block in cross),
-            num_latents=full_shape(resampler.latents)[0],
+            num_latents=0 if isinstance(resampler, LinearProjector) else full_shape(resampler.latents)[0],
+            latents_per_frame=model.vision_encoder.num_features if is_linear else 0,
+            features_per_patch=model.vision_encoder.features_per_patch,
             num_features=model.vision_encoder.num_features,
             resampler_features=_matrices(resampler.project.parameters())
-            + sum(_matrices(layer.attention.key_value.parameters()) for layer in layers),
+            + (_matrices(resampler.feed_forward.parameters()) if isinstance(resampler, FeedForwardProjector) else 0)
+            + sum(
+                _matrices((layer if features_attend else layer.attention.key_value).parameters()) for layer in layers
+            ),
             resampler_latents=sum(_matrices(layer.parameters()) for layer in layers),
             resampler_attention=sum(layer.attention.num_heads * layer.attention.head_dim for layer in layers),
-            vision=model.vision_encoder.flops,
+            vision=model.vision_encoder.flops // (model.vision_encoder.max_tiles or 1),
             num_blocks=language_model.num_blocks,
+            features_attend=features_attend,
+            lm_factor=6 if model.config.trainable.language_model in ("full", "from_random") else 4,
+            vision_passes={"frozen": 1, "lora": 2, "full": 3}[model.config.trainable.vision],
         )
 
     def parts(self, workload: Workload) -> dict[str, float]:
         """Return the FLOPs of one row, by part of the model."""
         length = workload.tokens
+        keys = self.num_latents + self.latents_per_frame * workload.num_frames
         text = {
-            "language_model": length * (4 * self.lm_weights + 6 * length * self.lm_attention),
-            "head": length * 4 * self.head_weights,
-            "cross_attention_text": length * (6 * self.cross_text + 12 * self.num_latents * self.cross_attention),
+            "language_model": length * (self.lm_factor * self.lm_weights + 6 * length * self.lm_attention),
+            "head": length * self.lm_factor * self.head_weights,
+            "cross_attention_text": length * (6 * self.cross_text + 12 * keys * self.cross_attention),
         }
         features = workload.num_frames * self.num_features
+        queries = self.num_latents + (features if self.features_attend else 0)
         resampler = (
             2 * features * self.resampler_features
             + 2 * self.num_latents * self.resampler_latents
-            + 4 * self.num_latents * (features + self.num_latents) * self.resampler_attention
+            + 4 * queries * (features + self.num_latents) * self.resampler_attention
         )
         media = {
-            "cross_attention_media": 6 * self.num_latents * self.cross_media,
+            "cross_attention_media": 6 * keys * self.cross_media,
             "resampler": 3 * resampler,
-            "vision": workload.num_frames * self.vision,
+            "vision": workload.num_frames * self.vision * self.vision_passes,
         }
         return text | {name: workload.media * flops for name, flops in media.items()}
 

@@ -21,6 +21,8 @@ from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
 from model.generation_checks import check_prompts, check_rows, check_settings, explain_missing_positions
 from model.generation_probes import probe_batches
 from model.language_model import BeforeBlock, Call, calling
+from model.media_cache import MediaCache
+from model.seen_media import SeenMedia
 from model.tower_patches import Grid
 
 
@@ -42,6 +44,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     synced_ranks: bool = False,
     blind: bool = False,
+    media_cache: MediaCache | None = None,
     **generation_settings: Any,
 ) -> list[list[int]]:
     """Continue prompts; a batch gives the same texts as its prompts one by one (apart from random draws).
@@ -68,6 +71,7 @@ def generate(
             same modules, also without media, until the last one has finished.
         blind: Whether ``<image>`` tokens in prompts show nothing, which measures the gain from media. Without it,
             ``<image>`` tokens without media are an error.
+        media_cache: Cache of the media of earlier calls; None encodes all media of this call.
         **generation_settings: Any other setting of ``transformers.GenerationConfig``.
 
     Returns:
@@ -85,15 +89,17 @@ def generate(
         media, media_grids, media_per_prompt = None, None, [0] * len(prompts)
     num_media = 0 if media is None else len(media if media_grids is None else media_grids)
     check_prompts(model, prompts, num_media, media_per_prompt, blind=blind)
-    groups = _group_prompts(model, prompts, synced_ranks)
+    groups = group_prompts(model, prompts, synced_ranks)
     check_rows(model, num_beams, generation_settings.get("num_return_sequences", 1))
     stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
     if num_media == 0 and synced_ranks:
         size = model.vision_encoder.image_size
         media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
+    ids, mask, media_index = pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, blind)
     projected: dict[int, KeysValues] = {}
+    seen = SeenMedia(media_index)
     if media is not None and len(media) > 0:
-        projected = model.project_media(model.encode_media(media.to(model.device), media_grids))
+        projected, seen = _project_media(model, ids, media_index, media, media_grids, media_cache, synced_ranks)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -107,26 +113,46 @@ def generate(
         **sampling,
         **generation_settings,
     )
-    padded = _pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, blind)
     texts: dict[int, list[list[int]]] = {}  # by the number of the prompt
     for rows in groups:
         longest = max(len(prompts[row]) for row in rows)
-        group = _Rows(*(tensor[rows, -longest:].to(model.device) for tensor in padded))
+        own_ids, own_mask = (tensor[rows, -longest:].to(model.device) for tensor in (ids, mask))
+        group = _Rows(own_ids, own_mask, seen.of_rows(rows, longest).to(model.device))
         found = _continue_rows(model, group, projected, settings, synced_ranks)
         each = len(found) // len(rows)
         texts |= {row: found[each * place : each * (place + 1)] for place, row in enumerate(rows)}
     return [_cut_at_stop(text, stops) for row in range(len(prompts)) for text in texts[row]]
 
 
+def _project_media(
+    model: Flamingo,
+    ids: Tensor,
+    media_index: Tensor,
+    media: Tensor,
+    media_grids: Sequence[Grid] | None,
+    media_cache: MediaCache | None,
+    synced_ranks: bool,
+) -> tuple[dict[int, KeysValues], SeenMedia]:
+    """Return keys and values of the media in every cross-attention, and which of them each token sees."""
+    media = media.to(model.device)
+    if media_cache is None:
+        latents = model.encode_media(media, media_grids)
+    else:
+        latents = media_cache.encode(model, media, media_grids, synced_ranks=synced_ranks)
+    places = (ids.to(model.device), media_index.to(model.device))
+    seen = model.find_seen_media(*places, None, model.media_blocks(media, media_grids))
+    return model.project_media(latents if seen.order is None else latents[seen.order]), seen
+
+
 class _Rows(NamedTuple):
-    """Hold ids, attention mask and media_index of prompts that are continued together, [B, G] each."""
+    """Hold ids and attention mask of prompts that are continued together, [B, G] each, and the media that they see."""
 
     ids: Tensor
     mask: Tensor
-    media_index: Tensor
+    seen: SeenMedia
 
 
-def _group_prompts(model: Flamingo, prompts: Sequence[Sequence[int]], synced_ranks: bool) -> list[list[int]]:
+def group_prompts(model: Flamingo, prompts: Sequence[Sequence[int]], synced_ranks: bool) -> list[list[int]]:
     """Return the numbers of the prompts that are continued together, shortest prompts first.
 
     Raises:
@@ -160,9 +186,8 @@ def _continue_rows(
     lm = model.language_model.lm
     if not probe_batches(lm).ignores_other_positions:
         lm(input_ids=rows.ids[:1, :1], use_cache=False)  # dynamic NTK forgets the longest row so far
-    first = media_indices.first_media(rows.media_index) if model.config.cross_attention.attend == "all" else None
     before: dict[int, BeforeBlock] = {
-        index: partial(_apply_cross_attention, block, projected.get(index), rows.media_index, first)
+        index: partial(apply_cross_attention, block, projected.get(index), rows.seen)
         for index, block in model.blocks_with_cross_attention().items()
     }
     with calling(Call(before)), explain_missing_positions(lm, rows.ids.shape[1], settings.max_new_tokens):
@@ -171,11 +196,10 @@ def _continue_rows(
     return found
 
 
-def _apply_cross_attention(
+def apply_cross_attention(
     block: GatedCrossAttentionBlock,
     keys_values: KeysValues | None,
-    index_BG: Tensor,
-    first_BG: Tensor | None,
+    seen: SeenMedia,
     hidden_BLD: Tensor,
 ) -> Tensor:
     """Run the cross-attention of a prefill, or of one more token, which sees what the prompt's last token sees.
@@ -183,11 +207,12 @@ def _apply_cross_attention(
     Beams, and several texts for a prompt, repeat its row.
     """
     rows, length, _ = hidden_BLD.shape
-    repeats = rows // index_BG.shape[0]
-    index, first = (
-        None if x is None else _index_of_step(x, length).repeat_interleave(repeats, 0) for x in (index_BG, first_BG)
+    repeats = rows // seen.last.shape[0]
+    index, first, has_media = (
+        None if x is None else _index_of_step(x, length).repeat_interleave(repeats, 0)
+        for x in (seen.last, seen.first, seen.has_media)
     )
-    out: Tensor = block(hidden_BLD, None, index, first, keys_values=keys_values)
+    out: Tensor = block(hidden_BLD, None, index, first, has_media_BL=has_media, keys_values=keys_values)
     return out
 
 
@@ -203,7 +228,7 @@ def _index_of_step(index_BG: Tensor, length: int) -> Tensor:
     return torch.cat([index_BG, last.expand(-1, length - prompt_length)], 1)
 
 
-def _pad_left(
+def pad_left(
     prompts: Sequence[Sequence[int]], media_per_prompt: Sequence[int], image_id: int, pad_id: int, without_media: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids, attention mask and media_index, [B, G] each; padding sees no medium."""

@@ -102,7 +102,8 @@ def check_prompts(
     for number, (prompt, count) in enumerate(zip(prompts, media_per_prompt, strict=True)):
         if len(prompt) == 0:
             raise ValueError(f"prompt {number} is empty: begin it with the token bos_id")
-        if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        added = model.language_model.token_ids
+        if unknown := [token for token in prompt if not 0 <= token < vocab_size and token not in added]:
             raise ValueError(
                 f"prompt {number} has the token id {unknown[0]}, but the language model knows 0 to {vocab_size - 1}: "
                 "encode prompts with the tokenizer of the export"

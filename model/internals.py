@@ -6,7 +6,8 @@ and transformers 5.23.0. ``tests/model/test_internals.py`` fails when one disapp
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 # Upstream issue: pytorch #173671 proposed a public module for fake tensors; none found for dispatch modes.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 __all__ = [
     "FakeTensor",
@@ -24,8 +26,11 @@ __all__ = [
     "TorchDispatchMode",
     "attention_implementation",
     "disable_autocast_key",
+    "known_packing",
     "list_tensors",
     "storage_id",
+    "takes_document_offsets",
+    "tensor_version",
 ]
 
 
@@ -36,6 +41,15 @@ def storage_id(tensor: Tensor) -> int:
     Upstream issue: none found.
     """
     return int(tensor.untyped_storage()._cdata)
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; a tensor that is made in inference mode does not count.
+
+    Reason: a result that is kept must be made anew when what it was made of changes.
+    Upstream issue: none found.
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def list_tensors(tree: Any) -> list[Tensor]:
@@ -67,3 +81,38 @@ def attention_implementation(config: Any) -> str | None:
     """
     name: str | None = config._attn_implementation
     return name
+
+
+def takes_document_offsets(config: Any) -> bool:
+    """Return whether the attention of a transformers model is FlashAttention, which takes offsets and no mask.
+
+    Reason: as for ``attention_implementation``; the names are those of the package and of its builds on the Hub.
+    Upstream issue: none found.
+    """
+    return "flash" in (attention_implementation(config) or "")
+
+
+@contextmanager
+def known_packing(is_packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows hold packed documents, so that it does not look for them.
+
+    Reason: ``find_packed_sequence_indices`` reads a value of the positions, for which the host waits for a GPU in every
+    forward without an attention mask. The caller knows the answer.
+    Upstream issue: none found.
+    """
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _number_documents if is_packed else _no_documents
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def _no_documents(position_ids: Tensor) -> None:
+    return None
+
+
+def _number_documents(position_ids: Tensor) -> Tensor:
+    """Return the number of each token's document in its row, as transformers numbers them."""
+    breaks = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return breaks.cumsum(-1)

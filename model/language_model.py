@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
+from model.internals import known_packing, takes_document_offsets
 from model.lm_probes import check_hidden, find_decoder_blocks, probe_behavior
+from model.lora import adapter_dropouts
 from model.loss import head_cross_entropy
+from model.media_index import find_documents
 from model.parameters import full_shape
 
 BeforeBlock = Callable[[Tensor], Tensor]
@@ -41,11 +44,15 @@ class Call:
         before: Function of the hidden states [B, L, D] to run before a block, by the block's index.
         target_positions: int64 [N], positions in the flattened [B * L] whose logits are wanted; None for all.
         targets: int64 [N], token that each of them should predict, where the loss is wanted instead of the logits.
+        document_offsets: ``media_index.find_documents`` of packed rows, with ``longest_document``.
+        longest_document: Tokens of the longest packed document.
     """
 
     before: Mapping[int, BeforeBlock] = field(default_factory=dict)
     target_positions: Tensor | None = None
     targets: Tensor | None = None
+    document_offsets: Tensor | None = None
+    longest_document: int | None = None
 
 
 _CALL: ContextVar[Call | None] = ContextVar("flamingo_language_model_call", default=None)
@@ -109,7 +116,7 @@ class LanguageModel(nn.Module):
         Args:
             lm: Hugging Face's causal LM.
             input_rows: One for each added token, whose id may lie inside the LM's table or beyond it.
-            output_rows: The same tokens in the same order.
+            output_rows: The same tokens in the same order, except those that are never predicted.
 
         Raises:
             ValueError: The decoder blocks or the output embedding cannot be found, or no cross-attention fits between
@@ -122,13 +129,15 @@ class LanguageModel(nn.Module):
         text_config = lm.config.get_text_config()
         self.dim, self.num_blocks = read_sizes(lm)
         self.checkpointed = 0
+        self._trains, self._dropouts = False, list[nn.Module]()
         lm.requires_grad_(False)
         self.train(False)
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(lm).__name__} has no output embedding: language_model.name must be a causal LM")
-        self.token_ids = [row.token_id for row in output_rows]
-        self.vocab_size: int = max(table_size(lm), *(1 + token for token in self.token_ids))
+        self.token_ids = [row.token_id for row in input_rows]
+        self.output_ids = [row.token_id for row in output_rows]
+        self.vocab_size: int = max(table_size(lm), *(1 + token for token in self.output_ids))
         behavior = probe_behavior(lm)
         text_config.vocab_size = self.vocab_size  # some versions' beam search reads the number of columns here
         lm.generation_config = GenerationConfig()  # generate() fills settings left open from the LM's own defaults
@@ -146,10 +155,25 @@ class LanguageModel(nn.Module):
         return find_decoder_blocks(self.lm)
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """Set the mode, except that the LM stays in evaluation mode: a frozen model has no dropout."""
+        """Set the mode, except that a frozen LM stays in evaluation mode: it has no dropout."""
         super().train(mode)
-        self.lm.eval()
+        if not self._trains:
+            self.lm.eval()
+        for dropout in self._dropouts:
+            dropout.train(mode)
         return self
+
+    def set_training(self, mode: Literal["frozen", "full", "lora", "from_random"]) -> None:
+        """Follow what trains of the LM, which decides its dropout and how the loss is computed.
+
+        Args:
+            mode: ``TrainableConfig.language_model``, after ``requires_grad`` of the parameters was set.
+        """
+        self._trains = mode in ("full", "from_random")
+        self._dropouts = adapter_dropouts(self.lm) if mode == "lora" else []
+        # The fused loss gives the table of output embeddings no gradient.
+        self.fuses_loss = self.fuses_loss and not self._trains
+        self.train(self.training)
 
     def set_activation_checkpointing(self, num_blocks: bool | int = True) -> None:
         """Set how many blocks the backward recomputes, each with the function before it.
@@ -183,9 +207,9 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids_BL: int64 [B, L].
-            attention_mask: [B, L], 1 for real tokens.
-            position_ids: [B, L]. Without an attention mask, Hugging Face takes positions that restart for packed
-                documents that do not see each other.
+            attention_mask: [B, L], 1 for real tokens; not needed where padding comes after them.
+            position_ids: [B, L] of rows without an attention mask. They restart at 0 with each packed document;
+                documents do not see each other.
             call: Settings of this call.
 
         Returns:
@@ -193,10 +217,9 @@ class LanguageModel(nn.Module):
             ``fuses_loss``, the summed cross-entropy, a scalar.
         """
         call = call or Call()
-        extra = {} if position_ids is None else {"position_ids": position_ids}
+        documents = (position_ids, call.document_offsets, call.longest_document)
         with calling(call):
-            output = self.lm(input_ids=input_ids_BL, attention_mask=attention_mask, use_cache=False, **extra)
-        logits: Tensor = output.logits
+            logits = run_causal_lm(self.lm, input_ids_BL, attention_mask, *documents)
         if call.target_positions is None or logits.ndim == 0:
             return logits
         shape = (1, call.target_positions.numel())
@@ -224,12 +247,12 @@ class LanguageModel(nn.Module):
         hidden_NE = hidden_BLE.flatten(0, 1)[call.target_positions]
         if call.targets is None or not self.fuses_loss:
             return self._logits(original, hidden_NE[None], rows)
-        return head_cross_entropy(hidden_NE, torch.cat(rows), head.weight, head.bias, self.token_ids, call.targets)
+        return head_cross_entropy(hidden_NE, torch.cat(rows), head.weight, head.bias, self.output_ids, call.targets)
 
     def _logits(self, original: Callable[[Tensor], Tensor], hidden_BLE: Tensor, rows: list[Tensor]) -> Tensor:
         logits_BLZ = original(hidden_BLE)
         columns: dict[int, Tensor] = {
-            token: F.linear(hidden_BLE, row) for token, row in zip(self.token_ids, rows, strict=True)
+            token: F.linear(hidden_BLE, row) for token, row in zip(self.output_ids, rows, strict=True)
         }
         table_size = logits_BLZ.shape[-1]
         for token, column in columns.items():
@@ -247,11 +270,47 @@ class LanguageModel(nn.Module):
         if before is not None:
             check_hidden(self.lm, args[0] if args else kwargs.get("hidden_states"), self.dim)
         if index < self.checkpointed and torch.is_grad_enabled():
-            # A block draws no random numbers (nothing has dropout), so the generator's state need not be kept.
+            # A frozen block draws no random numbers: it has no dropout. Keeping the generator's state takes time.
+            draws = self._trains or bool(self._dropouts)
             return checkpoint(
-                _run_block, original, before, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+                _run_block, original, before, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
             )
         return _run_block(original, before, *args, **kwargs)
+
+
+def run_causal_lm(
+    lm: Any,
+    input_ids_BL: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_offsets: Tensor | None = None,
+    longest_document: int | None = None,
+) -> Tensor:
+    """Return the logits of a Hugging Face causal LM, without waiting for the device where there is no attention mask.
+
+    Hugging Face makes a mask of the positions for all attentions but FlashAttention. That one looks at the positions of
+    a single row only, and of several rows at none; it keeps documents apart by their offsets.
+
+    Args:
+        lm: Hugging Face's causal LM.
+        input_ids_BL: int64 [B, L].
+        attention_mask: [B, L], 1 for real tokens.
+        position_ids: [B, L] of packed rows.
+        document_offsets: ``media_index.find_documents`` of packed rows, with ``longest_document``; None finds them here
+            if FlashAttention needs them.
+        longest_document: Tokens of the longest packed document.
+    """
+    inputs: dict[str, Any] = {"attention_mask": attention_mask}
+    if position_ids is not None:
+        inputs = {"position_ids": position_ids}
+        if takes_document_offsets(lm.config):
+            if document_offsets is None or longest_document is None:
+                document_offsets, longest_document = find_documents(position_ids)
+            inputs |= {"cu_seq_lens_q": document_offsets, "cu_seq_lens_k": document_offsets}
+            inputs |= {"max_length_q": longest_document, "max_length_k": longest_document}
+    with known_packing(position_ids is not None):
+        logits: Tensor = lm(input_ids=input_ids_BL, use_cache=False, **inputs).logits
+    return logits
 
 
 def read_sizes(lm: Any) -> tuple[int, int]:

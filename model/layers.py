@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import Activation
+from model.config import Activation, Norm
 
 
 class Linear(nn.Linear):
@@ -39,27 +39,48 @@ def empty_for_drawing(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu").float()
 
 
-class FeedForward(nn.Module):
-    """Apply LayerNorm, a wide projection, an activation and a narrow projection (paper, appendix A.1.1).
+def build_norm(kind: Norm, dim: int, eps: float = 1e-5) -> nn.Module:
+    """Return a LayerNorm or an RMSNorm of the last dimension."""
+    return nn.LayerNorm(dim, eps) if kind == "layer_norm" else nn.RMSNorm(dim, eps)
 
-    Squared ReLU is from arXiv 2109.08668.
+
+def build_head_norm(kind: Norm | None, head_dim: int, eps: float = 1e-5) -> nn.Module:
+    """Return a norm of each head, or none."""
+    return nn.Identity() if kind is None else build_norm(kind, head_dim, eps)
+
+
+class FeedForward(nn.Module):
+    """Apply a norm, a wide projection, an activation and a narrow projection (paper, appendix A.1.1).
+
+    Squared ReLU is from arXiv 2109.08668, SwiGLU from arXiv 2002.05202.
     """
 
-    def __init__(self, dim: int, ff_mult: int, activation: Activation) -> None:
-        """Build a feed-forward for inputs of ``dim`` with ``ff_mult * dim`` hidden units."""
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: Activation, norm: Norm = "layer_norm", eps: float = 1e-5
+    ) -> None:
+        """Build a feed-forward for inputs of ``dim`` with ``hidden_dim`` hidden units."""
         super().__init__()
         self.activation: Activation = activation
-        self.norm = nn.LayerNorm(dim)
-        self.up = Linear(dim, ff_mult * dim)
-        self.down = Linear(ff_mult * dim, dim)
+        self.norm = build_norm(norm, dim, eps)
+        self.up = Linear(dim, hidden_dim)
+        self.down = Linear(hidden_dim, dim)
+        if activation == "swiglu":
+            self.gate = Linear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the input's shape, [..., dim]."""
-        x = self.up(self.norm(x))
-        x = F.relu(x).square() if self.activation == "squared_relu" else F.gelu(x)
-        return self.down(x)
+        x = self.norm(x)
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(_activate(self.up(x), self.activation))
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(x)
+    return F.relu(x).square() if activation == "squared_relu" else F.relu(x)
 
 
 def tanh_gate(gate: Tensor, like: Tensor) -> Tensor:
-    """Return tanh of a gate of shape (1,), computed in float32 or wider, in the type of ``like``."""
+    """Return tanh of a gate, computed in float32 or wider, in the type of ``like``."""
     return torch.tanh(gate.float() if gate.dtype.itemsize < 4 else gate).to(like.dtype)

@@ -50,6 +50,17 @@ def documents_from_positions(position_ids: Tensor) -> Tensor:
     return (position_ids == 0).cumsum(-1)
 
 
+def find_documents(position_ids: Tensor) -> tuple[Tensor, int]:
+    """Return where packed documents start in the flattened rows, int32 [N + 1], and the tokens of the longest one.
+
+    It is the form that variable-length attention takes. On a GPU the host waits to learn N, so the collator calls this
+    before the batch goes there.
+    """
+    starts = (position_ids == 0).flatten().nonzero().squeeze(1)
+    offsets = torch.cat([starts, starts.new_full((1,), position_ids.numel())])
+    return offsets.int(), int(offsets.diff().max())
+
+
 def _count(input_ids: Tensor, image_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count the media at or before each token of its row, those in the rows before, and those in the row.
 

@@ -27,6 +27,26 @@ def media_inputs(media: Sequence[Tensor], patch_size: int | None) -> tuple[Tenso
     return patches, tuple(_grid(medium, patch_size) for medium in media)
 
 
+def prompt_inputs(
+    media: Sequence[Tensor], patch_size: int | None, keeps_aspect: bool
+) -> tuple[Tensor, tuple[Grid, ...] | None]:
+    """Return ``media`` and ``media_grids`` of images and videos together; squares where all of them are equal.
+
+    Args:
+        media: As for ``media_inputs``.
+        patch_size: Side of a patch in pixels, where the tower takes media of any shape; else None.
+        keeps_aspect: Whether media keep their aspect (``image_tokens``).
+
+    Raises:
+        ValueError: Media differ in shape, and the tower takes squares only.
+    """
+    if not keeps_aspect and len({medium.shape for medium in media}) == 1:
+        return media_inputs(media, None)
+    if patch_size is None:
+        raise ValueError("images and videos together: the model's tower takes media of one shape only")
+    return media_inputs(media, patch_size)
+
+
 def to_patches(medium: Tensor, patch_size: int) -> Tensor:
     """Cut a medium [F, 3, Y, X] into patches [P, 3, patch_size, patch_size], frame by frame, row by row."""
     num_frames, rows, columns = _grid(medium, patch_size)

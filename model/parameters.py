@@ -34,7 +34,7 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, str]:
-    """Return the sha256 of every frozen parameter and persistent buffer, by name.
+    """Return the sha256 of every frozen parameter and of every persistent buffer that training leaves alone, by name.
 
     A digest covers name, type, shape and bytes, and is the same whether or not parameters are partitioned. Under ZeRO-3
     every rank has to call this, because each gather is a collective. One parameter is whole at a time.
@@ -47,7 +47,7 @@ def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, st
     for name, parameter in frozen_parameters(model).items():
         with gather([parameter]):
             digests[name] = _digest(name, parameter.detach())
-    for name, buffer in _persistent_buffers(model):
+    for name, buffer in _frozen_buffers(model):
         digests[name] = _digest(name, buffer)
     return digests
 
@@ -78,10 +78,22 @@ def explain_difference(expected: Mapping[str, str], found: Mapping[str, str], mo
     return "; ".join(parts)
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of modules with a trained parameter: batch norm's statistics change with it."""
+    trained = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for name, _ in module.named_buffers(recurse=False)
+    }
     persistent = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in trained and name in persistent}
+
+
+def _frozen_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    persistent, trained = model.state_dict().keys(), trained_buffers(model)
     for name, buffer in model.named_buffers():
-        if name in persistent:
+        if name in persistent and name not in trained:
             yield name, buffer
 
 

@@ -2,17 +2,18 @@
 
 The folder has ``model.safetensors`` (trained tensors only), ``config.json``, ``preprocessor_config.json`` (how pixels
 and text become input), ``frozen.json`` (a digest of every frozen tensor) and ``tokenizer/``. The frozen weights
-themselves stay where they came from.
+themselves stay where they came from. A language model's adapters are also in ``adapter/``, in peft's format.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,16 +23,32 @@ from torch import Tensor, nn
 from model.config import DType, FlamingoConfig, VisionEncoderConfig
 from model.factory import build_flamingo, build_tokenizer, torch_dtype
 from model.flamingo import Flamingo
-from model.parameters import combine_digests, explain_difference, frozen_digests, full_shape, trainable_parameters
+from model.lora import save_adapter
+from model.parameters import (
+    Gather,
+    combine_digests,
+    explain_difference,
+    frozen_digests,
+    full_shape,
+    no_gather,
+    trainable_parameters,
+    trained_buffers,
+)
 from model.processor import ProcessorConfig, read_processor_config
 from model.tokens import FlamingoTokenizer, SpecialTokenIds
+from model.tower_patches import resize_positions
 from model.tower_statistics import with_statistics_of_old_exports
+from model.transformers_tower import TRANSFORMERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
-_LOCAL = "local-dir:"
+_PREFIXES = ("local-dir:", TRANSFORMERS)  # of vision.name, before a path
+SOURCE = "source"  # folder with what only the way back to another project needs (``model.imports.convert``)
+_LM = "language_model.lm."
+_PRETRAINED = (_LM, "vision_encoder.")  # prefixes of the parameters that have a source of their own
+_POSITIONS = "vision_encoder.tower.positional_embedding"
 
 
 def save_pretrained(
@@ -61,9 +78,12 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in _once(state).items()}
     save_file(whole, folder / "model.safetensors")
-    config = _map_paths(config, lambda path: _relative_to(path, folder))
+    if config.trainable.language_model == "lora":
+        lm = {name.removeprefix(_LM): tensor for name, tensor in whole.items() if name.startswith(_LM)}
+        save_adapter(folder / "adapter", lm, config.language_model_lora, config.language_model.name)
+    config = replace(_map_paths(config, lambda path: _relative_to(path, folder)), start_from=None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
         config = replace(config, language_model=replace(config.language_model, tokenizer="tokenizer"))
@@ -130,6 +150,7 @@ def from_pretrained(
     description, config = _read_description(folder)
     tokens = SpecialTokenIds(**description["tokens"])
     model = build_flamingo(config, tokens, dtype=description["dtype"], seed=description["seed"])
+    load_trained(model, read_trained(folder))
     if verify_frozen:
         expected = json.loads((folder / "frozen.json").read_text())
         difference = explain_difference(expected, frozen_digests(model))
@@ -138,14 +159,41 @@ def from_pretrained(
                 f"the frozen weights are not those that {folder} was trained with ({difference}). Let language_model "
                 f"and vision in {folder}/config.json name those, or pass verify_frozen=False"
             )
-    try:
-        trained = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{folder}/model.safetensors cannot be read: {error}; export the run again") from error
-    load_trained(model, trained)
     if dtype is not None:
         cast_parameters(model, torch_dtype(dtype))
     return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class ExportDescription:
+    """Describe an export whose weights are not read yet.
+
+    Attributes:
+        config: Settings of the model; local paths in it are found from the current folder.
+        tokens: Ids of the special tokens.
+        dtype: Type that the model was trained in.
+        seed: Seed that the model was built with.
+        frozen: Digest of every frozen tensor, by name.
+    """
+
+    config: FlamingoConfig
+    tokens: SpecialTokenIds
+    dtype: DType
+    seed: int
+    frozen: Mapping[str, str]
+
+
+def describe_export(folder: str | Path) -> ExportDescription:
+    """Read what an export says about itself.
+
+    Raises:
+        ValueError: The folder is no export.
+    """
+    folder = Path(folder)
+    description, config = _read_description(folder)
+    tokens = SpecialTokenIds(**description["tokens"])
+    frozen = json.loads((folder / "frozen.json").read_text())
+    return ExportDescription(config, tokens, description["dtype"], description["seed"], frozen)
 
 
 def load_exported_tokenizer(folder: str | Path) -> FlamingoTokenizer:
@@ -181,18 +229,27 @@ def _with_statistics(vision: VisionEncoderConfig, folder: Path) -> VisionEncoder
     return replace(vision, mean=processor.image_mean, std=processor.image_std)
 
 
-def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy trained tensors into a model that is not partitioned.
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], overwrite: Gather = no_gather) -> None:
+    """Copy trained tensors into a model.
+
+    Args:
+        model: Model whose parameters that train are to be replaced.
+        state: Every trained tensor, by name. It may also hold the statistics of trained batch norms, and tensors that
+            trained in an earlier run and are frozen now.
+        overwrite: Context that makes partitioned parameters whole and keeps what is written to them.
 
     Raises:
         ValueError: Names or shapes differ.
     """
-    trained = trainable_parameters(model)
-    missing, unexpected = sorted(trained.keys() - state.keys()), sorted(state.keys() - trained.keys())
+    known = dict(model.named_parameters())
+    missing = sorted(trainable_parameters(model).keys() - state.keys())
+    buffers = trained_buffers(model)
+    unexpected = sorted(state.keys() - known.keys() - buffers.keys())
+    known = {name: parameter for name, parameter in known.items() if name in state}
     shapes = [
         f"{name} {list(state[name].shape)} instead of {list(full_shape(parameter))}"
-        for name, parameter in trained.items()
-        if name in state and tuple(state[name].shape) != full_shape(parameter)
+        for name, parameter in known.items()
+        if tuple(state[name].shape) != full_shape(parameter)
     ]
     if missing or unexpected or shapes:
         raise ValueError(
@@ -200,8 +257,94 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
         )
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
+        for name, parameter in known.items():
+            with overwrite([parameter]):
+                parameter.copy_(state[name])
+        for name in buffers.keys() & state.keys():
+            buffers[name].copy_(state[name])
+
+
+def start_from_export(model: nn.Module, folder: str | Path, overwrite: Gather = no_gather) -> None:
+    """Give a model the trained weights of an export; parts that the export did not train keep their own.
+
+    The images may have another size than those of the export: a trained ViT's position embeddings are interpolated.
+
+    Args:
+        model: Model with the settings of the export, apart from what trains.
+        folder: Export folder.
+        overwrite: As for ``load_trained``.
+
+    Raises:
+        ValueError: The folder is no export, or its model has other tensors.
+    """
+    folder = Path(folder)
+    _read_description(folder)
+    state = read_trained(folder)
+    if _POSITIONS in state:
+        state[_POSITIONS] = _positions_of_size(model, state[_POSITIONS])
+    own = {name: p for name, p in trainable_parameters(model).items() if name.startswith(_PRETRAINED)}
+    missing = [name for name in own if name not in state]
+    with torch.no_grad(), overwrite([own[name] for name in missing]):
+        state |= {name: own[name].detach().clone() for name in missing}
+    try:
+        load_trained(model, state, overwrite)
+    except ValueError as error:
+        raise ValueError(f"model.start_from {folder}: {error}") from error
+
+
+def _positions_of_size(model: nn.Module, table_PV: Tensor) -> Tensor:
+    """Return position embeddings for the images of a model; the class token keeps its own."""
+    tower = model.get_submodule("vision_encoder.tower")
+    rows, columns = cast("tuple[int, int]", tower.grid_size)
+    side = math.isqrt(len(table_PV) - 1)
+    patches_PV = resize_positions(table_PV[1:], (side, side), (rows, columns))
+    return torch.cat([table_PV[:1], patches_PV])
+
+
+def kept_tensors(folder: str | Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a run that started from an export leaves as it is, so that the run's own export is whole.
+
+    Args:
+        folder: Export that the run started from.
+        state: Tensors that the run trained, by name.
+
+    Returns:
+        Tensors of the export that the run did not train.
+
+    Raises:
+        ValueError: The folder is no export.
+    """
+    _read_description(Path(folder))
+    there = read_trained(Path(folder))
+    return {name: tensor for name, tensor in there.items() if name not in state}
+
+
+def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without those that share memory with an earlier one, such as a tied head."""
+    found: dict[int, str] = {}
+    for name, tensor in state.items():
+        found.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
+    return {name: state[name] for name in found.values()}
+
+
+def trained_files(folder: Path) -> list[Path]:
+    """Return the files with the trained weights of an export: one, or several where they are large."""
+    return sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]
+
+
+def read_trained(folder: Path) -> dict[str, Tensor]:
+    """Return the trained weights of an export by name.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    state: dict[str, Tensor] = {}
+    for path in trained_files(folder):
+        try:
+            state |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; export the run again") from error
+    return state
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
@@ -212,8 +355,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _map_paths(config: FlamingoConfig, change: Callable[[str], str]) -> FlamingoConfig:
     vision, language_model = config.vision, config.language_model
-    if vision.name.startswith(_LOCAL):
-        vision = replace(vision, name=_LOCAL + change(vision.name.removeprefix(_LOCAL)))
+    for prefix in _PREFIXES:
+        if vision.name.startswith(prefix):
+            vision = replace(vision, name=prefix + change(vision.name.removeprefix(prefix)))
     if vision.pretrained is not None:
         vision = replace(vision, pretrained=change(vision.pretrained))
     if language_model.name is not None:
@@ -221,6 +365,21 @@ def _map_paths(config: FlamingoConfig, change: Callable[[str], str]) -> Flamingo
     if language_model.tokenizer is not None:
         language_model = replace(language_model, tokenizer=change(language_model.tokenizer))
     return replace(config, vision=vision, language_model=language_model)
+
+
+def moved_config(export: Path, folder: Path) -> FlamingoConfig:
+    """Return the config of an export for another folder: local paths that are not absolute are seen from there.
+
+    Raises:
+        ValueError: The folder is no export.
+    """
+    description, _ = _read_description(export)
+
+    def move(path: str) -> str:
+        is_seen_from_export = not Path(path).is_absolute() and (export / path).exists()
+        return os.path.relpath(export / path, folder) if is_seen_from_export else path
+
+    return _map_paths(FlamingoConfig.from_dict(description["model"]), move)
 
 
 def _relative_to(path: str, folder: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import LanguageModelConfig, SpecialTokensConfig
@@ -93,7 +95,7 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
         ValueError: The config names no tokenizer, it cannot be loaded, it is not a fast one, or it has no
             end-of-sequence token.
     """
-    from transformers import AutoTokenizer  # takes seconds; ids alone do not need it
+    from transformers import AutoTokenizer, PreTrainedConfig  # takes seconds; ids alone do not need it
 
     name = language_model.tokenizer or language_model.name
     if name is None:
@@ -104,7 +106,9 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
         setting, revision = f"language_model.name {name!r}: its tokenizer", language_model.revision
         setting += "" if revision is None else f" (language_model.revision {revision!r})"
     with explain_loading(setting):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        # The config.json of an export for transformers describes a model whose code is not run here.
+        own = {"config": PreTrainedConfig()} if _describes_remote_code(Path(name) / "config.json") else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **own)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
             f"{setting} is a {type(tokenizer).__name__}, which is pure Python: the trainer needs a fast tokenizer "
@@ -112,6 +116,10 @@ def load_tokenizer(language_model: LanguageModelConfig, tokens: SpecialTokensCon
             "language model"
         )
     return add_special_tokens(tokenizer, tokens)
+
+
+def _describes_remote_code(path: Path) -> bool:
+    return path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: SpecialTokensConfig) -> FlamingoTokenizer:

@@ -1,22 +1,30 @@
-"""Turn pixels into features with a frozen image tower of open_clip or timm."""
+"""Turn pixels into features with a frozen image tower of open_clip, timm or transformers."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import open_clip
 import torch
 from open_clip.timm_model import TimmModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionEncoderConfig
-from model.tower_patches import Grid, encode_patches, find_patch_size
+from model.loading_errors import explain_loading
+from model.lora import adapter_dropouts
+from model.standardized_convolutions import memory_format, standardize_once
+from model.tower_patches import Grid, PatchLayout, encode_patches, find_patch_size
 from model.tower_statistics import TIMM, tower_statistics
+from model.transformers_tower import TRANSFORMERS, TransformersTower, build_transformers_tower
 
 _LOCAL = "local-dir:"
 _ROUNDING = 1e-3  # by which pixels in 0..1 may lie outside
@@ -25,8 +33,8 @@ _ROUNDING = 1e-3  # by which pixels in 0..1 may lie outside
 class VisionEncoder(nn.Module):
     """Encode pixels [M, F, 3, Y, X] to features [M, F, S, V].
 
-    Only the modules that lead to the chosen features are kept: no text tower, pooling, projection or later block. The
-    tower is always in evaluation mode and builds no graph.
+    Only the modules that lead to the chosen features are kept: no text tower, pooling, projection or later block. A
+    frozen tower is always in evaluation mode and builds no graph.
 
     Attributes:
         config: Settings of the tower.
@@ -34,9 +42,12 @@ class VisionEncoder(nn.Module):
         mean: Mean of the input normalization, for pixels in 0..1.
         std: Standard deviation of the input normalization.
         patch_size: Side of a patch in pixels, where the tower also takes media of any shape as patches; else None.
+        features_per_patch: Features of one such patch.
+        max_tiles: Patches that the tower fills every image up to; None where it fills none up.
         num_features: Features of a frame (S).
         dim: Dim of a feature (V).
         flops: Floating-point operations of a frame.
+        blocks: Blocks of the tower, or its stages, that the tower calls as modules.
     """
 
     def __init__(self, tower: Any, config: VisionEncoderConfig) -> None:
@@ -57,31 +68,57 @@ class VisionEncoder(nn.Module):
         statistics = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")
         self.register_buffer("statistics_bits", statistics.view(torch.int32), persistent=False)
         self.patch_size = find_patch_size(tower)
+        self.features_per_patch, self.max_tiles = 1, None
+        if isinstance(tower, TransformersTower):
+            self.features_per_patch, self.max_tiles = tower.features_per_tile, tower.max_tiles
+            self.patch_size = None if tower.max_tiles is None else tower.image_size
         self.tower: nn.Module = _keep_features(tower, config)
+        self._trains, self._builds_graph = False, False
+        self._dropouts = list[nn.Module]()
         self.requires_grad_(False)
         self.train(False)
+        self._standardized = standardize_once(self.tower) > 0
+        self.blocks: list[nn.Module] = []
         self.num_features, self.dim, self.flops = self._probe()
 
     def train(self, mode: bool = True) -> VisionEncoder:
-        """Stay in evaluation mode: a frozen tower has no dropout and no batch statistics."""
-        return super().train(False)
+        """Set the mode, except that a frozen tower stays in evaluation mode: no dropout and no batch statistics."""
+        super().train(mode and self._trains)
+        for dropout in self._dropouts:
+            dropout.train(mode)
+        return self
 
-    def forward(self, pixels: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
-        """Return the features of every frame, in the tower's type, without a graph.
+    def set_training(self, mode: Literal["frozen", "full", "lora"]) -> None:
+        """Follow what trains of the tower, which decides its mode and whether it builds a graph.
+
+        Args:
+            mode: ``TrainableConfig.vision``, after ``requires_grad`` of the parameters was set.
+        """
+        self._trains, self._builds_graph = mode == "full", mode != "frozen"
+        self._dropouts = adapter_dropouts(self.tower) if mode == "lora" else []
+        self.train(self.training)
+
+    def _graph(self) -> AbstractContextManager[None]:
+        return torch.set_grad_enabled(self._builds_graph and torch.is_grad_enabled())
+
+    def forward(self, pixels: Tensor, grids: Sequence[Grid] | None = None, layout: PatchLayout | None = None) -> Tensor:
+        """Return the features of every frame, in the tower's type; a frozen tower builds no graph.
 
         Args:
             pixels: uint8, or floating point in 0..1, [M, F, 3, Y, X]. With ``grids`` the patches of media of any shape,
                 [P, 3, patch_size, patch_size]: medium after medium, frame after frame, row after row.
             grids: Frames, rows and columns of patches of each medium.
+            layout: ``PatchLayout.of(grids)``, on the device of the pixels; None computes it here, which waits for a
+                GPU.
 
         Returns:
-            [M, F, S, V]. With ``grids`` one feature for each patch, [S, V].
+            [M, F, S, V]. With ``grids`` ``features_per_patch`` features for each patch, [S, V].
 
         Raises:
             ValueError: Pixels have another type, range, number of dimensions or size, or the tower takes no patches.
         """
         if grids is not None:
-            return self._encode_patches(pixels, grids)
+            return self._encode_patches(pixels, grids, layout or PatchLayout.of(grids).to(pixels.device))
         if pixels.ndim != 5 or pixels.shape[2] != 3:
             raise ValueError(f"media have shape {list(pixels.shape)}; expected [media, frames, 3, height, width]")
         if pixels.shape[3:] != (self.image_size, self.image_size):
@@ -89,7 +126,7 @@ class VisionEncoder(nn.Module):
                 f"media are {pixels.shape[3]} x {pixels.shape[4]} pixels, the tower was built for {self.image_size}: "
                 "set vision.image_size"
             )
-        with torch.no_grad():
+        with self._graph():
             return self._encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -108,11 +145,13 @@ class VisionEncoder(nn.Module):
 
     def _encode(self, pixels_ICYX: Tensor) -> Tensor:
         dtype = next(self.tower.parameters()).dtype
-        features_IVYX = self.tower(self.normalize(pixels_ICYX).to(dtype))
+        x_ICYX = self.normalize(pixels_ICYX).to(dtype)
+        if self._standardized:
+            x_ICYX = x_ICYX.contiguous(memory_format=memory_format(x_ICYX.device))
+        features_IVYX = self.tower(x_ICYX)
         return features_IVYX.flatten(2).transpose(1, 2).contiguous()
 
-    @torch.no_grad()
-    def _encode_patches(self, patches_PCyx: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def _encode_patches(self, patches_PCyx: Tensor, grids: Sequence[Grid], layout: PatchLayout) -> Tensor:
         if self.patch_size is None:
             raise ValueError(f"the tower {self.config.name!r} takes squares only, no patches")
         number = sum(num_frames * rows * columns for num_frames, rows, columns in grids)
@@ -120,14 +159,17 @@ class VisionEncoder(nn.Module):
         if list(patches_PCyx.shape) != expected:
             raise ValueError(f"patches have shape {list(patches_PCyx.shape)}; expected {expected}")
         dtype = next(self.tower.parameters()).dtype
-        features_SV: Tensor = self.tower(self.normalize(patches_PCyx).to(dtype), grids)
+        with self._graph():
+            features_SV: Tensor = self.tower(self.normalize(patches_PCyx).to(dtype), grids, layout)
         return features_SV
 
     def _probe(self) -> tuple[int, int, int]:
         """Return the number of features of a frame, their dim and the FLOPs, from a run on the meta device.
 
-        It runs once, at construction, because partitioned parameters could not be read later.
+        It also finds the blocks. It runs once, at construction, because partitioned parameters could not be read later.
         """
+        candidates = _outermost_members(self.tower)
+        hooks = [one.register_forward_pre_hook(lambda block, _: self.blocks.append(block)) for one in candidates]
         state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         pixels = torch.zeros(1, 1, 3, self.image_size, self.image_size, dtype=torch.uint8, device="meta")
         try:
@@ -139,6 +181,9 @@ class VisionEncoder(nn.Module):
                 f"{self.config.feature_block} and vision.feature_norm {self.config.feature_norm} at {self.image_size} "
                 f"pixels: {error}"
             ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
         return num_features, dim, counter.get_total_flops()
 
 
@@ -151,28 +196,60 @@ def build_tower(config: VisionEncoderConfig) -> nn.Module:
         ValueError: The name is unknown, a file is not safetensors, or weights that the config asks for are missing.
     """
     device = str(torch.get_default_device())
+    if config.name.startswith(TRANSFORMERS):
+        return build_transformers_tower(config)
+    for setting in ("class_feature", "architecture", "padding_tiles"):
+        if value := getattr(config, setting):
+            raise ValueError(f"vision.{setting} {value}: only a tower named {TRANSFORMERS}... takes it; leave it out")
     if config.name.startswith(TIMM):
         return _build_timm(config)
     local = config.name.removeprefix(_LOCAL) if config.name.startswith(_LOCAL) else None
     if local is not None and not (Path(local) / "open_clip_config.json").is_file():
         raise ValueError(f"vision.name: the folder {local!r} has no open_clip_config.json")
+    tower_alone = False
     if config.pretrained is not None and Path(config.pretrained).is_file():
         _require_safetensors(config.pretrained)
+        tower_alone = _holds_tower_alone(Path(config.pretrained))
     try:
-        clip = open_clip.create_model(
-            config.name,
-            pretrained=None if device == "meta" else config.pretrained,
-            load_weights=device != "meta",
-            device=device,
-            force_image_size=config.image_size,
-            pretrained_image=False,
-            pretrained_text=False,
-            weights_only=True,
-        )
+        with _quiet_about_random_weights(tower_alone):
+            clip = open_clip.create_model(
+                config.name,
+                pretrained=None if device == "meta" or tower_alone else config.pretrained,
+                load_weights=device != "meta" and not tower_alone,
+                device=device,
+                force_image_size=config.image_size,
+                pretrained_image=False,
+                pretrained_text=False,
+                weights_only=True,
+            )
     except RuntimeError as error:
         raise ValueError(f"vision.name {config.name!r}, vision.pretrained {config.pretrained!r}: {error}") from error
     visual: nn.Module = clip.visual
+    if tower_alone and device != "meta":
+        with explain_loading(f"vision.pretrained {config.pretrained!r}"):
+            visual.load_state_dict(load_file(str(config.pretrained)))
     return visual
+
+
+@contextmanager
+def _quiet_about_random_weights(loads_tower_later: bool) -> Iterator[None]:
+    """Drop open_clip's warning that nothing was loaded, where the tower's weights follow."""
+    root = logging.getLogger()
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (loads_tower_later and record.msg.startswith("No pretrained weights loaded"))
+
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _holds_tower_alone(path: Path) -> bool:
+    """Return whether a file has the weights of an image tower, and not those of a whole CLIP."""
+    with explain_loading(f"vision.pretrained {str(path)!r}"), safe_open(path, framework="pt") as opened:
+        return not any(name.startswith("visual.") for name in opened.keys())  # noqa: SIM118  it is no dict
 
 
 def _build_timm(config: VisionEncoderConfig) -> nn.Module:
@@ -189,8 +266,6 @@ def _build_timm(config: VisionEncoderConfig) -> nn.Module:
     tower.set_input_size(config.image_size or defaults["input_size"][-1])
     tower.preprocess_cfg = {"mean": defaults["mean"], "std": defaults["std"]}
     if config.pretrained is not None and not from_timm:
-        from safetensors.torch import load_file
-
         _require_safetensors(config.pretrained)
         if not on_meta:
             tower.trunk.load_state_dict(load_file(config.pretrained))
@@ -200,6 +275,14 @@ def _build_timm(config: VisionEncoderConfig) -> nn.Module:
 def _require_safetensors(path: str) -> None:
     if not (path.endswith(".safetensors") and Path(path).is_file()):
         raise ValueError(f"vision.pretrained {path!r} is neither a known tag nor a .safetensors file")
+
+
+def _outermost_members(module: nn.Module) -> list[nn.Module]:
+    """Return the members of the outermost lists and sequences in a module."""
+    members: list[nn.Module] = []
+    for child in module.children():
+        members += list(child) if isinstance(child, nn.ModuleList | nn.Sequential) else _outermost_members(child)
+    return members
 
 
 def _check_pixels(pixels: Tensor) -> None:
@@ -246,7 +329,7 @@ def _check_borders(tower: Any, config: VisionEncoderConfig, size: int) -> None:
 
 def _own_size(config: VisionEncoderConfig) -> int | None:
     """Return the size that a tower was made for, where its description tells it without building it."""
-    if config.name.startswith(TIMM):
+    if config.name.startswith((TIMM, TRANSFORMERS)):
         return None
     if config.name.startswith(_LOCAL):
         path = Path(config.name.removeprefix(_LOCAL)) / "open_clip_config.json"
@@ -263,6 +346,8 @@ def _keep_features(tower: Any, config: VisionEncoderConfig) -> nn.Module:
     ``forward`` is bound to ``forward_intermediates``, so that the module is entered through its call. Only then does
     ZeRO-3 gather the parameters that a module owns itself (class and position embeddings).
     """
+    if isinstance(tower, TransformersTower):
+        return tower
     if isinstance(tower, TimmModel):
         tower = tower.trunk
         extract = functools.partial(tower.forward_intermediates, norm=config.feature_norm)
@@ -289,12 +374,13 @@ def _keep_features(tower: Any, config: VisionEncoderConfig) -> nn.Module:
 
 def _extract_features(
     extract: Callable[[Tensor], Any],
-    encode: Callable[[Tensor, Sequence[Grid]], Tensor],
+    encode: Callable[[Tensor, Sequence[Grid], PatchLayout], Tensor],
     pixels: Tensor,
     grids: Sequence[Grid] | None = None,
+    layout: PatchLayout | None = None,
 ) -> Tensor:
-    if grids is not None:
-        return encode(pixels, grids)
+    if grids is not None and layout is not None:
+        return encode(pixels, grids, layout)
     found = extract(pixels)
     maps = found["image_intermediates"] if isinstance(found, dict) else found
     features: Tensor = maps[-1]

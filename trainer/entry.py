@@ -25,6 +25,7 @@ from trainer.runtime.stop_signals import EXIT_STOPPED, StoppedError, handling, s
 
 if TYPE_CHECKING:
     from trainer.loop import Task
+    from trainer.observers.step_observer import StepObserver
     from trainer.runtime.distributed import World
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -43,10 +44,13 @@ class Recipe(Generic[Config]):
     Attributes:
         build_task: Builds what is trained; every rank calls it.
         export: Writes the export folder from the last checkpoint; rank 0 calls it.
+        observers: Builds the observers of the steps beside the run's own, before the model is built; every rank calls
+            it.
     """
 
     build_task: Callable[[Config, World], Task]
     export: Callable[[Config, Path], None]
+    observers: Callable[[Config, World], Sequence[StepObserver]] = lambda config, world: ()
 
 
 def run_training(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], Recipe[Config]]) -> int:
@@ -169,7 +173,8 @@ def _train_and_export(config: Config, world: World, recipe: Recipe[Config]) -> N
     from trainer.runtime.files import write_atomically
 
     with explain_out_of_memory():
-        train(recipe.build_task(config, world), config, world)
+        observers = recipe.observers(config, world)
+        train(recipe.build_task(config, world), config, world, observers)
     folder = RunFolder(config.run_dir)
     with failing_together(world):
         if world.is_main:

@@ -1,6 +1,7 @@
-"""Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--output FOLDER]``.
+"""Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--format FORMAT]``.
 
-It writes safetensors and json. Trained weights are the optimizer's float32 copies, whatever ``training.dtype`` is.
+It writes safetensors and json; ``--format huggingface`` of a Flamingo adds what transformers needs to load it alone.
+Trained weights are the optimizer's float32 copies, whatever ``training.dtype`` is.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.checkpoint.catalog import find_checkpoint, read_state
@@ -25,6 +27,7 @@ from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
 from trainer.entry import quiet_libraries
+from trainer.errors import TrainerError
 from trainer.runtime.run_folder import RunFolder
 
 
@@ -49,15 +52,17 @@ def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
     import torch
 
     from model.factory import build_tokenizer
-    from model.pretrained import save_pretrained
+    from model.pretrained import SOURCE, kept_tensors, save_pretrained
     from model.vision_encoder import VisionEncoder, build_tower
     from trainer.data.samples.tower_decoder import trained_processor
 
     weights, state = trained_weights(config)
+    if config.model.start_from is not None:
+        weights |= kept_tensors(config.model.start_from, weights)
     tokenizer = build_tokenizer(config.model)
     with torch.device("meta"):  # its sizes and statistics, without its weights
         encoder = VisionEncoder(build_tower(config.model.vision), config.model.vision)
-    with _whole_or_not(output) as folder:
+    with whole_or_not(output) as folder:
         save_pretrained(
             folder,
             weights,
@@ -69,6 +74,8 @@ def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
             seed=config.training.seed,
             tokenizer=tokenizer.tokenizer,
         )
+        if config.model.start_from is not None and (Path(config.model.start_from) / SOURCE).is_dir():
+            shutil.copytree(Path(config.model.start_from) / SOURCE, folder / SOURCE)
 
 
 def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
@@ -82,30 +89,47 @@ def export_language_model(config: LanguageModelRunConfig, output: Path) -> None:
     architecture = AutoConfig.for_model(**model_settings(config, tokenizer))
     language_model = AutoModelForCausalLM.from_config(architecture)
     CausalLanguageModel(language_model).load_state_dict(weights)
-    with _whole_or_not(output) as folder:
+    with whole_or_not(output) as folder:
         language_model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def export_contrastive(config: ContrastiveRunConfig, output: Path) -> None:
     """Write a folder that open_clip loads as ``local-dir:``: config and weights of both towers."""
-    from trainer.tasks.contrastive import open_clip_weights
+    from trainer.tasks.contrastive.architecture import write_export
 
     weights, _ = trained_weights(config)
-    with _whole_or_not(output) as folder:
-        shutil.copytree(RunFolder(config.run_dir).architecture, folder, dirs_exist_ok=True)
-        save_file(open_clip_weights(weights), folder / "open_clip_model.safetensors")
+    with whole_or_not(output) as folder:
+        write_export(RunFolder(config.run_dir).architecture, weights, folder, output)
 
 
-_KINDS: dict[str, tuple[type[RunConfig], Callable[[Any, Path], None]]] = {
-    "flamingo": (FlamingoRunConfig, export_flamingo),
-    "language_model": (LanguageModelRunConfig, export_language_model),
-    "contrastive": (ContrastiveRunConfig, export_contrastive),
+@dataclass(frozen=True)
+class _Kind:
+    """Say how the runs of one trainer are exported.
+
+    Attributes:
+        schema: Schema of the run's settings.
+        write: Writes the native format.
+        formats: Formats that ``--format`` may ask for; the first is what ``write`` gives.
+    """
+
+    schema: type[RunConfig]
+    write: Callable[[Any, Path], None]
+    formats: tuple[str, ...]
+
+
+_FAMILIES = ("idefics", "mllama")  # of model.imports.convert, which takes seconds to import
+_CONVERTED = ("huggingface", *_FAMILIES)  # formats that are made from a Flamingo's native export
+FORMATS = ("native", "huggingface", "open_clip", *_FAMILIES)
+_KINDS = {
+    "flamingo": _Kind(FlamingoRunConfig, export_flamingo, ("native", "huggingface", *_FAMILIES)),
+    "language_model": _Kind(LanguageModelRunConfig, export_language_model, ("native", "huggingface")),
+    "contrastive": _Kind(ContrastiveRunConfig, export_contrastive, ("native", "open_clip")),
 }
 
 
 @contextmanager
-def _whole_or_not(output: Path) -> Iterator[Path]:
+def whole_or_not(output: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the name ``output`` when it is complete, in place of an older one."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -118,23 +142,135 @@ def _whole_or_not(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Hold what the command line asks for.
+
+    Attributes:
+        format: Format of the files.
+        output: Folder to write.
+        include_frozen: Whether frozen parts are copied too, with the format huggingface.
+        push: Repository on the hub to upload to; None for none.
+        reports: Evaluations to put into the model card.
+    """
+
+    format: str
+    output: Path
+    include_frozen: bool = False
+    push: str | None = None
+    reports: tuple[Path, ...] = ()
+
+    def check(self, is_flamingo: bool) -> None:
+        """Check the options of the format huggingface before anything is written.
+
+        Raises:
+            ValueError: Another format has one, or nothing can be pushed.
+        """
+        given = {"--include-frozen": self.include_frozen, "--push": self.push, "--report": self.reports}
+        for option, value in given.items():
+            if value and not (self.format == "huggingface" and is_flamingo):
+                raise ValueError(f"{option}: only a Flamingo with --format huggingface takes it; leave it out")
+        if self.push is not None:
+            from trainer.hub.publish import check_push
+
+            check_push(self.push)
+
+
+def _convert(export: Path, request: _Request, run: RunFolder | None = None) -> None:
+    """Write a Flamingo's native export, of ``run`` if that is known, in another format."""
+    if request.format == "huggingface":
+        from trainer.hub.publish import push, write_with_card
+
+        title = (request.push or str((run.path if run else export).resolve())).rpartition("/")[2]
+        with whole_or_not(request.output) as folder:
+            write_with_card(
+                export, folder, title, run=run, include_frozen=request.include_frozen, reports=request.reports
+            )
+        if request.push is not None:
+            print(f"pushed to {push(request.output, request.push)}")
+        return
+    from model.imports.convert import FAMILIES, export_transformers
+
+    with whole_or_not(request.output) as folder:
+        export_transformers(export, FAMILIES[request.format], folder)
+
+
+def _export_run(folder: RunFolder, request: _Request) -> None:
+    """Export a run in one of the formats that its task allows."""
+    settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    task = settings.get("task") if isinstance(settings, dict) else None
+    if task not in _KINDS:
+        raise ValueError(f"{folder.config} names no task: it is not the config.yaml that a training writes")
+    kind = _KINDS[task]
+    if request.format not in kind.formats:
+        raise ValueError(
+            f"--format {request.format}: a run of the task {task} is exported as {' or '.join(kind.formats)}"
+        )
+    request.check(task == "flamingo")
+    config = load_config(folder.config, [], kind.schema, check_files=False)
+    if task != "flamingo" or request.format not in _CONVERTED:
+        kind.write(config, request.output)
+        return
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=request.output.parent, prefix=f".{request.output.name}.") as temporary:
+        native = Path(temporary) / "native"
+        kind.write(config, native)
+        _convert(native, request, folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export a run and return the exit code."""
+    """Export a run, or convert an export, and return the exit code."""
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export)")
+    parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers, or a Flamingo's export")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export, or RUN_DIR/FORMAT)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="native",
+        help="native: for the commands here; huggingface: for transformers' Auto classes; idefics, mllama: for their "
+        "own classes; open_clip: image towers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--include-frozen",
+        action="store_true",
+        help="huggingface: copy the frozen language model and image tower too (default: name them)",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="huggingface: upload to this repository of the hub, made private if it is new (default: none)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="huggingface: report.json of trainer.evaluate for the model card; repeat it for several (default: those "
+        "of these weights in the run folder and beside it)",
+    )
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    run_folder = RunFolder(arguments.run_dir)
+    source, run_folder = arguments.run_dir, RunFolder(arguments.run_dir)
+    output = arguments.output or (run_folder.export if arguments.format == "native" else source / arguments.format)
+    request = _Request(arguments.format, output, arguments.include_frozen, arguments.push, tuple(arguments.report))
     try:
-        kind = yaml.safe_load(run_folder.config.read_text(encoding="utf-8"))["task"]
-        schema, export = _KINDS[kind]
-        output = arguments.output or run_folder.export
-        export(load_config(run_folder.config, [], schema, check_files=False), output)
-    except (OSError, ValueError, RuntimeError) as error:
+        if output.resolve() == source.resolve():
+            raise ValueError(f"--output {output} is the folder to export: name another one")
+        if run_folder.config.is_file():
+            _export_run(run_folder, request)
+        elif arguments.format in _CONVERTED:
+            request.check(is_flamingo=True)
+            _convert(source, request)
+        else:
+            raise ValueError(
+                f"{source} is no run folder: it has no {run_folder.config.name}. Name a run folder, or an export with "
+                f"--format {' or '.join(_CONVERTED)}"
+            )
+    except (OSError, ValueError, RuntimeError, TrainerError) as error:
         print(f"trainer.export: {error}", file=sys.stderr)
         return 1
-    print(f"exported {arguments.run_dir} to {output}")
+    print(f"exported {source} to {output}")
     return 0
 
 

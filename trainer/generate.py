@@ -144,7 +144,7 @@ def _continue_prompt(arguments: argparse.Namespace) -> str:
     )
     if any(kind == "video" for kind, _ in arguments.files):
         frames = (arguments.num_frames, arguments.frames_per_second)
-        processor = with_video_settings(processor, *frames, default_frames=model.config.resampler.num_frames)
+        processor = with_video_settings(processor, *frames, default_frames=model.config.resampler.num_frames or 1)
     media, media_grids = read_media(arguments.files, processor)
     sampling = {name: getattr(arguments, name) for name in _SAMPLING if getattr(arguments, name) is not None}
     if sampling and not arguments.sample:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from trainer.data.stream.step_totals import StepTotals, step_totals
 from trainer.data.stream.stream_state import check_data_state, merge_lane_positions, saved_lane_positions
 from trainer.deepspeed_engine.engine import Engine, StepResult
 from trainer.deepspeed_engine.optimizer import learning_rate_factor
+from trainer.deepspeed_engine.part_clipping import PartClipping
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Operations, Utilization, UtilizationMeter
 from trainer.observers.run_observers import run_observers
@@ -51,6 +52,22 @@ from trainer.runtime.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 
+# Runs forward and backward of a step's micro-batches, each source's loss times its factor, and returns this rank's
+# summed loss of each source that the step has.
+Accumulate = Callable[[Engine, Sequence[Batch], Mapping[str, float]], dict[str, Tensor]]
+
+
+def accumulate_micro_batches(
+    engine: Engine, batches: Sequence[Batch], factors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Add the gradient of one micro-batch after the other: the loss of a row depends on no other row."""
+    summed: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, start=1):
+        inputs, is_last = batch.to(engine.world.device).inputs, number == len(batches)
+        loss = engine.forward_backward(inputs, factors[batch.source], is_last=is_last)
+        summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
+    return summed
+
 
 @dataclass(frozen=True)
 class Task:
@@ -66,6 +83,8 @@ class Task:
         unit: What ``token_mean`` counts: trained tokens, or documents where the loss is one of whole documents.
         operations: Counts the floating-point operations of a batch; None leaves them out of the metrics.
         peak_tflops: Peak of a device in 10^12 operations per second; None where it is not known.
+        accumulate: Forward and backward of the micro-batches of a step.
+        clip_parts: Parts of the module whose gradients are clipped by themselves.
     """
 
     module: nn.Module
@@ -77,6 +96,8 @@ class Task:
     unit: Literal["token", "document"] = "token"
     operations: Callable[[Batch], Operations] | None = None
     peak_tflops: float | None = None
+    accumulate: Accumulate = accumulate_micro_batches
+    clip_parts: Sequence[PartClipping] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,8 @@ def train(task: Task, config: RunConfig, world: World, observers: Sequence[StepO
     """
     torch.manual_seed(config.training.seed + world.rank)
     folder, preemption = RunFolder(config.run_dir), Preemption(world)
-    engine = Engine(task.module, config.optimizer, task.deepspeed, world, config.training.cpu_matmul)
+    matmul = config.training.cpu_matmul
+    engine = Engine(task.module, config.optimizer, task.deepspeed, world, matmul, clip_parts=task.clip_parts)
     events = EventLog(folder, world.is_main)
     watchdog = Watchdog(folder, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
     meter = UtilizationMeter(world, task.peak_tflops)
@@ -179,6 +201,7 @@ def _train_from_checkpoint(run: _Run) -> None:
                 report = _train_step(run, batches, data_seconds)
             else:
                 report = _skip_step(run, step, skip_reason, data_seconds)
+            report = _measure(run, report)
             for observer in observers:
                 observer.end(report)
             if report.record_failed:
@@ -197,6 +220,17 @@ def _train_from_checkpoint(run: _Run) -> None:
             watchdog.step_done(step)
         watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()
+
+
+def _measure(run: _Run, report: StepReport) -> StepReport:
+    """Add to the metrics of a step what observers measure after it, such as an evaluation of the model."""
+    step = report.metrics.step
+    due = [observer for observer in run.observers if observer.measures(step)]
+    if not due:
+        return report
+    run.watchdog.alive(f"the evaluation after step {step}", slow=True)
+    measured = {name: value for observer in due for name, value in observer.measure(step, run.engine).items()}
+    return replace(report, metrics=replace(report.metrics, measured=measured))
 
 
 def _end_with_record_error(run: _Run, checkpoints: Checkpoints) -> None:
@@ -277,6 +311,7 @@ def step_loader(
         stop_step=stop_step,
         pin_memory=world.device.type == "cuda",
         lane_positions=lane_positions,
+        in_turn=config.training.combine == "round_robin",
     )
 
 
@@ -296,14 +331,20 @@ def _train_step(run: _Run, batches: StepBatches, data_seconds: float) -> StepRep
     start = time.perf_counter()
     totals = step_totals(batches.micro_batches, run.sources, data_seconds, run.world)
     normalizers = _normalizers(totals, run.task, run.config)
-    result, losses = _accumulate_and_step(run, batches, normalizers)
+    weights = _weights(normalizers, run.config)
+    factors = {name: weights[name] / normalizers[name] for name in run.sources}
+    sums = run.task.accumulate(run.engine, batches.micro_batches, factors)
+    result = run.engine.step(run.learning_rate_factor(batches.step))
+    # Read only now: reading waits for the device.
+    losses = {name: float(sums[name]) for name in run.sources if name in sums}
     step_seconds = time.perf_counter() - start + data_seconds
     operations = map(run.task.operations, batches.micro_batches) if run.task.operations else ()
     # Everything that the ranks tell one another after a step, in one all-reduce.
     values = _flags(run) | {f"loss/{name}": loss for name, loss in losses.items()}
     summed = sum_by_name(values | run.meter.pack(step_seconds, operations), run.world)
     losses = {name: summed[f"loss/{name}"] / normalizers[name] for name in losses}
-    metrics = _step_metrics(run, batches.step, result, losses, totals, run.meter.unpack(summed))
+    loss = sum(weights[name] * losses[name] for name in losses)
+    metrics = _step_metrics(run, batches.step, result, loss, losses, totals, run.meter.unpack(summed))
     samples = [sample for batch in batches.micro_batches for sample in batch.samples] if result.applied else []
     return StepReport(metrics, totals, samples, data_seconds, summed["stop"] > 0, summed["record failed"] > 0)
 
@@ -311,21 +352,6 @@ def _train_step(run: _Run, batches: StepBatches, data_seconds: float) -> StepRep
 def _flags(run: _Run) -> dict[str, float]:
     """Return what this rank tells the others after a step: whether it was asked to stop, or could not record a step."""
     return {"stop": float(run.preemption.requested), "record failed": float(run.records.exists)}
-
-
-def _accumulate_and_step(
-    run: _Run, batches: StepBatches, normalizers: Mapping[str, int]
-) -> tuple[StepResult, dict[str, float]]:
-    """Run forward and backward of all micro-batches, then step; also returns this rank's summed loss by source."""
-    weights = {source.name: source.weight for source in run.config.data.sources}
-    summed: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches.micro_batches, start=1):
-        scale = weights[batch.source] / normalizers[batch.source]
-        inputs, is_last = batch.to(run.world.device).inputs, number == len(batches.micro_batches)
-        loss = run.engine.forward_backward(inputs, scale, is_last=is_last)
-        summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
-    result = run.engine.step(run.learning_rate_factor(batches.step))
-    return result, {name: float(summed[name]) for name in run.sources}
 
 
 def _normalizers(totals: StepTotals, task: Task, config: RunConfig) -> dict[str, int]:
@@ -336,10 +362,19 @@ def _normalizers(totals: StepTotals, task: Task, config: RunConfig) -> dict[str,
     return {source: max(1, count) for source, count in counts.items()}
 
 
+def _weights(normalizers: Mapping[str, int], config: RunConfig) -> dict[str, float]:
+    """Return the weight of each source's mean loss; merged sources have that of their share of the batch."""
+    if config.training.combine == "merged":
+        total = sum(normalizers.values())
+        return {name: count / total for name, count in normalizers.items()}
+    return {source.name: source.weight for source in config.data.sources}
+
+
 def _step_metrics(
     run: _Run,
     step_index: int,
     result: StepResult,
+    loss: float,
     losses: dict[str, float],
     totals: StepTotals,
     utilization: Utilization,
@@ -351,7 +386,7 @@ def _step_metrics(
         dropped[reason] += count
     return StepMetrics(
         step=step_index + 1,
-        loss=sum(source.weight * losses[source.name] for source in run.config.data.sources),
+        loss=loss,
         losses=losses,
         grad_norm=result.grad_norm,
         lr=run.config.optimizer.lr * run.learning_rate_factor(step_index),

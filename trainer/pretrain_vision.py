@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _recipe() -> Recipe[ContrastiveRunConfig]:
     # Imported here, so that a wrong configuration is reported before torch is loaded.
     from trainer.export import export_contrastive
-    from trainer.tasks.contrastive import build_contrastive_task
+    from trainer.tasks.contrastive.task import build_contrastive_task
+    from trainer.tasks.contrastive.zero_shot_observer import zero_shot_observers
 
-    return Recipe(build_contrastive_task, export_contrastive)
+    return Recipe(build_contrastive_task, export_contrastive, zero_shot_observers)
 
 
 if __name__ == "__main__":

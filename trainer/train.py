@@ -21,10 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recipe() -> Recipe[FlamingoRunConfig]:
     # Imported here, so that a wrong configuration is reported before torch is loaded.
+    from trainer.evaluation.live import evaluation_observers
     from trainer.export import export_flamingo
     from trainer.tasks.flamingo import build_flamingo_task
 
-    return Recipe(build_flamingo_task, export_flamingo)
+    return Recipe(build_flamingo_task, export_flamingo, evaluation_observers)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 // Launches the kernels of one head_dim and type: sets grids and shared memory, and chooses the backward. Grids depend
 // on shapes only, so nothing waits for the device.
 #pragma once
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "launch.h"
 #include "masked_cross_attention.cuh"
 #include "resampler_attention.cuh"
@@ -9,13 +13,30 @@ namespace flamingo {
 namespace cuda {
 
 #if !defined(FLAMINGO_EMULATOR)
+// Lets a kernel use more than 48 KB of shared memory on the current device, and gives it the cache's room. It is done
+// once for each kernel and device.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  else cudaGetLastError();  // clears it; otherwise torch's next check would report it as an error of its own
+  return error;
+}
+
 template <class Params>
 int launch(void (*kernel)(Params), int64_t blocks, int heads, int threads, int shared_bytes, const Params& p,
            void* stream) {
   if (blocks == 0 || heads == 0) return cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(heads));
@@ -36,12 +57,17 @@ template <Type kType, int kWidth>
 int CrossLaunches<kType, kWidth>::backward(const CrossAttentionParams& p, void* stream) {
   constexpr int kShared = backward_shared_bytes<kWidth>();
   const int64_t key_blocks = p.media * tiles_of(p.latents), row_tiles = tiles_of(p.rows);
-  const int planned = launch(plan_rows<CrossAttentionParams>, 1, 1, kPlanThreads, 0, p, stream);
-  if (planned != 0) return planned;
-  if (one_block_a_row(p))
-    return launch(cross_attention_backward_keys<kType, kWidth, true>, key_blocks + row_tiles, p.heads, kThreads,
-                  kShared, p, stream);
-  const int error = launch(backward_rows<kType, kWidth, CrossAttention<kWidth>, false>, row_tiles, p.heads, kThreads,
+  const auto plan_blocks = [](int64_t count) { return (count + kPlanThreads - 1) / kPlanThreads; };
+  int error = launch(empty_ranges<CrossAttentionParams>, plan_blocks(p.media), 1, kPlanThreads, 0, p, stream);
+  if (error == 0) error = launch(plan_rows<CrossAttentionParams>, plan_blocks(p.rows), 1, kPlanThreads, 0, p, stream);
+  if (error != 0) return error;
+  if (one_block_a_row(p)) {
+    error = launch(clear_blind_rows<kWidth>, row_tiles, 1, kThreads, 0, p, stream);
+    if (error != 0) return error;
+    return launch(cross_attention_backward_keys<kType, kWidth, true>, key_blocks, p.heads, kThreads, kShared, p,
+                  stream);
+  }
+  error = launch(backward_rows<kType, kWidth, CrossAttention<kWidth>, false>, row_tiles, p.heads, kThreads,
                            kShared, p, stream);
   if (error != 0) return error;
   return launch(cross_attention_backward_keys<kType, kWidth, false>, key_blocks, p.heads, kThreads, kShared, p,

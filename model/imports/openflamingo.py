@@ -3,7 +3,8 @@
 The resampler's names begin with ``perceiver.``. The cross-attention before block N of the language model has two names:
 released checkpoints have ``lang_encoder.gated_cross_attn_layers.N.*``, and training writes the module that surrounds
 the block, such as ``lang_encoder.transformer.blocks.N.gated_cross_attn_layer.*``. The wrappers of DDP, FSDP and
-activation checkpointing may add parts to a name. The config that fits is ``model.presets.openflamingo``.
+activation checkpointing may add parts to a name. Time embeddings have been called ``perceiver.frame_embs``. The config
+that fits is ``model.presets.openflamingo``; ``read_openflamingo_settings`` finds its values in a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from model.config import FlamingoConfig, LanguageModelConfig
 from model.flamingo import Flamingo
 from model.language_model import InputRow, OutputRow
+from model.presets import openflamingo
 from model.pretrained import load_trained
 
 _RESAMPLER = (
     (r"latents", r"resampler.latents"),
+    (r"frame_embs", r"resampler.time_embeddings"),
     (r"norm\.(weight|bias)", r"resampler.norm.\1"),
     (r"layers\.(\d+)\.0\.norm_media\.(weight|bias)", r"resampler.layers.\1.attention.norm_features.\2"),
     (r"layers\.(\d+)\.0\.norm_latents\.(weight|bias)", r"resampler.layers.\1.attention.norm_latents.\2"),
@@ -64,12 +72,72 @@ def load_openflamingo(model: Flamingo, checkpoint: str | Path | Mapping[str, Ten
     Raises:
         ValueError: The file holds no state dict, a name is not OpenFlamingo's, or tensors do not fit the model.
     """
-    state: Any = checkpoint
-    if not isinstance(checkpoint, Mapping):
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{checkpoint} holds a {type(state).__name__} instead of OpenFlamingo's state dict")
+    state: Any = checkpoint if isinstance(checkpoint, Mapping) else read_openflamingo(checkpoint)
     load_trained(model, convert_openflamingo_state(model, state.get("model_state_dict", state)))
+
+
+def read_openflamingo(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of a file: safetensors, or a pickled file that ``weights_only`` loads.
+
+    Raises:
+        ValueError: The file cannot be read safely, or holds no state dict of OpenFlamingo.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read without running code from it: {reason}. Give a file of safetensors, or one that "
+            "torch.load reads with weights_only=True"
+        ) from error
+    state = state.get("model_state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__} instead of OpenFlamingo's state dict")
+    names = {_WRAPPERS.sub("", name) for name in state}
+    if "perceiver.latents" not in names or not any(map(_CROSS_ATTENTION_NAME.fullmatch, names)):
+        raise ValueError(
+            f"{path} is no checkpoint of OpenFlamingo: it lacks perceiver.latents or gated_cross_attn_layers, and "
+            f"has {sorted(names)[:3]}. A model of transformers is imported from its folder"
+        )
+    return dict(state)
+
+
+def read_openflamingo_settings(state: Mapping[str, Tensor], language_model: LanguageModelConfig) -> FlamingoConfig:
+    """Return the settings of a checkpoint, whose sizes and placement follow from its tensors.
+
+    Raises:
+        ValueError: It has time embeddings of media, or cross-attentions that are not evenly spaced.
+    """
+    stripped = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    if "perceiver.media_time_embs" in stripped:
+        raise ValueError(
+            "the checkpoint has perceiver.media_time_embs, an embedding of each medium's number, which no released "
+            "OpenFlamingo has and no setting expresses"
+        )
+    found = [match for name in stripped if (match := _CROSS_ATTENTION_NAME.fullmatch(name))]
+    blocks = sorted({int(match[1] or match[2]) for match in found})
+    every = blocks[0] + 1
+    if blocks != list(range(every - 1, blocks[-1] + 1, every)):
+        raise ValueError(
+            f"the checkpoint has cross-attentions before the blocks {blocks}, which are not evenly spaced. "
+            "OpenFlamingo has them before every Nth block, from block N - 1 on: the checkpoint is not whole"
+        )
+    config = openflamingo(language_model, every)
+    query = stripped["perceiver.layers.0.0.to_q.weight"]
+    time = stripped.get("perceiver.frame_embs")
+    resampler = replace(
+        config.resampler,
+        num_layers=len({name.split(".")[2] for name in stripped if name.startswith("perceiver.layers.")}),
+        num_heads=query.shape[0] // config.resampler.head_dim,
+        num_latents=stripped["perceiver.latents"].shape[0],
+        num_frames=0 if time is None else time.shape[0],
+        ff_mult=stripped["perceiver.layers.0.1.1.weight"].shape[0] // query.shape[1],
+    )
+    return replace(config, resampler=resampler)
 
 
 def convert_openflamingo_state(model: Flamingo, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +154,7 @@ def convert_openflamingo_state(model: Flamingo, checkpoint: Mapping[str, Tensor]
     """
     stripped = {_WRAPPERS.sub("", name): tensor for name, tensor in checkpoint.items()}
     order = {block: n for n, block in enumerate(model.blocks_with_cross_attention())}
-    state = {"resampler.time_embeddings": torch.zeros_like(model.resampler.time_embeddings)}
+    state: dict[str, Tensor] = {}
     unknown, contradicting = [], []
     for name, tensor in stripped.items():
         if name.startswith("perceiver."):
@@ -114,6 +182,9 @@ def convert_openflamingo_state(model: Flamingo, checkpoint: Mapping[str, Tensor]
             f"the checkpoint holds {len(contradicting)} tensors under two names with different values: "
             f"{contradicting[:3]}. It was put together from several checkpoints; remove the names that are out of date"
         )
+    if model.config.resampler.num_frames:
+        start = model.get_parameter("resampler.time_embeddings")
+        state.setdefault("resampler.time_embeddings", torch.zeros_like(start))
     return state | _added_rows(model, stripped)
 
 

@@ -39,8 +39,9 @@ def masked_cross_attention(
 
     Args:
         q: [T, H, K] queries of the tokens, batch and length flattened.
-        k: [M, R, H, K] keys; strided views (a slice of a fused projection) are fine.
-        v: [M, R, H, K] values.
+        k: [M, R, U, K] keys; strided views (a slice of a fused projection) are fine. U divides H: neighboring heads of
+            q share a head of k and v, which the kernels see repeated.
+        v: [M, R, U, K] values.
         media_index: [T] int64 or int32, medium that a token sees; -1 for none, which gives exactly 0.
         gate: [1]; the output is multiplied by ``tanh(gate)``. This is valid when the output projection has no bias.
         first_media: [T]; a token sees all media ``first_media[t]..media_index[t]``. None shows it the last of them.
@@ -58,6 +59,8 @@ def masked_cross_attention(
     """
     q, k, v = autocast_inputs(q.device.type, q, k, v)
     checks.masked_cross_attention(q, k, v, media_index, gate, first_media, scale)
+    if k.shape[2] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[2], 2) for x in (k, v))
     if use_fused("masked_cross_attention", q, backend):
         out_scale = None if gate is None else torch.tanh(gate.float()).view(1)
         return torch.ops.flamingo.masked_cross_attention(

@@ -33,8 +33,10 @@ def masked_cross_attention(
     """
     _check_shape("q", q, ("T", "H", "K"), {})
     sizes = {"T": q.shape[0], "H": q.shape[1], "K": q.shape[2]}
-    _check_shape("k", k, ("M", "R", "H", "K"), sizes)
-    _check_shape("v", v, ("M", "R", "H", "K"), sizes | {"M": k.shape[0], "R": k.shape[1]})
+    _check_shape("k", k, ("M", "R", "U", "K"), sizes)
+    _check_shape("v", v, ("M", "R", "U", "K"), sizes | dict(zip("MRU", k.shape[:3], strict=True)))
+    if k.shape[2] == 0 or q.shape[1] % k.shape[2]:
+        raise ValueError(f"k must have heads that divide those of q, {q.shape[1]}, it has {k.shape[2]}")
     _check_alike(q, k=k, v=v)
     if k.shape[1] == 0:
         raise ValueError("k must hold at least one latent of each medium, R is 0")

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.ops import library
+from model.ops import cuda_limits, library
 
 BACKENDS = ("auto", "fused", "reference")
 OPS = ("masked_cross_attention", "resampler_attention")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
-CUDA_HEAD_DIMS = (64, 96, 128)
 
 _configured: str | None = None
 
@@ -79,15 +78,22 @@ def use_fused(op: str, q: Tensor, backend: str | None) -> bool:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "reference":
         return False
-    reason = why_not_fused(q.device.type, q.dtype, q.shape[-1])
+    reason = why_not_fused(q.device.type, q.device.index, q.dtype, q.shape[-1])
     if reason is not None and name == "fused":
         raise RuntimeError(f"{op} cannot be fused: {reason}")
     return reason is None
 
 
 @torch.compiler.assume_constant_result
-def why_not_fused(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Return None if the kernels take this device, dtype and head_dim, else the reason."""
+def why_not_fused(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return None if the kernels take this device, dtype and head_dim, forward and backward, else the reason.
+
+    Args:
+        device: Type of the device.
+        index: Its number; None for the only one, or the current one.
+        dtype: Type of the queries.
+        head_dim: Dim of a head.
+    """
     if device not in DTYPES:
         return f"no kernels for device {device}"
     error = library.load_errors()[device]
@@ -95,8 +101,11 @@ def why_not_fused(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return error
     if dtype not in DTYPES[device]:
         return f"no kernels for {dtype} on {device}"
-    if device == "cuda" and head_dim not in CUDA_HEAD_DIMS:
+    if device == "cuda" and head_dim not in cuda_limits.HEAD_DIMS:
         return f"no kernels for head_dim {head_dim} on cuda"
+    if device == "cuda":
+        found = cuda_limits.card(torch.cuda.current_device() if index is None else index)
+        return cuda_limits.obstacle(found, head_dim, library.cuda_architectures())
     if head_dim % 16:
         return f"head_dim must be a multiple of 16, not {head_dim}"
     return None
@@ -111,6 +120,19 @@ def status() -> list[OpStatus]:
             covered = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             if error is None and device == "cpu":
                 covered += f", instruction set {library.cpu_instruction_set()}"
+            if error is None and device == "cuda":
+                rows += [_card_status(op, index, covered) for index in range(torch.cuda.device_count())]
+                continue
             rows.append(OpStatus(op, f"fused on {device}", error is None, covered if error is None else error))
         rows.append(OpStatus(op, "reference", True, f"plain torch; backend in force: {get_backend()}"))
     return rows
+
+
+def _card_status(op: str, index: int, covered: str) -> OpStatus:
+    """Return what a GPU can run of an op, by head_dim."""
+    found, built = cuda_limits.card(index), library.cuda_architectures()
+    reasons = {head_dim: cuda_limits.obstacle(found, head_dim, built) for head_dim in cuda_limits.HEAD_DIMS}
+    able = [str(head_dim) for head_dim, reason in reasons.items() if reason is None]
+    text = f"{found.name}: {covered}, head_dim {', '.join(able)}" if able else ""
+    missing = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason is not None))
+    return OpStatus(op, f"fused on cuda:{index}", bool(able), "; ".join(part for part in (text, missing) if part))

@@ -19,7 +19,8 @@ from model.internals import disable_autocast_key
 
 FOLDER = Path(__file__).parent
 LIBRARIES = {"cpu": "_C.abi3.so", "cuda": "_C_cuda.abi3.so"}
-BUILD_REPORT = "_build_report.json"  # written by setup.py: why a library was not built
+BUILD_REPORT = "_build_report.json"  # written by setup.py: why a library was not built, and what for
+ARCHITECTURES = "cuda architectures"  # key of the report
 
 
 @functools.cache
@@ -45,6 +46,12 @@ def cpu_instruction_set(level: str | None = None) -> str:
     """Return the instruction set of the CPU kernels, or select ``level``, which the processor must have."""
     names = ("generic", "avx2", "avx512", "avx512_bf16")
     return names[torch.ops.flamingo.cpu_isa(-1 if level is None else names.index(level))]
+
+
+@functools.cache
+def cuda_architectures() -> tuple[str, ...]:
+    """Return what the CUDA library was built for, such as "8.0+PTX" and "9.0a"."""
+    return tuple(_build_report().get(ARCHITECTURES, "").split())
 
 
 def _load(device: str) -> str | None:

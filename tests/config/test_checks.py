@@ -55,6 +55,18 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "drive"}
         ("model", {}, "model.language_model.name", "is required"),
         (
             "model",
+            {"preset": "idefics-9b", "language_model": {"name": "a/b"}},
+            "model.vision.architecture",
+            "with random weights, which stay frozen: set model.start_from",
+        ),
+        (
+            "model",
+            {"language_model": {"name": "a/b"}, "vision": {"name": "transformers:a/b", "padding_tiles": True}},
+            "model.vision.padding_tiles",
+            "only resampler.kind linear",
+        ),
+        (
+            "model",
             {"language_model": {"name": "a/b", "architecture": {"model_type": "llama"}}},
             "model.language_model.architecture",
             "name must be left out",
@@ -239,11 +251,39 @@ def test_lanes_limit_the_world(write_yaml: WriteYaml) -> None:
 
 
 def test_rules_of_an_evaluation(write_yaml: WriteYaml, tmp_path: Path) -> None:
-    task = {"name": "a", "manifest": str(tmp_path / "m.npz"), "minimum": 0.9, "maximum": 0.1}
-    values = {"model": str(tmp_path / "export"), "report": "r.json", "tasks": [task, task]}
+    shards = {"name": "a", "type": "shards", "manifest": str(tmp_path / "m.npz"), "image": 2}
+    questions = {"name": "a/b", "type": "vqa", "questions": "q.json", "images": "none", "support_questions": "s.json"}
+    values = {"model": str(tmp_path / "export"), "output": "out", "tasks": [shards, shards, questions], "shots": []}
+    values["deepspeed"] = {"offload_param": {"device": "cpu"}}
     found = [p.path for p in problems_of(write_yaml(values), schema=EvaluationConfig, check_files=True)]
-    expected = ["tasks", "tasks.0.minimum", "tasks.0.manifest", "tasks.1.minimum", "tasks.1.manifest", "model"]
-    assert found == expected
+    assert found == [
+        *("tasks", "shots", "tasks.0.image", "tasks.0.manifest", "tasks.1.image", "tasks.1.manifest"),
+        *("tasks.2.name", "tasks.2.support_annotations"),
+        *(
+            "tasks.2.questions",
+            "tasks.2.images",
+            "tasks.2.support_questions",
+            "deepspeed.offload_param.device",
+            "model",
+        ),
+    ]
+
+
+def test_rules_of_an_evaluation_during_training(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    task = {"name": "a", "type": "shards", "manifest": "m.npz", "shots": [4]}
+    values["checkpoint"] = {"every": 50, "keep_best": 1, "best_metric": "eval/a/0"}
+    (problem,) = problems_of(write_yaml(values), check_files=False)
+    assert "without evaluation.tasks nothing else" in problem.message
+    values["evaluation"] = {"every": 20, "tasks": [task], "demonstrations": "rices"}
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=False)}
+    assert "there is loss, eval/a/4" in found["checkpoint.best_metric"]
+    assert "is for trainer.evaluate" in found["evaluation.demonstrations"]
+    values["checkpoint"]["best_metric"] = "eval/a/4"
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=False)}
+    assert "no multiple of evaluation.every (20)" in found["checkpoint.every"]
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=True)}
+    assert "no such file: m.npz" in found["evaluation.tasks.0.manifest"]
 
 
 def test_a_raw_file_must_be_a_json_object(write_yaml: WriteYaml, tmp_path: Path) -> None:
@@ -266,6 +306,20 @@ def test_rules_of_packing_filters_and_augmentation(write_yaml: WriteYaml) -> Non
     assert "the smaller number first" in found["data.sources.0.augment.crop_scale"]
     assert "rows that are not packed" in found["data.sources.1.samples_per_row"]
     assert "only text" in found["data.sources.1.filters.min_side"]
+
+
+def test_rules_of_trained_answers(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    pairs = values["data"]["sources"][0]
+    pairs |= {"train_on": "answer", "max_tokens": 3}
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=False)}
+    assert "one token of the prompt; set at least 4" in found["data.sources.0.max_tokens"]
+    pairs |= {"train_on": "all", "max_tokens": 32, "answer_prefix": "\n"}
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), check_files=False)}
+    assert "set train_on: answer" in found["data.sources.0.answer_prefix"]
+    values["data"]["sources"] = [{**pairs, "train_on": "answer"}]
+    found = {problem.path: problem.message for problem in problems_of(write_yaml(values), schema=ContrastiveRunConfig)}
+    assert "compares the image with the .txt alone" in found["data.sources.0.train_on"]
 
 
 def test_overrides_of_a_video_source(write_yaml: WriteYaml) -> None:

@@ -18,6 +18,14 @@ from trainer.config.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SMALL_RUNS = (
+    "quickstart",
+    "easy_vqa",
+    "in_context",
+    "benchmark",
+    "own_data",
+    "studies",
+)  # folders of runs on any machine
 pytestmark = pytest.mark.usefixtures("in_the_clone")
 
 
@@ -52,7 +60,7 @@ def test_it_fits_the_cluster_that_it_names(path: Path) -> None:
     config = load(path)
     cluster = re.search(r"# Cluster: (\d+) x (\d+) H100 \((\d+) processes\)", path.read_text())
     if cluster is None:
-        assert path.name in ("debug.yaml",) or path.parent.name in ("quickstart", "benchmark", "own_data")
+        assert path.name in ("debug.yaml", "tiny.yaml") or path.parent.name in SMALL_RUNS
         return
     nodes, gpus, processes = map(int, cluster.groups())
     assert nodes * gpus == processes

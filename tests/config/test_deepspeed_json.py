@@ -64,7 +64,7 @@ def test_every_section_reaches_the_json(write_yaml: WriteYaml) -> None:
     assert zero["reduce_bucket_size"] == 5
     assert zero["stage3_prefetch_bucket_size"] == 6
     assert zero["offload_param"] == {"device": "nvme", "nvme_path": "drive", "pin_memory": True}
-    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero["stage3_gather_16bit_weights_on_model_save"] is False
     assert "data_types" not in values
     json.dumps(values)

@@ -29,7 +29,9 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def options_in(text: str) -> dict[str, str]:
     """Return the text below each option, with its default."""
-    found = re.findall(r"^  --([a-z]\S*)[^\n]*((?:\n {8}.*)*)", text, flags=re.MULTILINE)
+    # A list element like an earlier one names only other values; long choices go on in the next lines.
+    text = re.sub(r"^  Same options as .*\n(?:  --.*\n?)*", "", text, flags=re.MULTILINE)
+    found = re.findall(r"^  --([a-z]\S*)[^\n]*(?:\n  [^\s-][^\n]*)*((?:\n {8}.*)*)", text, flags=re.MULTILINE)
     return {name: " ".join(below.split()) for name, below in found}
 
 
@@ -45,6 +47,8 @@ def test_every_setting_has_a_help_text_and_a_default(schema: type[Any]) -> None:
 def test_every_setting_is_an_option(schema: type[Any]) -> None:
     shown = {re.sub(r"\.\d+\.", ".0.", name) for name in options_in(settings_help(example_settings(schema)))}
     expected = set(setting_paths(schema))
+    if schema is FlamingoRunConfig:  # trainer.evaluate shows the settings of its tasks
+        expected = {path for path in expected if not path.startswith("evaluation.tasks.")}
     if schema in (LanguageModelRunConfig, ContrastiveRunConfig):  # the example has only the sources that they take
         expected = {path for path in expected if not path.startswith("data.sources.")}
     assert expected - shown == set()

@@ -139,11 +139,11 @@ def test_home_and_variables_are_expanded_in_every_path(write_yaml: WriteYaml, ty
 
 
 def test_other_schemas_expand_too(write_yaml: WriteYaml) -> None:
-    task = {"name": "a", "manifest": "~/m.npz"}
-    values = {"model": "$SCRATCH/export", "report": "~/r.json", "tasks": [task]}
+    task = {"name": "a", "type": "shards", "manifest": "~/m.npz"}
+    values = {"model": "$SCRATCH/export", "output": "~/results", "tasks": [task]}
     config = load_config(write_yaml(values), [], EvaluationConfig, check_files=False)
-    paths = (config.model, config.report, config.tasks[0].manifest)
-    assert paths == (Path("/scratch/export"), Path("/people/me/r.json"), Path("/people/me/m.npz"))
+    paths = (config.model, config.output, config.tasks[0].manifest)
+    assert paths == (Path("/scratch/export"), Path("/people/me/results"), Path("/people/me/m.npz"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_cannot_be_expanded_is_refused_with_its_setting(write_yaml: WriteYa
 
 
 def test_all_settings_that_are_paths_are_known() -> None:
-    assert {name for name in path_settings(FlamingoRunConfig) if not name.startswith("data.")} == {
+    assert {name for name in path_settings(FlamingoRunConfig) if not name.startswith(("data.", "evaluation."))} == {
         "run_dir",
         "deepspeed.raw",
         "deepspeed.offload_param.path",

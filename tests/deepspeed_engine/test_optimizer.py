@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from model.config import TrainableConfig
 from tests.model.builders import tiny_flamingo
-from trainer.config.run_config import OptimizerConfig, ScheduleConfig
+from trainer.config.run_config import OptimizerConfig, PartOptimizerConfig, PartsOptimizerConfig, ScheduleConfig
 from trainer.deepspeed_engine.optimizer import (
     build_optimizer,
     learning_rate_factor,
@@ -16,9 +19,9 @@ from trainer.deepspeed_engine.optimizer import (
 )
 
 
-def group_settings(config: OptimizerConfig) -> dict[str, dict[str, float]]:
+def group_settings(config: OptimizerConfig, **changes: Any) -> dict[str, dict[str, float]]:
     """Return the settings of each trainable parameter of a tiny Flamingo, by name."""
-    model = tiny_flamingo()
+    model = tiny_flamingo(**changes)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model.named_parameters(), config)
     found = {
@@ -65,8 +68,22 @@ def test_the_multiplier_reaches_the_optimizer() -> None:
     assert rates == {id(gate): 1.5, id(weight): 0.5}
 
 
+def test_parts_have_learning_rates_and_weight_decay_of_their_own() -> None:
+    parts = PartsOptimizerConfig(vision=PartOptimizerConfig(0.1), cross_attention=PartOptimizerConfig(weight_decay=0.5))
+    config = OptimizerConfig(weight_decay=0.2, gate_lr_multiplier=15, parts=parts)
+    groups = group_settings(config, trainable=TrainableConfig(vision="full", language_model="full"))
+    for name, group in groups.items():
+        rate = 0.1 if name.startswith("vision_encoder.") else 15 if name.endswith("_gate") else 1
+        assert group["lr_multiplier"] == pytest.approx(rate), name
+        if group["weight_decay"]:
+            assert group["weight_decay"] == (0.5 if name.startswith("cross_attention.") else 0.2), name
+    assert groups["language_model.lm.model.layers.0.mlp.up_proj.weight"]["weight_decay"] == 0.2
+    assert groups["language_model.lm.model.embed_tokens.weight"]["weight_decay"] == 0
+
+
 @pytest.mark.parametrize(
-    ("decay", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
+    ("decay", "middle", "last"),
+    [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("exponential", 0.1**0.5, 0.1)],
 )
 def test_the_schedule_warms_up_and_decays(decay: str, middle: float, last: float) -> None:
     schedule = ScheduleConfig(warmup_steps=10, decay=decay, final_lr_ratio=0.1)  # type: ignore[arg-type]
@@ -80,3 +97,16 @@ def test_the_schedule_warms_up_and_decays(decay: str, middle: float, last: float
 
 def test_a_run_without_warmup_starts_at_the_peak() -> None:
     assert learning_rate_factor(0, 10, ScheduleConfig(warmup_steps=0)) == 1.0
+
+
+def test_gains_of_weight_standardized_convolutions_do_not_decay() -> None:
+    from timm.layers import ScaledStdConv2d
+
+    convolution = ScaledStdConv2d(3, 4, 3)
+    decays = {
+        id(parameter): group["weight_decay"] > 0
+        for group in parameter_groups(convolution.named_parameters(prefix="conv"), OptimizerConfig(weight_decay=0.1))
+        for parameter in group["params"]
+    }
+    named = {name: decays[id(parameter)] for name, parameter in convolution.named_parameters()}
+    assert named == {"weight": True, "gain": False, "bias": False}

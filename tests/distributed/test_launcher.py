@@ -57,6 +57,11 @@ def test_a_run_killed_under_the_launcher_completes_when_started_again(assets: Pa
     exported = python("trainer.export", str(tmp_path / "whole"), "--output", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights[1]
+    options = ("--format", "huggingface", "--include-frozen", "--output", str(tmp_path / "hub"))
+    exported = python("trainer.export", str(tmp_path / "whole"), *options)
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "hub" / "model.safetensors").is_file() and (tmp_path / "hub" / "modeling_flamingo.py").is_file()
+    assert "40 steps on" in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_the_launcher_passes_a_request_to_stop_on(assets: Path, tmp_path: Path, port: int) -> None:
@@ -77,22 +82,23 @@ def test_the_launcher_passes_a_request_to_stop_on(assets: Path, tmp_path: Path, 
 def check_evaluation(assets: Path, model: Path, folder: Path) -> None:
     """Check that the report holds every task, and that a missed bound or a wrong model gives exit code 1."""
     pairs, documents = (str(assets / "data" / name / "manifest.npz") for name in ("pairs", "documents"))
+    common = {"type": "shards", "num_queries": 4, "max_new_tokens": 6}
+    first = {"name": "first", "manifest": documents, "samples": "interleaved", "controls": ["shuffled_query"]}
     settings = {
         "model": str(model),
-        "report": str(folder / "report.json"),
-        "num_samples": 4,
-        "max_new_tokens": 6,
+        "output": str(folder / "evaluation"),
+        "prompt_style": "plain",
+        "zero_shot_examples": 0,
         "tasks": [
-            {"name": "pairs", "manifest": pairs},
-            {"name": "first", "manifest": documents, "type": "interleaved", "control": "shuffled", "maximum": 1.0},
-            {"name": "blind", "manifest": pairs, "control": "without_images"},
+            {"name": "pairs", "manifest": pairs, "controls": ["no_images"], "bounds": [{"minimum": 0.0}], **common},
+            {**first, "bounds": [{"control": "shuffled_query", "maximum": 1.0}], **common},
         ],
     }
     config = write_settings(folder / "evaluate.yaml", settings)
     result = python("trainer.evaluate", str(config))
     assert result.returncode == 0, result.stderr
-    assert set(json.loads((folder / "report.json").read_text())) == {"pairs", "first", "blind"}
-    result = python("trainer.evaluate", str(config), "--tasks.pairs.minimum", "1.0")
+    assert set(json.loads((folder / "evaluation" / "report.json").read_text())["tasks"]) == {"pairs", "first"}
+    result = python("trainer.evaluate", str(config), "--tasks.pairs.bounds.0.minimum", "1.0")
     assert result.returncode == 1 and "pairs" in result.stderr
     result = python("trainer.evaluate", str(config), "--model", str(folder))
     assert result.returncode == 1 and str(folder) in result.stderr

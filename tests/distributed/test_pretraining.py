@@ -67,7 +67,8 @@ def contrastive_settings(assets: Path, run_dir: Path, **more: Any) -> dict[str, 
 def pretrain(world: World, kind: str, settings: dict[str, Any]) -> None:
     """Pretrain a "language_model" or the "contrastive" towers, and export."""
     from trainer import export, loop
-    from trainer.tasks import contrastive, language_model
+    from trainer.tasks import language_model
+    from trainer.tasks.contrastive.task import build_contrastive_task
 
     Path(settings["run_dir"]).mkdir(parents=True, exist_ok=True)
     path = write_settings(Path(settings["run_dir"]) / f"settings-{world.rank}.yaml", settings)
@@ -78,7 +79,7 @@ def pretrain(world: World, kind: str, settings: dict[str, Any]) -> None:
             export.export_language_model(config, config.run_dir / "export")
     else:
         towers = load_config(path, [], ContrastiveRunConfig)
-        loop.train(contrastive.build_contrastive_task(towers, world), towers, world)
+        loop.train(build_contrastive_task(towers, world), towers, world)
         if world.is_main:
             export.export_contrastive(towers, towers.run_dir / "export")
 
@@ -111,35 +112,3 @@ def test_the_towers_train_alike_on_one_and_two_processes_and_their_export_loads(
     assert two[-1] < two[0]
     clip = open_clip.create_model(f"local-dir:{tmp_path / '2' / 'export'}")
     assert clip.logit_scale.shape == () and clip.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
-
-
-def test_stage_3_is_refused_for_the_towers(assets: Path, tmp_path: Path) -> None:
-    settings = contrastive_settings(assets, tmp_path / "run", deepspeed={"zero_stage": 3})
-    with pytest.raises(AssertionError, match="zero_stage"):
-        run_distributed(pretrain, 1, "contrastive", settings)
-
-
-def loss_with_duplicates(world: World, mask: bool) -> tuple[float, float]:
-    """Return the loss of four pairs of which two share a caption, and the same loss computed by definition."""
-    from trainer.tasks.contrastive import DuplicateAwareClipLoss
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=-1)
-    texts = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=-1)
-    texts[2] = texts[0]
-    duplicates = torch.zeros(4, 4, dtype=torch.bool)
-    duplicates[0, 2] = duplicates[2, 0] = True
-    loss = DuplicateAwareClipLoss()(images, texts, torch.tensor(10.0), duplicates if mask else None)
-    expected = 0.0
-    for features, others in ((images, texts), (texts, images)):
-        for row in range(4):
-            logits = 10 * features[row] @ others.T
-            kept = [column for column in range(4) if not (mask and duplicates[row, column])]
-            expected += float(logits[kept].logsumexp(0) - logits[row]) / 8
-    return float(loss), expected
-
-
-@pytest.mark.parametrize("mask", [True, False])
-def test_equal_captions_are_not_negatives(mask: bool) -> None:
-    [(loss, expected)] = run_distributed(loss_with_duplicates, 1, mask)
-    assert loss == pytest.approx(expected, rel=1e-5)

@@ -114,8 +114,8 @@ def test_partitioning_changes_neither_the_start_nor_the_fingerprint(monkeypatch:
     expected = build_flamingo(tiny_config(), BEYOND)
     zero = Partitioned()
 
-    def partitioned_lm(*args: Any) -> Any:
-        lm = build_language_model(*args)
+    def partitioned_lm(*args: Any, **options: Any) -> Any:
+        lm = build_language_model(*args, **options)
         zero.hide(lm.parameters())
         return lm
 

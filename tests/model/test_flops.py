@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import VisionEncoderConfig
+from model.config import CrossAttentionConfig, PerceiverResamplerConfig, TrainableConfig, VisionEncoderConfig
 from model.factory import build_flamingo
 from model.flops import UsefulFlops, Workload, utilization
 from model.presets import get_preset
@@ -117,5 +117,28 @@ def test_the_9b_has_the_expected_shares() -> None:
     assert share["head"] == pytest.approx(0.01, abs=0.005)
 
 
+def test_a_projector_and_shared_heads() -> None:
+    cross = CrossAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, activation="swiglu", ff_dim=24)
+    model = tiny_flamingo(cross_attention=cross, resampler=PerceiverResamplerConfig(kind="linear", dim=20))
+    sizes = UsefulFlops.of(model)
+    assert sizes.cross_text == 3 * (2 * 32 * 32 + 3 * 32 * 24), "gate, up and down"
+    assert sizes.cross_media == 3 * 20 * 2 * 2 * 8
+    assert (sizes.num_latents, sizes.latents_per_frame, sizes.resampler_features) == (0, 4, 24 * 20)
+    parts = sizes.parts(Workload(rows=1, tokens=10, media=3, num_frames=2))
+    keys = 2 * 4
+    assert parts["cross_attention_text"] == 10 * (6 * sizes.cross_text + 12 * keys * 3 * 32)
+    assert parts["cross_attention_media"] == 3 * 6 * keys * sizes.cross_media
+    assert parts["resampler"] == 3 * 3 * 2 * keys * 24 * 20
+
+
 def test_utilization() -> None:
     assert utilization(flops=4e15, seconds=2.0, devices=8, peak=1e15) == 0.25
+
+
+def test_trained_parts_need_more_passes() -> None:
+    workload = Workload(rows=1, tokens=10, media=2)
+    frozen = UsefulFlops.of(tiny_flamingo()).parts(workload)
+    trained = TrainableConfig(language_model="full", vision="full")
+    whole = UsefulFlops.of(tiny_flamingo(trainable=trained)).parts(workload)
+    assert whole["vision"] == 3 * frozen["vision"] and whole["head"] == 1.5 * frozen["head"]
+    assert whole["resampler"] == frozen["resampler"]

@@ -199,8 +199,8 @@ def test_the_language_models_own_generation_defaults_do_not_matter() -> None:
     expected = generate(tiny_flamingo(), [[1, 5, 6]], None, [0], max_new_tokens=9)
     build = factory.build_language_model
 
-    def sampled(*args: Any) -> Any:
-        lm = build(*args)
+    def sampled(*args: Any, **options: Any) -> Any:
+        lm = build(*args, **options)
         lm.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, min_length=50)
         return lm
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from model.config import LanguageModelConfig
+from model.config import LanguageModelConfig, PerceiverResamplerConfig
 from model.flamingo import Flamingo
 from model.internals import FakeTensorMode, TorchDispatchMode
 from model.ops import library
@@ -62,6 +62,18 @@ def step(model: Flamingo, packed: bool = True, without: str = "") -> None:
 def test_no_value_is_read(family: str, attend: str, packed: bool) -> None:
     """Cover gemma3 too, whose loss is not fused with its head."""
     step(small_model(family, attend), packed)
+
+
+def test_no_value_is_read_for_groups_of_media_through_a_projector() -> None:
+    config = tiny_config()
+    cross = replace(
+        config.cross_attention, head_dim=16, num_kv_heads=2, media_groups=True, without_media="nothing", gate="vector"
+    )
+    projector = PerceiverResamplerConfig(kind="linear", dim=20)
+    architecture = {**FAMILIES["llama"], "max_position_embeddings": 512}
+    language_model = LanguageModelConfig(architecture=architecture)
+    changes = {"cross_attention": cross, "resampler": projector, "language_model": language_model}
+    step(tiny_flamingo("llama", INSIDE, **changes))
 
 
 def test_reading_a_value_is_noticed() -> None:

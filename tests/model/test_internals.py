@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from model import internals
 from model.ops import library
@@ -63,3 +63,46 @@ def test_the_attention_implementation_can_be_read(name: str) -> None:
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=name)
     assert internals.attention_implementation(lm.config) == name
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_flash_attention_takes_offsets(name: str) -> None:
+    config = AutoConfig.for_model(**FAMILIES["llama"])
+    assert not internals.takes_document_offsets(config)
+    config._attn_implementation = name
+    assert internals.takes_document_offsets(config)
+
+
+def test_documents_are_numbered_as_by_transformers() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
+    with internals.known_packing(True):
+        known = masking_utils.find_packed_sequence_indices(positions)
+    with internals.known_packing(False):
+        assert masking_utils.find_packed_sequence_indices(positions) is None
+    found = masking_utils.find_packed_sequence_indices(positions)
+    assert torch.equal(known, found)
+    assert masking_utils.find_packed_sequence_indices(torch.arange(6)[None]) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_known_packing_is_still_needed(family: str) -> None:
+    """Fail once transformers reads no value where there is no mask; a tensor on the meta device has none."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family]))
+        ids = torch.ones(1, 6, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match="meta"):
+            lm(input_ids=ids, use_cache=False)
+        for is_packed in (False, True):
+            with internals.known_packing(is_packed):
+                lm(input_ids=ids, use_cache=False)
+
+
+def test_changes_in_place_count() -> None:
+    tensor = torch.zeros(3)
+    before = internals.tensor_version(tensor)
+    tensor.data = torch.ones(3)  # as ZeRO-3 gathers
+    assert internals.tensor_version(tensor) == before
+    tensor.add_(1)
+    assert internals.tensor_version(tensor) > before
+    with torch.inference_mode():
+        assert internals.tensor_version(torch.zeros(3)) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.media_index import documents_from_positions, first_media, following, preceding
+from model.media_index import documents_from_positions, find_documents, first_media, following, preceding
 
 IMAGE = 7
 
@@ -75,3 +75,8 @@ def test_text_without_media_sees_none() -> None:
     assert (preceding(ids, IMAGE) == -1).all()
     assert (following(ids, IMAGE) == -1).all()
     assert (first_media(preceding(ids, IMAGE)) == -1).all()
+
+
+def test_offsets_of_documents_count_over_all_rows() -> None:
+    offsets, longest = find_documents(torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]]))
+    assert (offsets.tolist(), offsets.dtype, longest) == ([0, 3, 4, 5, 8], torch.int32, 3)

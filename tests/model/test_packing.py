@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+from model import language_model
 from model.flamingo import Flamingo
+from model.internals import attention_implementation
 from model.lm_probes import separates_packed_documents
 from tests.model.builders import BEYOND, FAMILIES, random_media, random_text, text_with_media, tiny_flamingo
 
@@ -141,3 +144,41 @@ def test_changing_a_document_leaves_the_others_bit_for_bit_equal() -> None:
         before = model(ids, media=media, position_ids=positions).logits[0, 12:]
         after = model(other, media=changed, position_ids=positions).logits[0, 12:]
     assert torch.equal(before, after)
+
+
+def attend_by_offsets(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> Any:
+    """Compute what FlashAttention computes from offsets: each document by itself, whatever row it is in."""
+    assert mask is None
+    offsets = kwargs["cu_seq_lens_q"]
+    assert (offsets.dtype, kwargs["max_length_q"]) == (torch.int32, int(offsets.diff().max()))
+    flat = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (query, key, value)]
+    parts = zip(*(x.split(offsets.diff().tolist(), dim=1) for x in flat), strict=True)
+    out = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], dim=1)
+    return out.transpose(0, 1).unflatten(0, (query.shape[0], -1)), None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flash_attention_gets_the_offsets_of_documents(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "offsets_on_cpu"  # transformers would look for a package under a name with "flash"
+    AttentionInterface.register(name, attend_by_offsets)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(language_model, "takes_document_offsets", lambda lm: attention_implementation(lm) == name)
+    parts, media = documents()
+    ids, positions = packed(parts, 5)
+    model, results = tiny_flamingo(gates=0.7), []
+    inputs = {"media": torch.cat([media] * rows), "position_ids": positions.repeat(rows, 1)}
+    for attention in ("sdpa", name):
+        model.language_model.lm.set_attn_implementation(attention)
+        with torch.no_grad():
+            results.append(model(ids.repeat(rows, 1), **inputs).logits)
+    torch.testing.assert_close(*results)
+
+
+def test_padding_after_the_tokens_needs_no_mask() -> None:
+    model = tiny_flamingo(gates=0.7)
+    ids, media = text_with_media()
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    with torch.no_grad():
+        with_mask, without = (model(ids, attention_mask=m, media=media).logits[mask == 1] for m in (mask, None))
+    assert torch.equal(with_mask, without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import PerceiverResamplerConfig
-from model.perceiver_resampler import PerceiverResampler, interpolate_time
+from model.factory import build_flamingo
+from model.flops import UsefulFlops, Workload
+from model.parameters import trainable_parameters
+from model.perceiver_resampler import PerceiverResampler, build_resampler, interpolate_time
+from tests.model.builders import BEYOND, text_with_media, tiny_config
 
 CONFIG = PerceiverResamplerConfig(num_layers=2, dim=12, num_heads=3, head_dim=8, num_latents=5, num_frames=4)
 
@@ -103,3 +108,61 @@ def test_thirty_frames_of_the_papers_evaluation() -> None:
 def test_features_with_a_wrong_number_of_dimensions_are_a_clear_error() -> None:
     with pytest.raises(ValueError, match=r"\[M, F, S, V\]"):
         resampler()(torch.randn(2, 3, 10))
+
+
+def test_the_transformer_attends_among_features_too() -> None:
+    module = build_resampler(replace(CONFIG, kind="transformer", num_layers=2), 10)
+    features = torch.randn(2, 2, 7, 10)
+    latents = module(features)
+    assert latents.shape == (2, 5, 12)
+    layer = module.layers[0]
+    x = torch.cat(
+        [module.latents.expand(2, -1, -1), (module.project(features) + module.time_embeddings[:2, None]).flatten(1, 2)],
+        1,
+    )
+    for layer in module.layers:
+        a = layer.attention
+        normed = a.norm_latents(x)
+        q, (k, v) = a.query(normed), a.key_value(normed).chunk(2, -1)
+        heads = [t.unflatten(-1, (3, 8)).transpose(1, 2) for t in (q, k, v)]
+        x = x + a.output(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        x = x + layer.feed_forward(x)
+    torch.testing.assert_close(latents, module.norm(x[:, :5]))
+    with pytest.raises(ValueError, match="takes squares only"):
+        module(features.flatten(0, 2), torch.tensor([0, 28]))
+
+
+def test_the_mlp_gives_a_latent_for_each_feature() -> None:
+    module = build_resampler(replace(CONFIG, kind="mlp"), 10)
+    features = torch.randn(2, 7, 10)
+    latents = module(features)
+    assert latents.shape == (2, 7, 12)
+    projected = features @ module.project.weight.T + module.bias
+    hidden = F.relu(module.feed_forward.norm(projected) @ module.feed_forward.up.weight.T).square()
+    torch.testing.assert_close(latents, projected + hidden @ module.feed_forward.down.weight.T)
+    assert torch.equal(module(features[:1]), latents[:1])
+
+
+@pytest.mark.parametrize("kind", ["perceiver", "linear", "mlp", "transformer"])
+@pytest.mark.parametrize("gate", ["scalar", "vector", "none"])
+def test_every_kind_trains_in_a_flamingo(kind: Any, gate: Any) -> None:
+    settings = tiny_config()
+    model = build_flamingo(
+        replace(
+            settings,
+            resampler=replace(settings.resampler, kind=kind),
+            cross_attention=replace(settings.cross_attention, gate=gate),
+        ),
+        BEYOND,
+    )
+    ids, media = text_with_media()
+    assert UsefulFlops.of(model).row(Workload(1, 12)) > 0
+    for step in range(2):
+        model(ids, labels=ids, media=media).loss.backward()
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(model).items():
+                assert parameter.grad is not None, name
+                parameter -= 0.01 * parameter.grad
+                if step:
+                    assert parameter.grad.abs().sum() > 0 or "norm_features" in name or "time" in name, name
+                parameter.grad = None

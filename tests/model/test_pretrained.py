@@ -244,8 +244,8 @@ def test_unknown_openflamingo_names_are_named() -> None:
     moved = {name.replace("layers.3.a", "layers.2.a"): tensor for name, tensor in checkpoint.items()}
     with pytest.raises(ValueError, match=r"gated_cross_attn_layers\.2.*cross_attention\.offset"):
         convert_openflamingo_state(model, moved)
-    with pytest.raises(ValueError, match=r"perceiver\.frame_embs"):
-        convert_openflamingo_state(model, checkpoint | {"perceiver.frame_embs": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"perceiver\.media_time_embs"):
+        convert_openflamingo_state(model, checkpoint | {"perceiver.media_time_embs": torch.zeros(1)})
     del checkpoint["module.perceiver.latents"]
     with pytest.raises(ValueError, match=r"1 missing \['resampler.latents'\]"):
         load_openflamingo(model, checkpoint)

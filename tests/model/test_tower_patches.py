@@ -14,7 +14,7 @@ from model.config import PerceiverResamplerConfig, VisionEncoderConfig
 from model.media_index import preceding
 from model.media_inputs import to_patches
 from model.perceiver_resampler import PerceiverResampler
-from model.tower_patches import Grid, feature_offsets, resize_positions
+from model.tower_patches import Grid, PatchLayout, resize_positions
 from model.vision_encoder import VisionEncoder, build_tower
 from tests.model.builders import BEYOND, random_media, text_with_media, tiny_flamingo, tower_folder
 
@@ -74,7 +74,8 @@ def test_the_resampler_sees_no_padding() -> None:
         PerceiverResamplerConfig(num_layers=2, dim=20, num_heads=2, head_dim=8, num_latents=4), 24
     )
     tower, images = encoder(), media()
-    together = resampler(tower(patches(images), SHAPES), *feature_offsets(SHAPES, torch.device("cpu")))
+    layout = PatchLayout.of(SHAPES)
+    together = resampler(tower(patches(images), SHAPES), layout.cu_media, layout.frame_of_patch)
     for number, (image, shape) in enumerate(zip(images, SHAPES, strict=True)):
         features = tower(patches([image]), [shape])
         alone = resampler(features.view(1, shape[0], -1, 24))

@@ -133,7 +133,10 @@ def test_meta_tensors_have_the_shapes_of_the_results() -> None:
 CROSS_ERRORS = [
     ({"q": torch.zeros(4, 64)}, ValueError, r"q must be \[T, H, K\]"),
     ({"q": torch.zeros(4, 2, 64, dtype=torch.int32)}, TypeError, "q must be floating point"),
-    ({"k": torch.zeros(3, 5, 1, 64)}, ValueError, r"k must be \[M, R, H, K\] with H = 2"),
+    ({"k": torch.zeros(3, 5, 2, 32)}, ValueError, r"k must be \[M, R, U, K\] with K = 64"),
+    ({"k": torch.zeros(3, 5, 1, 64)}, ValueError, r"v must be .* with M = 3, R = 5, U = 1"),
+    ({"k": torch.zeros(3, 5, 3, 64), "v": torch.zeros(3, 5, 3, 64)}, ValueError, "heads that divide those of q, 2"),
+    ({"k": torch.zeros(3, 5, 0, 64), "v": torch.zeros(3, 5, 0, 64)}, ValueError, "heads that divide those of q, 2"),
     ({"v": torch.zeros(2, 5, 2, 64)}, ValueError, r"v must be .* with M = 3"),
     ({"v": torch.zeros(3, 5, 2, 64, dtype=torch.bfloat16)}, TypeError, "v must have the dtype of q"),
     ({"k": torch.zeros(3, 5, 2, 64, device="meta")}, ValueError, "k must be on the device of q"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.ops import reference
+from model import ops
+from model.ops import library, reference
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
@@ -67,3 +68,23 @@ def test_resampler_gradients_equal_finite_differences() -> None:
     case = resampler_case([2, 0, 3], num_latents=2, num_heads=1, head_dim=4)
     inputs = [x.double().requires_grad_() for x in case[:5]]
     assert torch.autograd.gradcheck(lambda *x: reference.resampler_attention(*x, case.cu_media), inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_heads_that_share_keys_and_values_equal_repeated_ones(backend: str, groups: int) -> None:
+    if backend == "fused" and library.load_errors()["cpu"] is not None:
+        pytest.skip("the CPU kernels are not built")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(shape, generator=generator) for shape in ((7, 4, 16), (3, 5, groups, 16), (3, 5, groups, 16))
+    )
+    index = torch.tensor([-1, 0, 0, 1, 1, 2, 2])
+    repeated = [x.repeat_interleave(4 // groups, 2).requires_grad_() for x in (k, v)]
+    shared = [x.requires_grad_() for x in (k, v)]
+    expected, found = (ops.masked_cross_attention(q, *x, index, backend=backend) for x in (repeated, shared))
+    assert torch.equal(found, expected)
+    for out in (expected, found):
+        out.square().sum().backward()
+    for one, each in zip(shared, repeated, strict=True):
+        torch.testing.assert_close(one.grad, each.grad.unflatten(2, (groups, -1)).sum(3))

@@ -82,7 +82,9 @@ def test_the_peak_is_what_the_plan_predicts(processes: int) -> None:
         for case, (_, predicted, measured) in found.items():
             assert predicted == pytest.approx(measured, rel=0.03), case
         moments = {moment for moment, _, _ in found.values()}
-        assert moments == {"the loss of documents", "the reduction of pairs", "the vision tower of documents"}
+        expected = {"the loss of documents", "the reduction of pairs"}
+        # A single rank gathers nothing, so nothing gathered is left in the tower.
+        assert moments == expected | ({"the vision tower of documents"} if processes > 1 else set())
 
 
 def step_result(path: Path, **changes: Any) -> str:

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 
@@ -26,6 +27,8 @@ SCHEMAS: dict[str, type[Any]] = {
     "trainer.train": FlamingoRunConfig,
     "trainer.pretrain_lm": LanguageModelRunConfig,
     "trainer.pretrain_vision": ContrastiveRunConfig,
+    "trainer.evaluate": EvaluationConfig,
+    "trainer.zero_shot": ContrastiveRunConfig,
 }
 WITH_SUBCOMMANDS = ("trainer.benchmark", "trainer.checkpoint")
 
@@ -86,7 +89,7 @@ def check_python(arguments: list[str]) -> None:
         check_pytest(rest)
         return
     text = help_of(module, *rest[:1] if module in WITH_SUBCOMMANDS else ())
-    if module in SCHEMAS:
+    if module in SCHEMAS and rest[:1] != ["compare"]:
         check_run(module, rest)
         return
     if "--" in rest:

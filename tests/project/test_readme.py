@@ -102,6 +102,11 @@ def test_the_readme_lists_the_fields_of_metrics_jsonl() -> None:
     values = (1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
     use = Utilization(1, 1, 1, 1, 1, 1)
     metrics = StepMetrics(
-        *values, replaced={"<reason>": 1}, dropped_images={"<reason>": 1}, skip_reason="<reason>", utilization=use
+        *values,
+        replaced={"<reason>": 1},
+        dropped_images={"<reason>": 1},
+        skip_reason="<reason>",
+        utilization=use,
+        measured={"eval/<task>/<shots>": 1.0},
     )
     assert documented == set(metrics.to_json())

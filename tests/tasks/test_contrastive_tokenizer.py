@@ -11,7 +11,7 @@ import pytest
 from tests.model.builders import VOCAB_SIZE, tiny_tokenizer
 from trainer.config.data_config import DataConfig
 from trainer.config.run_config import ContrastiveRunConfig, TrainingConfig
-from trainer.tasks.contrastive import caption_tokenizer
+from trainer.tasks.contrastive.captions import caption_tokenizer
 
 
 def encode(folder: Path, vocab_size: int = VOCAB_SIZE) -> Any:

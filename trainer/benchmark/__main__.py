@@ -19,7 +19,9 @@ from trainer.config.command_line import without_local_rank
 
 SUBCOMMANDS = {
     "checkpoint": "time that training waits for a save, bytes of a checkpoint, time of a resume",
+    "contrastive": "a contrastive step against open_clip's with --accum-freq, and the loader's augmentation",
     "data": "decoding, reading and the order of 2 billion samples, against open_clip and webdataset",
+    "generate": "few-shot answers against a plain loop over the same model, without caches",
     "kernels": "the two fused attentions against other implementations",
     "openflamingo": "time and memory of a whole step against the same model written as OpenFlamingo is",
     "rates": "speeds from which trainer.plan --rates predicts; see rates --help",

@@ -84,8 +84,9 @@ def build(config: FlamingoConfig, tokens: SpecialTokenIds, dtype: DType) -> Flam
     model = build_flamingo(config, tokens, dtype=dtype)
     with torch.no_grad():
         for block in model.blocks_with_cross_attention().values():
-            block.attention_gate.fill_(_GATE)
-            block.feed_forward_gate.fill_(_GATE)
+            for gate in (block.attention_gate, block.feed_forward_gate):
+                assert gate is not None, "the paper's gates"
+                gate.fill_(_GATE)
     return model
 
 
@@ -143,6 +144,7 @@ def baseline_step(model: Flamingo, mixture: Mixture, dtype: DType) -> Step:
                 loss: Tensor = baseline(batches[name])
             (weight * loss).backward()
             losses[name] = loss.detach()
+        assert OPTIMIZER.clip_grad_norm != "none"
         nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,9 @@ import torch
 from model import ops
 from model.factory import build_flamingo
 from model.flamingo import Flamingo
+from model.loss import find_target_positions
 from model.media_inputs import media_inputs
+from model.tower_patches import PatchLayout
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.data.batch import IGNORED_LABEL, Batch
@@ -66,4 +68,14 @@ def _synthetic_batches(plan: SourcePlan, model: Flamingo, rank: int) -> Iterator
         shape = (max(1, rows * media), plan.source.frames_in_medium, 3, height, width)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         inputs, grids = media_inputs(pixels.unbind(), patch_size)
-        yield Batch(plan.source.name, ids, torch.ones_like(ids), labels, index, inputs, media_grids=grids)
+        yield Batch(
+            plan.source.name,
+            ids,
+            torch.ones_like(ids),
+            labels,
+            index,
+            inputs,
+            media_grids=grids,
+            target_positions=find_target_positions(labels),
+            patch_layout=None if grids is None else PatchLayout.of(grids),
+        )

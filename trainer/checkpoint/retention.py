@@ -1,14 +1,16 @@
 """Decide which checkpoints are kept, and remove the others, without torch.
 
-Kept are the last ones, those of every n-th step, those with the lowest loss, and the one that ``latest`` names.
+Kept are the last ones, those of every n-th step, the best ones, and the one that ``latest`` names. The best have the
+lowest training loss, or the highest score of an evaluation.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.catalog import complete_steps, latest_step, steps_in
 from trainer.checkpoint.layout import MANIFEST, tag_of
@@ -27,14 +29,11 @@ def smoothed_losses(metrics: Path, steps: Sequence[int]) -> dict[int, float]:
         metrics: The run's metrics.jsonl.
         steps: Steps of checkpoints.
     """
-    losses: dict[int, float] = {}
-    if metrics.is_file():
-        with metrics.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):  # otherwise a writer is at work, or a kill cut the line off
-                    record = json.loads(line)
-                    if record.get("loss") is not None and not record.get("step_skipped"):
-                        losses[record["step"]] = record["loss"]
+    losses = {
+        record["step"]: record["loss"]
+        for record in _records(metrics)
+        if record.get("loss") is not None and not record.get("step_skipped")
+    }
     means = {}
     for step in steps:
         window = [losses[near] for near in range(step - SMOOTHED_STEPS + 1, step + 1) if near in losses]
@@ -43,19 +42,51 @@ def smoothed_losses(metrics: Path, steps: Sequence[int]) -> dict[int, float]:
     return means
 
 
+def last_scores(metrics: Path, name: str, steps: Sequence[int]) -> dict[int, float]:
+    """Return, for each of ``steps``, the last score up to it; a step without any score before it is left out.
+
+    Args:
+        metrics: The run's metrics.jsonl.
+        name: Name of the score ("eval/coco/4").
+        steps: Steps of checkpoints.
+    """
+    scores = {record["step"]: record[name] for record in _records(metrics) if record.get(name) is not None}
+    found = {}
+    for step in steps:
+        measured = max((near for near in scores if near <= step), default=None)
+        if measured is not None:
+            found[step] = scores[measured]
+    return found
+
+
+def _records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of metrics.jsonl."""
+    if metrics.is_file():
+        with metrics.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):  # otherwise a writer is at work, or a kill cut the line off
+                    yield json.loads(line)
+
+
 def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
     """Return the steps whose checkpoints the settings keep.
 
     Args:
         steps: Steps of all complete checkpoints, in ascending order.
         config: How many checkpoints to keep.
-        losses: Smoothed loss by step.
+        losses: Value by step that is lowest for the best: the smoothed loss, or a score times -1.
     """
     kept = set(steps[-config.keep_last :])
     if config.keep_every is not None:
         kept |= {step for step in steps if step % config.keep_every == 0}
     known = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))
     return kept | set(known[: config.keep_best])
+
+
+def _values(metrics: Path, name: str, steps: Sequence[int]) -> dict[int, float]:
+    if name == "loss":
+        return smoothed_losses(metrics, steps)
+    return {step: -score for step, score in last_scores(metrics, name, steps).items()}
 
 
 def expired(folder: Path, config: CheckpointConfig) -> list[Path]:
@@ -66,7 +97,7 @@ def expired(folder: Path, config: CheckpointConfig) -> list[Path]:
         config: How many checkpoints to keep.
     """
     complete = complete_steps(folder)
-    losses = smoothed_losses(RunFolder(folder.parent).metrics, complete) if config.keep_best else {}
+    losses = _values(RunFolder(folder.parent).metrics, config.best_metric, complete) if config.keep_best else {}
     kept = kept_steps(complete, config, losses) | {latest_step(folder)}
     return [folder / tag_of(step) for step in steps_in(folder) if step not in kept]
 

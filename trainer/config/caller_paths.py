@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.evaluation_config import EvaluationConfig
-from trainer.config.path_settings import LOCAL_TOWER, TEXT_SETTINGS, path_settings
+from trainer.config.path_settings import TEXT_SETTINGS, TOWER_PREFIXES, path_settings
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig
 from trainer.config.yaml_file import parse_scalar
 
@@ -42,7 +42,7 @@ def _absolute(name: str, value: str, folder: Path) -> str:
     if any(_matches(name, setting) for schema in _SCHEMAS for setting in path_settings(schema)):
         return str(folder / text)
     if any(_matches(name, setting) for setting in TEXT_SETTINGS):
-        prefix = LOCAL_TOWER if text.startswith(LOCAL_TOWER) else ""
+        prefix = next((prefix for prefix in TOWER_PREFIXES if text.startswith(prefix)), "")
         path = folder / text.removeprefix(prefix)
         return f"{prefix}{path}" if path.exists() else value
     return value

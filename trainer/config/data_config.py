@@ -142,10 +142,16 @@ class PairSource(MediaSource):
     Attributes:
         max_tokens: Longest row in tokens; longer ones are cut (the paper: 32 or 64).
         end_of_sequence: Append ``<EOS>`` after ``<EOC>``, as the paper does, and train on it.
+        train_on: "all" trains on the whole text of the ``.txt`` member. "answer" puts the ``.prompt.txt`` member, such
+            as a question, between ``<image>`` and the text, and does not train on it.
+        answer_prefix: Text between the prompt and the answer with ``train_on: answer``; it is encoded and trained on
+            as the beginning of the answer (the paper: a space; OpenFlamingo: nothing).
     """
 
     max_tokens: Positive = 64
     end_of_sequence: bool = False
+    train_on: Literal["all", "answer"] = "all"
+    answer_prefix: str = " "
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,8 @@ class InterleavedSource(MediaSource):
 
     Attributes:
         type: Kind of source; fixed.
-        max_images: Most images of a row; it ends before the next one (the paper: 5).
+        max_images: Most images of a row; it ends before the next one (the paper: 5). metrics.jsonl counts the images
+            that are left out as ``dropped_images/filtered_max_images``.
         subsequence: Where a row begins in its document: at a "random" token (the paper) or at the "start".
         p_next: Probability that the text of a document sees the following image instead of the preceding one (the
             paper: 0.5).

@@ -71,14 +71,15 @@ def _generate(config: RunConfig) -> dict[str, Any]:
         }
     for name, offload in (("offload_param", settings.offload_param), ("offload_optimizer", settings.offload_optimizer)):
         if offload.device != "none":
-            zero[name] = _offload(offload)
+            zero[name] = offload_section(offload)
     bf16 = config.training.dtype == "bfloat16"
     result: dict[str, Any] = {
         # Micro-batches of the sources differ in size, and DeepSpeed never sees their sizes. ``Engine`` marks the last
         # micro-step of each step, so DeepSpeed needs no number of micro-steps either.
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 1_000_000_000,  # the trainer has its own console line
-        "gradient_clipping": config.optimizer.clip_grad_norm,
+        # DeepSpeed clips at 1.0 where the key is missing.
+        "gradient_clipping": 0.0 if config.optimizer.clip_grad_norm == "none" else config.optimizer.clip_grad_norm,
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
     }
@@ -90,7 +91,8 @@ def _generate(config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _offload(offload: OffloadConfig) -> dict[str, Any]:
+def offload_section(offload: OffloadConfig) -> dict[str, Any]:
+    """Return the section of an offload in DeepSpeed's JSON."""
     settings: dict[str, Any] = {"device": offload.device, "pin_memory": offload.pin_memory}
     if offload.path is not None:
         settings["nvme_path"] = str(offload.path)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -17,10 +18,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from trainer.config.contrastive_config import ClassificationConfig, RetrievalConfig, ZeroShotConfig
 from trainer.config.data_config import DataConfig, ImageTextSource, InterleavedSource, TextSource, VideoTextSource
-from trainer.config.evaluation_config import EvaluationConfig, EvaluationTask
+from trainer.config.evaluation_config import EvaluationConfig
+from trainer.config.evaluation_tasks import BaseTask, Bound, PromptTexts, TaskSettings
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, TrainingConfig
+from trainer.config.study_config import StudyConfig
 from trainer.errors import ConfigError
 
 C = TypeVar("C")
@@ -128,8 +132,11 @@ def example_settings(schema: type[C]) -> C:
     manifest = Path("data/example/manifest.npz")
     settings: dict[str, Any]
     if schema is EvaluationConfig:
-        tasks = (EvaluationTask(name="held_out", manifest=manifest),)
-        settings = {"model": Path("runs/example/export"), "report": Path("runs/example/report.json"), "tasks": tasks}
+        settings = {"model": Path("runs/example/export"), "output": Path("runs/example"), "tasks": _example_tasks()}
+    elif schema is StudyConfig:
+        variants: dict[str, Any] = {"paper": {}, "attend-all": {"model.cross_attention.attend": "all"}}
+        settings = {"base": Path("configs/example.yaml"), "output": Path("runs/study"), "baseline": "paper"}
+        settings["variants"] = variants
     else:
         common: dict[str, Any] = {"batch_size": 64, "manifest": manifest}
         pairs, texts = ImageTextSource(name="pairs", **common), TextSource(name="texts", **common)
@@ -139,4 +146,22 @@ def example_settings(schema: type[C]) -> C:
         sources = {FlamingoRunConfig: every_kind, ContrastiveRunConfig: (pairs,)}.get(schema, (texts,))
         training = TrainingConfig(steps=1000)
         settings = {"run_dir": Path("runs/example"), "data": DataConfig(sources=sources), "training": training}
+        if schema is ContrastiveRunConfig:
+            settings["zero_shot"] = _example_zero_shot()
     return schema(**settings)
+
+
+def _example_zero_shot() -> ZeroShotConfig:
+    folder = Path("data/example")
+    retrieval = RetrievalConfig("captions", captions=folder / "captions.json", images=folder / "images")
+    return ZeroShotConfig(classification=(ClassificationConfig("classes", folder / "classes"),), retrieval=(retrieval,))
+
+
+def _example_tasks() -> tuple[BaseTask, ...]:
+    """Return a task of each kind, so that the help shows all of their settings."""
+    tasks = []
+    for kind in get_args(get_args(TaskSettings)[0]):
+        required = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.name != "name"]
+        paths = {name: Path(f"data/example/{name}") for name in required}
+        tasks.append(kind(name=kind.type, prompt=PromptTexts(), bounds=(Bound(),), **paths))
+    return tuple(tasks)

@@ -21,8 +21,9 @@ from trainer.config.batch_sizes import world_size_problems
 from trainer.config.checks.all_checks import check_settings
 from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
-from trainer.config.path_settings import expand_paths
+from trainer.config.path_settings import expand_path, expand_paths
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
+from trainer.config.study_config import StudyConfig
 from trainer.config.validation import dotted, validate
 from trainer.config.yaml_file import KeyPath, YamlFile, read_yaml
 from trainer.errors import ConfigError, Problem
@@ -120,9 +121,15 @@ def _locate(problem: Problem, file: YamlFile, overridden: list[KeyPath]) -> Prob
 
 
 def _expand_preset(values: dict[str, Any], schema: type) -> tuple[dict[str, Any], list[Problem]]:
-    """Replace ``model`` by the values of ``model.preset``, with the user's values merged over them."""
+    """Replace ``model`` by the values of ``model.start_from`` or ``model.preset``, with the user's values over them."""
     model = values.get("model")
-    if not issubclass(schema, FlamingoRunConfig) or not isinstance(model, dict) or model.get("preset") is None:
+    if not issubclass(schema, FlamingoRunConfig) or not isinstance(model, dict):
+        return values, []
+    if isinstance(model.get("start_from"), str):
+        expanded = _expand_export(values, model)
+        if expanded is not None:
+            return expanded
+    if model.get("preset") is None:
         return values, []
     name = model["preset"]
     if name not in PRESETS:
@@ -132,6 +139,23 @@ def _expand_preset(values: dict[str, Any], schema: type) -> tuple[dict[str, Any]
     if isinstance(language_model, dict) and ("name" in language_model) != ("architecture" in language_model):
         # A pretrained language model replaces the preset's random one, and vice versa.
         base["language_model"].update(name=None, architecture=None)
+    return {**values, "model": _merge(base, model)}, []
+
+
+def _expand_export(values: dict[str, Any], model: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]] | None:
+    """Replace ``model`` by the settings of the export that it starts from, with the user's values over them.
+
+    Where there is no such folder, return None: the check of files reports it, and a plan needs the preset only.
+    """
+    try:
+        folder = expand_path(model["start_from"], dict(os.environ))
+        if not Path(folder).is_dir():
+            return None
+        from model.pretrained import describe_export  # takes seconds, and few runs need it
+
+        base = json.loads(json.dumps(describe_export(folder).config.to_dict()))
+    except (OSError, ValueError) as error:
+        return values, [Problem("model.start_from", str(error))]
     return {**values, "model": _merge(base, model)}, []
 
 
@@ -177,6 +201,8 @@ def schema_of(values: Mapping[str, Any]) -> type:
         return schemas[values["task"]]
     if "tasks" in values:
         return EvaluationConfig
+    if "variants" in values:
+        return StudyConfig
     if "architecture" not in values:
         return FlamingoRunConfig
     sources = (values.get("data") or {}).get("sources") or [{}]

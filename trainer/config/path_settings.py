@@ -14,10 +14,17 @@ from trainer.errors import Problem
 
 C = TypeVar("C")
 
-LOCAL_TOWER = "local-dir:"
+# What vision.name has before a path: open_clip's folders, and those of transformers, which may also be repositories.
+TOWER_PREFIXES = ("local-dir:", "transformers:")
 # Settings of type str that may hold a path: each also takes a name on the hub, or a tag.
 TEXT_SETTINGS = frozenset(
-    {"model.language_model.name", "model.language_model.tokenizer", "model.vision.name", "model.vision.pretrained"}
+    {
+        "model.language_model.name",
+        "model.language_model.tokenizer",
+        "model.start_from",
+        "model.vision.name",
+        "model.vision.pretrained",
+    }
 )
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 
@@ -37,7 +44,7 @@ def expand_path(text: str, environment: dict[str, str]) -> str:
             raise ValueError(f"the environment variable {name} is not set, or it is empty")
         return environment[name]
 
-    prefix = LOCAL_TOWER if text.startswith(LOCAL_TOWER) else ""
+    prefix = next((prefix for prefix in TOWER_PREFIXES if text.startswith(prefix)), "")
     path = _VARIABLE.sub(value_of, text.removeprefix(prefix))
     try:
         return prefix + str(Path(path).expanduser()) if path.startswith("~") else prefix + path

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.config import FlamingoConfig
+from trainer.config.contrastive_config import ContrastiveLossConfig, TowerClipConfig, ZeroShotConfig
 from trainer.config.data_config import DataConfig
 from trainer.config.resilience_config import ResilienceConfig
+from trainer.config.scoring_config import LiveEvaluationConfig
 from trainer.config.types import (
     FORBID_UNKNOWN_KEYS,
     NonNegative,
@@ -20,6 +22,42 @@ from trainer.config.types import (
     PositiveFloat,
     Probability,
 )
+
+
+@dataclass(frozen=True)
+class PartOptimizerConfig:
+    """Change the optimizer's settings for one part of a Flamingo.
+
+    Attributes:
+        lr_multiplier: Factor on the learning rate of the part.
+        weight_decay: Weight decay of the part's matrices; None keeps that of the run.
+    """
+
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
+
+    lr_multiplier: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class PartsOptimizerConfig:
+    """Change the optimizer's settings for the parts that ``model.trainable`` names. Only a part that trains has any.
+
+    Attributes:
+        vision: The image tower.
+        resampler: The perceiver resampler.
+        cross_attention: The gated cross-attentions.
+        language_model: The language model.
+        new_tokens: Embeddings of the added tokens, which never decay.
+    """
+
+    __pydantic_config__ = FORBID_UNKNOWN_KEYS
+
+    vision: PartOptimizerConfig = field(default_factory=PartOptimizerConfig)
+    resampler: PartOptimizerConfig = field(default_factory=PartOptimizerConfig)
+    cross_attention: PartOptimizerConfig = field(default_factory=PartOptimizerConfig)
+    language_model: PartOptimizerConfig = field(default_factory=PartOptimizerConfig)
+    new_tokens: PartOptimizerConfig = field(default_factory=PartOptimizerConfig)
 
 
 @dataclass(frozen=True)
@@ -35,7 +73,8 @@ class OptimizerConfig:
         weight_decay: AdamW's decoupled weight decay (the paper: 0.1).
         no_decay_resampler: Whether the resampler is left out of weight decay, as in the paper.
         gate_lr_multiplier: Factor on the learning rate of the tanh gates.
-        clip_grad_norm: Global norm to which the gradient of a step is clipped.
+        parts: Other settings for parts of a Flamingo.
+        clip_grad_norm: Global norm to which the gradient of a step is clipped; "none" does not clip.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -47,7 +86,8 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     no_decay_resampler: bool = True
     gate_lr_multiplier: PositiveFloat = 1.0
-    clip_grad_norm: PositiveFloat = 1.0
+    parts: PartsOptimizerConfig = field(default_factory=PartsOptimizerConfig)
+    clip_grad_norm: PositiveFloat | Literal["none"] = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,14 +96,15 @@ class ScheduleConfig:
 
     Attributes:
         warmup_steps: Steps until the learning rate reaches ``optimizer.lr``.
-        decay: Shape of the decay after the warm-up.
+        decay: Shape of the decay after the warm-up. "exponential" multiplies by the same factor at each step (in the
+            paper's fine-tuning by 10 in all: ``final_lr_ratio`` 0.1).
         final_lr_ratio: Learning rate at the last step as a share of ``optimizer.lr``; unused by "constant".
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
     warmup_steps: NonNegative = 5000
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "exponential"] = "constant"
     final_lr_ratio: Probability = 0.0
 
 
@@ -74,14 +115,15 @@ class OffloadConfig:
     Attributes:
         device: "none" keeps them on the training device, "cpu" in host memory, "nvme" on a drive.
         path: Folder on the drive, for "nvme" only.
-        pin_memory: Whether host memory is page-locked, which makes copies faster. Such memory is never swapped out.
+        pin_memory: Whether host memory is page-locked: copies are faster and run beside the computation. Such memory is
+            never swapped out. False where a node has too little memory for that. Has no effect without offload.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
 
     device: Literal["none", "cpu", "nvme"] = "none"
     path: Path | None = None
-    pin_memory: bool = False
+    pin_memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,8 +166,9 @@ class CheckpointConfig:
         every: Steps between two checkpoints. The last step and a preemption always write one.
         keep_last: Number of newest checkpoints that are kept.
         keep_every: Steps between checkpoints that are kept forever, a multiple of ``every``; None keeps none forever.
-        keep_best: Number of checkpoints with the lowest training loss (mean over the 100 steps before each) that are
-            also kept.
+        keep_best: Number of best checkpoints that are also kept.
+        best_metric: What makes a checkpoint the best: "loss" is the lowest training loss (mean over the 100 steps
+            before each), "eval/TASK/SHOTS" the highest score of the last ``evaluation`` before it.
         asynchronous: Whether training continues while a checkpoint is written. Host memory then holds a copy of each
             process's own shards. False waits until the checkpoint is on the disk.
     """
@@ -136,6 +179,7 @@ class CheckpointConfig:
     keep_last: Positive = 3
     keep_every: Positive | None = None
     keep_best: NonNegative = 0
+    best_metric: str = "loss"
     asynchronous: bool = True
 
 
@@ -173,6 +217,8 @@ class TrainingConfig:
         dtype: Type of activations, gradients and frozen weights. The optimizer keeps trained weights in float32.
         loss_normalization: "token_mean" divides each source's summed loss by its target tokens in the global batch;
             "token_sum" divides it by its rows, as in the paper.
+        combine: How the sources make a step. "accumulate" adds a gradient of each, with its weight (the paper);
+            "round_robin" takes one source a step, in turn; "merged" treats all batches as one of all sources.
         max_skipped_in_a_row: Consecutive steps with a non-finite gradient after which the run stops.
         activation_checkpointing: Language-model blocks, each with its cross-attention, that are recomputed in the
             backward pass to save memory: true for all, or a number for that many first blocks.
@@ -192,6 +238,7 @@ class TrainingConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     loss_normalization: Literal["token_mean", "token_sum"] = "token_mean"
+    combine: Literal["accumulate", "round_robin", "merged"] = "accumulate"
     max_skipped_in_a_row: Positive = 10
     activation_checkpointing: bool | NonNegative = False
     activation_memory_gib: PositiveFloat | None = None
@@ -236,10 +283,12 @@ class FlamingoRunConfig(RunConfig):
     Attributes:
         task: Kind of training; fixed.
         model: Flamingo model.
+        evaluation: Scores of the model while it trains, by the tasks of ``trainer.evaluate``.
     """
 
     task: Literal["flamingo"] = "flamingo"
     model: FlamingoConfig = field(default_factory=FlamingoConfig)
+    evaluation: LiveEvaluationConfig = field(default_factory=LiveEvaluationConfig)
 
 
 @dataclass(frozen=True)
@@ -280,12 +329,25 @@ class ContrastiveRunConfig(RunConfig):
 
     Attributes:
         task: Kind of training; fixed.
-        architecture: open_clip model config (``embed_dim``, ``vision_cfg``, ``text_cfg``), or the name of one.
+        architecture: open_clip model config (``embed_dim``, ``vision_cfg``, ``text_cfg``), or the name of one. Towers
+            of timm and transformers go by ``timm_model_name`` and ``hf_model_name``, a folder with a ``config.json``.
+            ``preprocess_cfg`` gives ``mean`` and ``std`` of the input; without it, a tower of timm takes its own.
+        image_size: Side of the image tower's input, in pixels; None takes that of the architecture.
         tokenizer: Folder of a Hugging Face tokenizer for the captions; None takes open_clip's own.
+        start_from: Export of another run with these towers, whose weights the run starts from; its images may have
+            had another size. None starts from random weights.
         mask_duplicate_captions: Whether pairs with equal captions in a batch are left out of each other's negatives.
+        loss: Loss that compares images with captions.
+        clip_towers: Clipping of each tower's gradient by itself; needs ``optimizer.clip_grad_norm: none``.
+        zero_shot: Tests on data that the towers were not trained on.
     """
 
     task: Literal["contrastive"] = "contrastive"
     architecture: dict[str, Any] | str = "ViT-B-32"
+    image_size: Positive | None = None
     tokenizer: Path | None = None
+    start_from: Path | None = None
     mask_duplicate_captions: bool = True
+    loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
+    clip_towers: TowerClipConfig = field(default_factory=TowerClipConfig)
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)

@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from model.loss import find_target_positions
+from model.media_index import find_documents
 from model.media_inputs import from_patches, media_inputs
-from model.tower_patches import Grid
+from model.tower_patches import Grid, PatchLayout
 
 IGNORED_LABEL = -100
+_MODEL_INPUTS = (
+    "input_ids",
+    "labels",
+    "media_index",
+    "media",
+    "position_ids",
+    "media_grids",
+    "target_positions",
+    "patch_layout",
+    "document_offsets",
+    "longest_document",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Row:
         media: uint8 [frames, 3, height, width] each, in the order of ``media_index``.
         samples: Samples that the row was made of.
         position_ids: int64 [L] of a packed row, restarting at 0 with each document; None where the row is one document.
-        dropped_images: Unusable images that documents of the row lost.
+        dropped_images: Images that documents of the row lost: unusable ones, and those beyond ``max_images``.
     """
 
     input_ids: Tensor
@@ -109,12 +122,16 @@ class Batch:
             medium after the other: uint8 [P, 3, patch_size, patch_size].
         samples: Samples that the batch was made of.
         rejected: Number of rejected samples that others replaced, by reason.
-        dropped_images: Number of unusable images that documents lost, by reason.
+        dropped_images: Number of images that documents lost, by reason.
         position_ids: int64 [B, L] of packed rows, restarting at 0 with each document and with the padding, which is
-            then a document of its own. Documents do not attend to one another.
+            then a document of its own. Documents do not attend to one another. None where each row is one document that
+            fills it, or rows are not packed.
         media_grids: Frames, rows and columns of patches of each medium, where media keep their aspect.
-        target_positions: ``model.loss.find_target_positions`` of the labels. They are found on the CPU, because asking
-            a GPU for them would wait for it.
+        target_positions: ``model.loss.find_target_positions`` of the labels. The following fields, too, are found on
+            the CPU, because asking a GPU for them would wait for it.
+        patch_layout: Layout of ``media_grids``.
+        document_offsets: ``model.media_index.find_documents`` of packed rows.
+        longest_document: Tokens of the longest document of packed rows.
     """
 
     source: str
@@ -129,6 +146,9 @@ class Batch:
     position_ids: Tensor | None = None
     media_grids: tuple[Grid, ...] | None = None
     target_positions: Tensor | None = None
+    patch_layout: PatchLayout | None = None
+    document_offsets: Tensor | None = None
+    longest_document: int | None = None
 
     @property
     def num_media(self) -> int:
@@ -154,11 +174,12 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of the model, by keyword."""
-        # transformers finds packed documents by their positions, and only where there is no attention mask.
-        attention = "attention_mask" if self.position_ids is None else "position_ids"
-        names = ("input_ids", attention, "labels", "media_index", "media", "media_grids", "target_positions")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """Arguments of the model, by keyword.
+
+        There is no attention mask: padding comes last, so no token sees it in a causal model, and a mask would keep a
+        GPU from its fastest attention.
+        """
+        return {name: value for name in _MODEL_INPUTS if (value := getattr(self, name)) is not None}
 
     def medium(self, index: int) -> Tensor:
         """Return one medium as pixels, uint8 [frames, 3, height, width]."""
@@ -176,8 +197,9 @@ class Batch:
         return self._map_tensors("pin_memory")
 
     def _map_tensors(self, method: str, *args: object, **kwargs: object) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: getattr(tensor, method)(*args, **kwargs) for name, tensor in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor | PatchLayout)}
+        return replace(self, **{name: getattr(value, method)(*args, **kwargs) for name, value in tensors.items()})
 
 
 def collate(
@@ -220,6 +242,11 @@ def collate(
     if not media:
         media = [batch_format.dummy_medium(num_frames, keeps_aspect)]
     pixels, media_grids = media_inputs(media, batch_format.patch_size if keeps_aspect else None)
+    document_offsets = longest_document = None
+    if position_ids is not None:
+        document_offsets, longest_document = find_documents(position_ids)
+        if len(document_offsets) == 1 + len(rows):  # a mask that separates documents would mask nothing
+            position_ids = document_offsets = longest_document = None
     return Batch(
         source=source,
         input_ids=input_ids,
@@ -233,4 +260,7 @@ def collate(
         position_ids=position_ids,
         media_grids=media_grids,
         target_positions=find_target_positions(labels),
+        patch_layout=None if media_grids is None else PatchLayout.of(media_grids),
+        document_offsets=document_offsets,
+        longest_document=longest_document,
     )

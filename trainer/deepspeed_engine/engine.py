@@ -28,6 +28,7 @@ from trainer.deepspeed_engine.checkpoint_internals import (
     saved_tensor_sizes,
     write_checkpoints_with,
 )
+from trainer.deepspeed_engine.frozen_blocks import gather_frozen_blocks_together
 from trainer.deepspeed_engine.internals import is_partitioned, omit_recovery_scripts, shared_hpz_group
 from trainer.deepspeed_engine.optimizer import (
     build_optimizer,
@@ -35,6 +36,7 @@ from trainer.deepspeed_engine.optimizer import (
     set_learning_rate,
     set_type_of_steps,
 )
+from trainer.deepspeed_engine.part_clipping import PartClipper, PartClipping
 from trainer.deepspeed_engine.shard_layout import shard_layout
 from trainer.runtime.cpu_matmul import CpuMatmul, use_cpu_matmul
 from trainer.runtime.distributed import World
@@ -49,10 +51,12 @@ class PartitionedBuild:
     Attributes:
         gather: Makes the given parameters readable in whole, whether or not they are partitioned.
         partition: Partitions the parameters of new modules as they are made.
+        overwrite: Makes the given parameters whole, and keeps what is written to them.
     """
 
     gather: Gather
     partition: Partition
+    overwrite: Gather = no_gather
 
 
 @contextmanager
@@ -70,7 +74,9 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[PartitionedBuild]:
     alive = HfDeepSpeedConfig(settings)
     try:
         with shared_hpz_group():
-            yield PartitionedBuild(gathered_parameters, lambda: deepspeed.zero.Init(config_dict_or_path=settings))
+            yield PartitionedBuild(
+                gathered_parameters, lambda: deepspeed.zero.Init(config_dict_or_path=settings), overwritten_parameters
+            )
     finally:
         del alive
         unset_hf_deepspeed_config()
@@ -80,6 +86,12 @@ def gathered_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContextMa
     """Make parameters readable in whole, whether or not ZeRO-3 partitioned them; a collective if it did."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+
+
+def overwritten_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Make parameters whole and keep what rank 0 writes to them; a collective if ZeRO-3 partitioned them."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0) if partitioned else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class Engine:
         settings: DeepSpeed's JSON.
         world: Processes of the run.
         cpu_matmul: ``training.cpu_matmul``; has no effect on other devices.
+        clip_parts: Parts whose gradients are clipped by themselves; DeepSpeed's JSON then has no clipping of its own.
 
     Attributes:
         layout: Settings that the layout of the shards depends on, by dotted name.
@@ -120,6 +133,7 @@ class Engine:
         settings: dict[str, Any],
         world: World,
         cpu_matmul: CpuMatmul = "auto",
+        clip_parts: Sequence[PartClipping] = (),
     ) -> None:
         self.world = world
         if world.device.type == "cpu":
@@ -129,11 +143,16 @@ class Engine:
         groups = parameter_groups(module.named_parameters(), optimizer)
         if not groups:
             raise ValueError("nothing to train: every parameter of the model is frozen")
+        if settings["zero_optimization"]["stage"] == 3 and world.device.type != "cpu":
+            # A CPU rounds products of parameters that lie elsewhere in memory in another way.
+            gather_frozen_blocks_together(module)
         self.layout: Mapping[str, Any] = shard_layout(module, groups, optimizer.name, settings)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(groups, optimizer), config=settings
         )
         omit_recovery_scripts(self._deepspeed)
+        self._clipper = PartClipper(module, clip_parts) if clip_parts else None
+        move_buffers(module, world.device)
 
     @property
     def module(self) -> nn.Module:
@@ -158,6 +177,30 @@ class Engine:
         self._deepspeed.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
         return loss.detach()
 
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the module's output, with a graph for ``backward`` unless the caller turned gradients off."""
+        return self._deepspeed(**inputs)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a loss, averaged over the ranks, to the gradient of the step.
+
+        Args:
+            loss: Loss of this rank, of an output of ``forward``.
+            is_last: Whether this is the last micro-step before ``step``; the same on every rank.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the module into evaluation mode, without gradients, for calls of ``forward``."""
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._deepspeed.train()
+
     def step(self, learning_rate_factor: float) -> StepResult:
         """Clip and apply the accumulated gradient.
 
@@ -166,8 +209,9 @@ class Engine:
         """
         set_learning_rate(self._optimizer.param_groups, self._learning_rate * learning_rate_factor)
         assert self._deepspeed.is_gradient_accumulation_boundary(), "the last micro-step was not given is_last=True"
+        clipped_from = None if self._clipper is None else self._clipper.clip()
         self._deepspeed.step()
-        norm = self._deepspeed.get_global_grad_norm()
+        norm = self._deepspeed.get_global_grad_norm() if clipped_from is None else clipped_from
         return StepResult(bool(self._deepspeed.was_step_applied()), float("nan") if norm is None else float(norm))
 
     def shard_sizes(self) -> list[tuple[torch.dtype, int]]:
@@ -218,6 +262,16 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             if name in saved:
                 buffer.copy_(saved[name])
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move every buffer of a module to a device.
+
+    DeepSpeed moves no buffer of a module that has a partitioned parameter. It moves parameters as it partitions them.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def _require_found(path: Path | None, searched: Path) -> Path:

@@ -28,9 +28,10 @@ class StepMetrics:
         images: Images without the dummies of batches that have none.
         padding: Share of the positions in the batch that hold no token.
         replaced: Number of replaced samples by reason.
-        dropped_images: Number of unusable images that documents lost, by reason.
+        dropped_images: Number of images that documents lost, by reason.
         skip_reason: Reason why the data of the step were not trained on; None if they were.
         utilization: Use of the devices; None if the data were not trained on.
+        measured: What was measured after this step, such as scores of an evaluation, by name.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepMetrics:
     dropped_images: Mapping[str, int] = field(default_factory=dict)
     skip_reason: str | None = None
     utilization: Utilization | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def replaced_samples(self) -> int:
@@ -88,6 +90,7 @@ class StepMetrics:
         }
         measured = {} if self.utilization is None else self._measured(self.utilization)
         values |= {key: float(f"{value:.4g}") for key, value in measured.items() if value is not None}
+        values |= self.measured
         if self.skip_reason is not None:
             values["skip_reason"] = self.skip_reason
         return {key: None if _not_finite(value) else value for key, value in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.data.batch import SampleId
@@ -38,6 +38,14 @@ class StepObserver:
 
     def begin(self, step: int, engine: Engine, skip_reason: str | None) -> None:
         """Prepare for a step, counted from 1. ``skip_reason`` is set where its data are not trained on."""
+
+    def measures(self, step: int) -> bool:
+        """Return whether ``measure`` has something to add to a step; the same on every rank."""
+        return False
+
+    def measure(self, step: int, engine: Engine) -> Mapping[str, float]:
+        """Return further metrics of a step that is done, by their names in metrics.jsonl; the same on every rank."""
+        return {}
 
     def end(self, report: StepReport) -> None:
         """Take the report of a step."""

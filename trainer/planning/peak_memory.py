@@ -33,6 +33,8 @@ class Sizes:
         vision: Parameters of the vision tower.
         itemsize: Bytes of one parameter.
         ranks: Devices among which the model is partitioned.
+        largest_block: Parameters of the largest frozen block, which a GPU gathers together.
+        standardized: Weights of a frozen NFNet that are kept standardized, whole on every device.
     """
 
     total: int
@@ -40,6 +42,8 @@ class Sizes:
     vision: int
     itemsize: int
     ranks: int
+    largest_block: int = 0
+    standardized: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def _permanent(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
     if partitioned:
         parts["partition of the gradients"] = _FLOAT32 * sizes.trainable * on_device
         parts["reduce bucket"] = float(sizes.itemsize * zero["reduce_bucket_size"])
+    if sizes.standardized:
+        parts["standardized weights"] = float(sizes.itemsize * sizes.standardized)
     if secondary > 1:
         parts["node's second partition"] = sizes.itemsize * sizes.total / secondary
     return parts
@@ -143,7 +149,9 @@ def _moments_of_zero_3(
     most = zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)
     gathers = sizes.ranks > 1 or _offloads(zero, "param")
     live, behind = (sizes.itemsize * min(many, most) * gathers for many in (sizes.total, sizes.total - sizes.vision))
-    in_flight = sizes.itemsize * gathers * min(sizes.total, zero["stage3_prefetch_bucket_size"])
+    in_flight = (
+        sizes.itemsize * gathers * min(sizes.total, max(zero["stage3_prefetch_bucket_size"], sizes.largest_block))
+    )
     gathered = {"gathered parameters": live, "gathered, not yet assembled": in_flight}
     yield "the vision tower", gathered | {"temporaries": activations.vision}
     yield "the loss", {"gathered parameters": behind, **_at_the_loss(activations)}

@@ -140,7 +140,8 @@ def predict(
     recomputed = recomputed_blocks(config, activations, plans)
     zero = deepspeed_json(config)["zero_optimization"]
     itemsize = 2 if config.training.dtype == "bfloat16" else 4
-    sizes = Sizes(counted.total, counted.trainable, counted.vision, itemsize, cluster.size)
+    parameters = (counted.total, counted.trainable, counted.vision)
+    sizes = Sizes(*parameters, itemsize, cluster.size, counted.largest_block, counted.standardized)
     traffic = counted.traffic(zero, cluster.size, sum(plan.num_micro_batches for plan in plans), recomputed)
     micro_batches = [
         (plan.source.name, activations.estimate(largest_micro_batch(plan), recomputed), plan.num_micro_batches)

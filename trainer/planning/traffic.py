@@ -16,6 +16,7 @@ from torch import nn
 
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
+from model.standardized_convolutions import STANDARDIZED
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
 
 _PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default for stage3_param_persistence_threshold
@@ -41,6 +42,8 @@ class ModelSizes:
         total: Parameters of the model.
         trainable: Parameters that train.
         vision: Parameters of the vision tower.
+        largest_block: Parameters of the largest frozen block.
+        standardized: Weights of the tower that ``model.standardized_convolutions`` keeps.
         useful: Sizes that decide the useful work.
     """
 
@@ -49,6 +52,10 @@ class ModelSizes:
         self.total = _count(model.parameters())
         self.trainable = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.vision = _count(model.vision_encoder.parameters())
+        frozen = (block for block in model.blocks() if not any(p.requires_grad for p in block.parameters()))
+        self.largest_block = max((_count(block.parameters()) for block in frozen), default=0)
+        tower = [module for module in model.vision_encoder.modules() if isinstance(module, STANDARDIZED)]
+        self.standardized = _count(module.weight for module in tower if not module.weight.requires_grad)
         self.useful = UsefulFlops.of(model)
         self._all = [parameter.numel() for parameter in model.parameters()]
         self._vision = [parameter.numel() for parameter in model.vision_encoder.parameters()]

@@ -54,5 +54,8 @@ def executed_flops(sizes: UsefulFlops, workload: Workload, recompute: bool | int
     """
     parts = sizes.parts(workload)
     share = float(recompute) if isinstance(recompute, bool) else recompute / sizes.num_blocks
-    forward = parts["language_model"] / 2 + (parts["cross_attention_text"] + parts["cross_attention_media"]) / 3
+    forward = (
+        parts["language_model"] * 2 / sizes.lm_factor
+        + (parts["cross_attention_text"] + parts["cross_attention_media"]) / 3
+    )
     return sum(parts.values()) + share * forward

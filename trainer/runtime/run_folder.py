@@ -87,6 +87,11 @@ class RunFolder:
         return self.path / "architecture"
 
     @property
+    def zero_shot(self) -> Path:
+        """Scores of the zero-shot tests that ``trainer.zero_shot`` made."""
+        return self.path / "zero_shot.json"
+
+    @property
     def wandb_id(self) -> Path:
         """Id of the run in Weights & Biases, and the folder that it was made for."""
         return self.path / "wandb_id"

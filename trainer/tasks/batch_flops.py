@@ -42,7 +42,7 @@ def frames_per_medium(sizes: UsefulFlops, batch: Batch) -> float:
     """Return the mean number of frames of a medium, in frames of the tower's own size."""
     if batch.media_grids is None:
         return batch.media.shape[1]
-    return len(batch.media) / sizes.num_features / batch.num_media
+    return len(batch.media) * sizes.features_per_patch / sizes.num_features / batch.num_media
 
 
 def data_sheet_tflops(device: torch.device, dtype: str) -> float | None:

@@ -11,6 +11,7 @@ from model.factory import build_flamingo, build_tokenizer
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
 from model.parameters import frozen_digests
+from model.pretrained import start_from_export
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.data.batch import BatchFormat
@@ -23,6 +24,7 @@ from trainer.runtime.distributed import World
 from trainer.tasks.batch_flops import count_operations, data_sheet_tflops
 from trainer.tasks.language_model_fit import check_language_model
 from trainer.tasks.row_builders import flamingo_builders
+from trainer.tasks.trained_parts import trained_parts_table
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +43,12 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
             gather=build.gather,
             partition=build.partition,
         )
+        if config.model.start_from is not None:
+            start_from_export(model, config.model.start_from, build.overwrite)
     check_language_model(config.data, model.language_model.lm)
     config = _choose_checkpointing(config, model, world)
+    if world.is_main:
+        print(trained_parts_table(model, config), flush=True)
     tower, sizes = model.vision_encoder, count_sizes(model)
     recomputed = config.training.activation_checkpointing
     return Task(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from model.factory import build_architecture, torch_dtype
+from model.language_model import run_causal_lm
 from model.loss import find_target_positions, gather_labels, summed_cross_entropy
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import LanguageModelRunConfig, TokenizerTrainingConfig
@@ -47,23 +48,25 @@ class CausalLanguageModel(nn.Module):
         self,
         input_ids: Tensor,
         labels: Tensor,
-        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         target_positions: Tensor | None = None,
-        **unused: Tensor,
+        document_offsets: Tensor | None = None,
+        longest_document: int | None = None,
+        **unused: Any,
     ) -> LanguageModelOutput:
         """Return the summed cross-entropy.
 
         Args:
             input_ids: int64 [B, L].
             labels: int64 [B, L] at their token's own position; -100 is ignored.
-            attention_mask: int64 [B, L] of rows that are not packed.
             position_ids: int64 [B, L] of packed rows, restarting at 0 with each document.
             target_positions: ``model.loss.find_target_positions`` of the labels; None computes them.
+            document_offsets: ``model.media_index.find_documents`` of packed rows.
+            longest_document: Tokens of the longest packed document.
             unused: Other fields of a batch.
         """
-        attention = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
-        logits = self.language_model(input_ids=input_ids, use_cache=False, **attention).logits
+        documents = (position_ids, document_offsets, longest_document)
+        logits = run_causal_lm(self.language_model, input_ids, None, *documents)
         positions = find_target_positions(labels) if target_positions is None else target_positions
         loss = summed_cross_entropy(logits.flatten(0, 1)[positions], gather_labels(labels, positions))
         return LanguageModelOutput(loss)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 
 from tests.data.helpers import document_builder, mmc4, noise, pair_builder, saved
 from trainer.config.data_config import AugmentConfig
@@ -101,3 +103,29 @@ def test_each_image_of_a_document_has_its_own_draws() -> None:
             for decoder in (ImageDecoder(16, augment=ALL), ImageDecoder(16))
         ]
         assert torch.equal(rows[0].input_ids, rows[1].input_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "apply"),
+    [
+        (Augmentation(brightness=0.7), lambda image: TF.adjust_brightness(image, 0.7)),
+        (Augmentation(contrast=0.6), lambda image: TF.adjust_contrast(image, 0.6)),
+        (Augmentation(saturation=0.4), lambda image: TF.adjust_saturation(image, 0.4)),
+        (Augmentation(saturation=0.0), lambda image: TF.rgb_to_grayscale(image, 3)),
+    ],
+)
+def test_colors_change_as_in_torchvision(change: Augmentation, apply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
+    assert (change.change_colors(image).int() - apply(image).int()).abs().max() <= 1
+
+
+def test_the_hue_turns_about_gray() -> None:
+    gray = torch.arange(0, 250, 10, dtype=torch.uint8).view(1, 5, 5).repeat(3, 1, 1)
+    assert (Augmentation(hue=0.3).change_colors(gray).int() - gray.int()).abs().max() <= 1
+    color = torch.tensor([150, 100, 90], dtype=torch.uint8).view(3, 1, 1)
+    third = Augmentation(hue=1 / 3)
+    turned = color
+    for _ in range(3):
+        turned = third.change_colors(turned)
+    assert (turned.int() - color.int()).abs().max() <= 3
+    assert (third.change_colors(color).int() - color.int()).abs().max() > 10

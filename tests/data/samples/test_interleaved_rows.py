@@ -95,6 +95,9 @@ def test_more_images_than_the_maximum() -> None:
     row = build(mmc4(TEXTS, [0, 1, 2, 3]), max_images=2)
     assert text_of(row.input_ids) == "B#zero.|#one.|"
     assert len(row.media) == 2
+    assert [image.reason for image in row.dropped_images] == ["filtered_max_images"] * 2
+    assert "after the first 2 (max_images)" in row.dropped_images[0].detail
+    assert not build(mmc4(TEXTS, [0, 1, 2, 3]), max_images=4).dropped_images
 
 
 def test_random_windows_contain_images() -> None:

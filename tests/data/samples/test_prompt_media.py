@@ -28,7 +28,7 @@ from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.prompt_media import model_media
 from trainer.data.samples.rows import sample_rng
 from trainer.data.samples.tower_decoder import trained_processor
-from trainer.evaluation import exact_captions as evaluation
+from trainer.evaluation import answering
 from trainer.tasks.row_builders import flamingo_builders
 
 PICTURES = [saved(noise(*size, seed=seed), "PNG") for seed, size in enumerate([(30, 70), (64, 20), (16, 16)])]
@@ -68,7 +68,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         return run(model, prompts, media, counts, **options)
 
     monkeypatch.setattr(generate, "generate", recorded)
-    monkeypatch.setattr(evaluation, "generate", recorded)
+    monkeypatch.setattr(answering, "generate", recorded)
     return found
 
 
@@ -100,9 +100,10 @@ def test_generate(export: Path, tmp_path: Path, fed: list[tuple[Any, Any]], sett
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_evaluate(export: Path, tmp_path: Path, fed: list[tuple[Any, Any]], settings: dict[str, Any]) -> None:
     write_shard(tmp_path / "0.tar", [(f"{n}", {"png": picture, "txt": b"w1"}) for n, picture in enumerate(PICTURES)])
-    task = {"name": "pairs", "manifest": str(build_manifest(tmp_path)), "image_tokens": settings.get("image_tokens")}
-    config = {"model": str(export), "report": str(tmp_path / "report.json"), "max_new_tokens": 2, "device": "cpu"}
-    config |= {"image_fit": settings.get("image_fit", "pad"), "tasks": [task]}
+    task = {"type": "shards", "name": "pairs", "manifest": str(build_manifest(tmp_path)), "max_new_tokens": 2}
+    task["image_tokens"] = settings.get("image_tokens")
+    config = {"model": str(export), "output": str(tmp_path / "evaluation"), "device": "cpu", "tasks": [task]}
+    config |= {"image_fit": settings.get("image_fit"), "prompt_style": "plain", "zero_shot_examples": 0}
     (tmp_path / "evaluate.yaml").write_text(json.dumps(config))
     assert evaluate.main([str(tmp_path / "evaluate.yaml")]) == 0
     check_equal(fed, training_batch(export, **settings))

@@ -11,7 +11,7 @@ from trainer.config.data_config import ImageTextSource
 from trainer.data.batch import SampleId, collate
 from trainer.data.errors import SampleError
 from trainer.data.samples.contrastive_rows import ContrastiveBuilder
-from trainer.data.samples.rows import join, sample_rng
+from trainer.data.samples.rows import join, pack, sample_rng
 
 PAIR = {"png": image_bytes((9, 8, 7)), "txt": b"a cat"}
 
@@ -118,3 +118,18 @@ def test_media_of_a_batch_are_flat_and_a_batch_without_media_has_a_dummy() -> No
     alone = collate([text], FORMAT, source="s")
     assert alone.media.shape == (1, 1, 3, 8, 8)
     assert alone.media_index.max() == -1
+
+
+def test_packed_rows_have_positions_only_where_documents_need_them() -> None:
+    one, other = (
+        join([text_builder()({"txt": text}, SAMPLE, rng())], 64) for text in (b"only text", b"and more of it")
+    )
+    batch = collate([pack([one, other]), pack([one])], FORMAT, source="s")
+    assert batch.position_ids is not None and batch.document_offsets is not None
+    lengths = [len(one.input_ids), len(other.input_ids)]
+    assert batch.document_offsets.diff().tolist() == [*lengths, lengths[0], lengths[1]]  # the last one is padding
+    assert batch.longest_document == max(lengths)
+    assert {"position_ids", "document_offsets", "longest_document"} <= batch.inputs.keys()
+    single = collate([pack([one]), pack([one])], FORMAT, source="s")
+    assert (single.position_ids, single.document_offsets, single.num_documents) == (None, None, 2)
+    assert "attention_mask" not in batch.inputs.keys() | single.inputs.keys()

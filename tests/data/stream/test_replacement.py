@@ -126,6 +126,14 @@ def test_dropped_images_are_counted_and_logged_once(tmp_path: Path, caplog: pyte
         assert sum("image dropped from a document (corrupt_image)" in r.getMessage() for r in caplog.records) == 1
 
 
+def test_images_beyond_max_images_are_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shard(tmp_path / "0.tar", ((f"{n:03d}", mmc4(["a", "b", "c"], [0, 1, 2])) for n in range(8)))
+    source = InterleavedSource("documents", build_manifest(tmp_path), 4, max_images=2)
+    steps = batches_of(DataConfig((source,), max_bad_fraction=0.0), document_builder(max_images=2), 2)
+    assert [batch.dropped_images for step in steps for batch in step] == [{"filtered_max_images": 4}] * 2
+    assert sum("(filtered_max_images)" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_a_key_that_is_not_utf_8_can_be_written(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", ((f"caf\udce9{n}", {"png": IMAGE, "txt": b"a"}) for n in range(8)))
     source = ImageTextSource("pairs", build_manifest(tmp_path), 4)

@@ -5,16 +5,24 @@ Nothing here imports torch, so a wrong configuration is reported within a second
 
 from __future__ import annotations
 
-from trainer.config.checks.data_rules import duplicate_names, source_problems
+from trainer.config.checks.contrastive_rules import (
+    combine_problems,
+    contrastive_problems,
+    missing_contrastive_files,
+)
+from trainer.config.checks.data_rules import source_problems
 from trainer.config.checks.deepspeed_rules import deepspeed_problems, optimizer_problems
+from trainer.config.checks.evaluation_rules import evaluation_problems, live_evaluation_problems
 from trainer.config.checks.language_model_rules import architecture_problems, language_model_file_problems
-from trainer.config.checks.missing_files import missing_export, missing_files, missing_manifest
+from trainer.config.checks.missing_files import missing_export, missing_files
 from trainer.config.checks.missing_libraries import missing_libraries
 from trainer.config.checks.step_rules import length_problems, profiler_problems, resilience_problems
 from trainer.config.checks.task_rules import activation_problems, task_problems
+from trainer.config.checks.trainable_rules import trainable_problems
 from trainer.config.deepspeed_json import raw_problems
 from trainer.config.evaluation_config import EvaluationConfig
 from trainer.config.run_config import RunConfig
+from trainer.config.study_config import StudyConfig, study_problems
 from trainer.errors import Problem
 
 
@@ -22,11 +30,14 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
     """Return everything that is wrong across settings.
 
     Args:
-        config: A RunConfig or an EvaluationConfig; others have no rules.
+        config: A RunConfig, an EvaluationConfig or a StudyConfig; others have no rules.
         check_files: Whether manifests, local folders and optional libraries must exist on this machine.
     """
     if isinstance(config, EvaluationConfig):
-        return _evaluation_problems(config, check_files)
+        missing = missing_export(config) if check_files else ()
+        return [*evaluation_problems(config, check_files), *missing]
+    if isinstance(config, StudyConfig):
+        return list(study_problems(config, check_files))
     if not isinstance(config, RunConfig):
         return []
     problems = [
@@ -38,24 +49,18 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
         *activation_problems(config),
         *profiler_problems(config),
         *task_problems(config),
+        *combine_problems(config),
+        *contrastive_problems(config),
+        *trainable_problems(config),
         *architecture_problems(config),
+        *live_evaluation_problems(config, check_files=check_files),
         *raw_problems(config, check_files=check_files),
     ]
     if check_files:
         problems += [
             *missing_files(config),
+            *missing_contrastive_files(config),
             *missing_libraries(config),
             *language_model_file_problems(config),
         ]
     return problems
-
-
-def _evaluation_problems(config: EvaluationConfig, check_files: bool) -> list[Problem]:
-    problems = list(duplicate_names("tasks", [task.name for task in config.tasks]))
-    for index, task in enumerate(config.tasks):
-        path = f"tasks.{index}"
-        if task.minimum is not None and task.maximum is not None and task.minimum > task.maximum:
-            problems.append(Problem(f"{path}.minimum", f"{task.minimum} is more than maximum {task.maximum}"))
-        if check_files:
-            problems += missing_manifest(f"{path}.manifest", task.manifest)
-    return [*problems, *(missing_export(config) if check_files else ())]

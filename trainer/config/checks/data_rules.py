@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from trainer.config.batch_sizes import batch_size_problems
-from trainer.config.data_config import FilterConfig, MediaSource, Source
+from trainer.config.data_config import FilterConfig, MediaSource, PairSource, Source
 from trainer.config.run_config import ContrastiveRunConfig, RunConfig
 from trainer.errors import Problem
 
@@ -29,6 +29,9 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _filter_problems(f"{path}.filters", source)
         if isinstance(source, MediaSource):
             yield from _crop_problems(f"{path}.augment", source)
+        if isinstance(source, PairSource) and source.train_on == "all" and source.answer_prefix != " ":
+            message = "stands between a prompt and an answer; set train_on: answer, or leave it out"
+            yield Problem(f"{path}.answer_prefix", message, related=(f"{path}.train_on",))
     yield from batch_size_problems(config.data)
 
 
@@ -44,6 +47,8 @@ def _length_problems(path: str, source: Source, config: RunConfig) -> Iterator[P
     if isinstance(config, ContrastiveRunConfig):
         return
     first, least = ("<BOS><image>", 3) if isinstance(source, MediaSource) else ("<BOS>", 2)
+    if isinstance(source, PairSource) and source.train_on == "answer":
+        first, least = "<BOS><image> and at least one token of the prompt", 4
     if source.max_tokens < least:
         message = f"{source.max_tokens} leaves nothing to train on: a row begins with {first}; set at least {least}"
         yield Problem(f"{path}.max_tokens", message)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config.evaluation_config import EvaluationConfig
-from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, RunConfig
+from trainer.config.run_config import FlamingoRunConfig, RunConfig
 from trainer.errors import Problem
 
 _LOCAL_TOWER = "local-dir:"
+_HF_TOWER = "transformers:"
 
 
 def missing_files(config: RunConfig) -> Iterator[Problem]:
@@ -24,8 +25,6 @@ def missing_files(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"deepspeed.{name}.path", f"no such folder: {offload.path}")
     if isinstance(config, FlamingoRunConfig):
         yield from _missing_models(config)
-    if isinstance(config, ContrastiveRunConfig) and config.tokenizer is not None and not config.tokenizer.is_dir():
-        yield Problem("tokenizer", f"no such folder: {config.tokenizer}")
 
 
 def missing_manifest(path: str, manifest: Path) -> Iterator[Problem]:
@@ -43,14 +42,21 @@ def missing_export(config: EvaluationConfig) -> Iterator[Problem]:
 
 def _missing_models(config: FlamingoRunConfig) -> Iterator[Problem]:
     vision, language = config.model.vision, config.model.language_model
+    hf_tower = vision.name.removeprefix(_HF_TOWER) if vision.name.startswith(_HF_TOWER) else None
     folders = {
         "language_model.name": language.name if _is_local(language.name) else None,
         "language_model.tokenizer": language.tokenizer if _is_local(language.tokenizer) else None,
-        "vision.name": vision.name.removeprefix(_LOCAL_TOWER) if vision.name.startswith(_LOCAL_TOWER) else None,
+        "vision.name": vision.name.removeprefix(_LOCAL_TOWER)
+        if vision.name.startswith(_LOCAL_TOWER)
+        else (hf_tower if _is_local(hf_tower) else None),
     }
     for key, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
             yield Problem(f"model.{key}", f"no such folder: {folder}")
+    start_from = config.model.start_from
+    if start_from is not None and not Path(start_from).is_dir():
+        message = f"no such folder: {start_from}; trainer.import_model or trainer.export writes it"
+        yield Problem("model.start_from", message)
     if vision.pretrained and vision.pretrained.endswith(".safetensors") and not Path(vision.pretrained).is_file():
         yield Problem("model.vision.pretrained", f"no such file: {vision.pretrained}")
 

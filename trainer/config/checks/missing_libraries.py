@@ -63,6 +63,10 @@ def missing_libraries(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"deepspeed.{name}.device", f"nvme: {reason}, or take device: cpu")
     if isinstance(config, FlamingoRunConfig):
         yield from _attention_problems(config)
+        trainable = {"vision": config.model.trainable.vision, "language_model": config.model.trainable.language_model}
+        for part, mode in trainable.items():
+            if mode == "lora" and importlib.util.find_spec("peft") is None:
+                yield Problem(f"model.trainable.{part}", "lora needs peft, which is not installed: pip install peft")
 
 
 def optimizer_obstacle(name: str) -> str | None:

@@ -14,6 +14,9 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
     if warmup > steps:
         message = f"{warmup} is more than training.steps {steps}: the run would end during the warm-up"
         yield Problem("schedule.warmup_steps", message, related=("training.steps",))
+    if config.schedule.decay == "exponential" and config.schedule.final_lr_ratio == 0:
+        message = "an exponential never reaches 0; set it above 0 (the paper's fine-tuning: 0.1)"
+        yield Problem("schedule.final_lr_ratio", message, related=("schedule.decay",))
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every is not None and keep_every % every:
         yield Problem("checkpoint.keep_every", f"{keep_every} is not a multiple of checkpoint.every {every}")

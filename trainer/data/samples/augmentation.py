@@ -9,12 +9,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torchvision.transforms.v2.functional as TF
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.data_config import AugmentConfig
 
 _NUM_DRAWS = 9
+_LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, whose sum is 1
+_RGB_TO_YIQ = np.stack([_LUMA, np.array([0.5959, -0.2746, -0.3213]), np.array([0.2115, -0.5227, 0.3112])])
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,30 @@ class Augmentation:
         return image.flip(-1) if self.flip else image
 
     def change_colors(self, image: Tensor) -> Tensor:
-        """Change the colors of the resized image, uint8 [3, height, width], before it is padded."""
-        if self.brightness != 1:
-            image = TF.adjust_brightness(image, self.brightness)
-        if self.contrast != 1:
-            image = TF.adjust_contrast(image, self.contrast)
-        if self.saturation != 1:
-            image = TF.adjust_saturation(image, self.saturation)
-        return TF.adjust_hue(image, self.hue) if self.hue else image
+        """Change the colors of the resized image, uint8 [3, height, width], before it is padded.
+
+        Brightness, contrast, saturation and hue are linear, so they are one map of colors, which is several times as
+        fast as four. Values are clipped once, at its end. Sums are exact, so that no number of threads changes a pixel.
+        """
+        if self.brightness == self.contrast == self.saturation == 1 and self.hue == 0:
+            return image
+        _, height, width = image.shape
+        mean = image.sum(dim=(1, 2), dtype=torch.int64).numpy() / (height * width)
+        offset = (1 - self.contrast) * self.brightness * float(_LUMA @ mean)
+        red, green, blue = image.float()
+        changed = torch.empty_like(image)
+        for channel, (r, g, b) in enumerate(self._color_matrix().tolist()):
+            changed[channel] = (red * r).add_(green * g).add_(blue * b).add_(offset + 0.5).clamp_(0, 255)
+        return changed
+
+    def _color_matrix(self) -> NDArray[np.float64]:
+        """Return the linear part of the map. The hue turns about the gray axis, in YIQ."""
+        saturation = self.saturation * np.eye(3) + (1 - self.saturation) * np.tile(_LUMA, (3, 1))
+        angle = 2 * math.pi * self.hue
+        turn = np.eye(3)
+        turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        hue = np.linalg.inv(_RGB_TO_YIQ) @ turn @ _RGB_TO_YIQ
+        return self.brightness * self.contrast * hue @ saturation
 
 
 def draw_augmentation(settings: AugmentConfig, rng: np.random.Generator) -> Augmentation:

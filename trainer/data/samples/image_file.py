@@ -18,6 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from model.pixels import UnsupportedPixelsError, to_rgb
 from trainer.data.errors import SampleError
 
 # Formats whose decoders run inside this process. EPS is left out: Pillow hands it to Ghostscript.
@@ -209,24 +210,10 @@ def _decoded(image: Image.Image, check_pixels: CheckPixels) -> NDArray[np.uint8]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I"):
-        return _scale_gray_16(image)
-    if mode == "F":
-        raise SampleError("unsupported_image", "floating-point pixels have no known range")
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_gray_16(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray so that 65535 is white; Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise SampleError("unsupported_image", f"gray values from {values.min()} to {values.max()}")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    try:
+        return to_rgb(image)
+    except UnsupportedPixelsError as error:
+        raise SampleError("unsupported_image", str(error)) from error
 
 
 def _jpeg_orientation(jpeg: bytes) -> int:

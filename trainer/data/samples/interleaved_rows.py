@@ -47,11 +47,13 @@ class _Tokens:
         ids: Token ids.
         untrained: Whether the loss leaves a token out.
         image_number: Place in the document's images at ``<image>`` tokens, -1 elsewhere.
+        num_left_out: Images that ``max_images`` leaves out of a window.
     """
 
     ids: list[int]
     untrained: list[bool]
     image_number: list[int]
+    num_left_out: int = 0
 
     def append(self, ids: Sequence[int], *, untrained: bool = False, image_number: int = -1) -> None:
         self.ids.extend(ids)
@@ -59,7 +61,8 @@ class _Tokens:
         self.image_number.extend([image_number] * len(ids))
 
     def cut(self, start: int, stop: int) -> _Tokens:
-        return _Tokens(self.ids[start:stop], self.untrained[start:stop], self.image_number[start:stop])
+        part = slice(start, stop)
+        return replace(self, ids=self.ids[part], untrained=self.untrained[part], image_number=self.image_number[part])
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class InterleavedBuilder:
         image_id, _ = self.encoding.layout_ids()
         ids = torch.tensor([self.encoding.bos_id, *tokens.ids])
         index_of = following if draws.next_image < self.source.p_next else preceding
+        dropped = [RejectedSample(error.reason, error.detail, sample) for error in document.dropped]
+        left_out = f"images of a row after the first {self.source.max_images} (max_images)"
+        dropped += [RejectedSample("filtered_max_images", left_out, sample)] * tokens.num_left_out
         return make_row(
             ids.tolist(),
             [True, *tokens.untrained],
@@ -105,7 +111,7 @@ class InterleavedBuilder:
             sample,
             image_id=image_id,
             media_index=index_of(ids, image_id),
-            dropped_images=tuple(RejectedSample(error.reason, error.detail, sample) for error in document.dropped),
+            dropped_images=tuple(dropped),
         )
 
     def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
@@ -224,7 +230,7 @@ class InterleavedBuilder:
         if len(inside) > self.source.max_images:
             # The <EOC> before this image closes the last chunk, so it stays.
             stop = int(inside[self.source.max_images])
-        return tokens.cut(start, stop)
+        return replace(tokens.cut(start, stop), num_left_out=max(0, len(inside) - self.source.max_images))
 
 
 def _window_starts(tokens: _Tokens, image_positions: np.ndarray, length: int, end_of_chunk_id: int) -> np.ndarray:

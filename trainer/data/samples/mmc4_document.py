@@ -246,7 +246,7 @@ def _assign(matrix: Any, num_images: int, num_sentences: int) -> list[tuple[int 
     if similarity.shape != (num_images, num_sentences) or not np.isfinite(similarity).all():
         wanted = f"{num_images} images x {num_sentences} sentences"
         raise SampleError("invalid_document", f"similarity_matrix is {similarity.shape}, expected finite {wanted}")
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # slow to import, rarely needed
+    from scipy.optimize import linear_sum_assignment  # slow to import, rarely needed
 
     matches: list[tuple[int | None, float]] = [(None, 0.0)] * num_images
     for row, column in zip(*linear_sum_assignment(similarity, maximize=True), strict=True):

@@ -1,4 +1,9 @@
-"""Build rows of image-text and video-text pairs: ``<BOS><image>caption<EOC>[<EOS>]`` (paper, appendix A.3.2)."""
+"""Build rows of image-text and video-text pairs (paper, appendix A.3.2).
+
+A pair is ``<BOS><image>caption<EOC>[<EOS>]``, or ``<BOS><image>prompt answer<EOC>[<EOS>]`` with ``train_on: answer``,
+which does not train on the prompt. Prompt and answer are encoded by themselves, as inference encodes a prompt and
+generates what follows it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,13 @@ from torch import Tensor
 
 from trainer.config.data_config import PairSource
 from trainer.data.batch import Row, SampleId
+from trainer.data.errors import SampleError
 from trainer.data.samples.filters import accepted_text, check_size, needs_sizes
 from trainer.data.samples.rows import make_row
+from trainer.data.samples.sample_members import text_member
 from trainer.data.samples.text_encoding import TextEncoding
 
-_NUM_UNTRAINED = 2  # <BOS> and <image>
+PROMPT_MEMBER = "prompt.txt"
 
 
 class MediumDecoder(Protocol):
@@ -34,12 +41,12 @@ class MediumDecoder(Protocol):
 class PairBuilder:
     """Build the row of a ``.txt`` member and an image or a video; all frames are one medium (paper, section 3.1).
 
-    The caption, ``<EOC>`` and ``<EOS>`` are trained on. A row longer than ``max_tokens`` loses its end with the
-    ``<EOC>``: the model should not learn that a caption ends where it was cut.
+    The text, ``<EOC>`` and ``<EOS>`` are trained on. A row longer than ``max_tokens`` loses its end with the
+    ``<EOC>``: the model should not learn that a text ends where it was cut.
 
     Attributes:
         source: Settings of the pairs.
-        encoding: Encoder of the caption.
+        encoding: Encoder of the texts.
         decoder: Decoder of the images or of the videos.
     """
 
@@ -51,12 +58,12 @@ class PairBuilder:
         """Build the row.
 
         Raises:
-            SampleError: From the decoder, the text or the filters; special_token.
+            SampleError: From the decoder, the texts or the filters; special_token, filtered_max_tokens.
         """
-        ids = self._encode(members, rng)
+        before, trained = self._encode(members, rng)
         medium = self.decoder.medium(members, rng)
-        untrained = [position < _NUM_UNTRAINED for position in range(len(ids))]
-        return make_row(ids, untrained, (medium,), sample, image_id=self.encoding.image_id)
+        untrained = [True] * len(before) + [False] * len(trained)
+        return make_row([*before, *trained], untrained, (medium,), sample, image_id=self.encoding.image_id)
 
     def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
         """Return the number of tokens of the row without decoding the medium.
@@ -64,17 +71,25 @@ class PairBuilder:
         Raises:
             SampleError: As for the row, except that a damaged medium is not noticed.
         """
-        return len(self._encode(members, rng))
+        return sum(map(len, self._encode(members, rng)))
 
-    def _encode(self, members: Mapping[str, bytes], rng: np.random.Generator) -> list[int]:
+    def _encode(self, members: Mapping[str, bytes], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Return the ids that are not trained on, and after them those that are."""
         space_draw = rng.random()
         image_id, end_of_chunk_id = self.encoding.layout_ids()
         text = accepted_text(members, self.source.filters)
+        longest = self.source.max_tokens
         prefix = " " if space_draw < self.source.space_prefix_probability else ""
-        text_ids = self.encoding.plain_ids(prefix + text, self.source.max_tokens)
-        ids = [self.encoding.bos_id, image_id, *text_ids, end_of_chunk_id]
-        if self.source.end_of_sequence:
-            ids.append(self.encoding.eos_id)
+        before = [self.encoding.bos_id, image_id]
+        if self.source.train_on == "answer":
+            before += self.encoding.plain_ids(prefix + text_member(members, PROMPT_MEMBER), longest)
+            prefix = self.source.answer_prefix
+            if len(before) >= longest:
+                detail = f"max_tokens = {longest} leaves no token for the answer after the .{PROMPT_MEMBER}"
+                raise SampleError("filtered_max_tokens", detail)
+        ends = [end_of_chunk_id, self.encoding.eos_id] if self.source.end_of_sequence else [end_of_chunk_id]
+        trained = [*self.encoding.plain_ids(prefix + text, longest), *ends]
         if needs_sizes(self.source.filters):
             check_size(*self.decoder.frame_size(members), self.source.filters)
-        return ids[: self.source.max_tokens]
+        before = before[:longest]
+        return before, trained[: longest - len(before)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.image_geometry import ImageFit
-from model.media_inputs import media_inputs
+from model.media_inputs import media_inputs, prompt_inputs
 from model.processor import PROCESSOR_FILE, ProcessorConfig, VideoSampling
 from model.tower_patches import Grid
 from trainer.config.data_config import VideoTextSource
@@ -143,12 +143,10 @@ def read_media(files: Sequence[tuple[str, Path]], processor: ProcessorConfig) ->
             media.append(decoder(data)[None] if isinstance(decoder, ImageDecoder) else decoder(data, 0.0))
         except SampleError as error:
             raise ValueError(f"--{kind} {path}: {error}") from error
+    if not media:
+        return None, None
     keeps_aspect = any((d if isinstance(d, ImageDecoder) else d.image).budget for d in decoders.values())
-    if not media or (not keeps_aspect and len({medium.shape for medium in media}) == 1):
-        return (media_inputs(media, None)) if media else (None, None)
-    if processor.patch_size is None:
-        raise ValueError("--image and --video in one prompt: the model's tower takes media of one shape only")
-    return media_inputs(media, processor.patch_size)
+    return prompt_inputs(media, processor.patch_size, keeps_aspect)
 
 
 def model_media(images: Sequence[Tensor], decoder: ImageDecoder) -> Media:

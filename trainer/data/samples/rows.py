@@ -65,7 +65,7 @@ def make_row(
         sample: Sample that the row is made of.
         image_id: Id of ``<image>``; None for a row without media.
         media_index: Medium that each token sees; None takes the medium before it.
-        dropped_images: Unusable images that the sample lost.
+        dropped_images: Images that the sample lost.
     """
     input_ids = torch.tensor(ids, dtype=torch.int64)
     labels = input_ids.masked_fill(torch.tensor(untrained, dtype=torch.bool), IGNORED_LABEL)

@@ -72,5 +72,11 @@ def trained_processor(data: DataConfig, encoder: VisionEncoder) -> ProcessorConf
         image_tokens=next(iter(budgets.values()), None),
         image_tokens_of_sources=budgets if len(set(budgets.values())) > 1 else {},
         video=video,
-        space_after_image=bool(sources) and all(source.space_prefix_probability == 1 for source in sources),
+        space_after_image=puts_space_after_images(data),
     )
+
+
+def puts_space_after_images(data: DataConfig) -> bool:
+    """Return whether every text that follows a medium has a space before it."""
+    sources = [source for source in data.sources if isinstance(source, MediaSource)]
+    return bool(sources) and all(source.space_prefix_probability == 1 for source in sources)

@@ -23,6 +23,7 @@ from trainer.data.stream.micro_batches import MicroBatch, MicroBatches, start_wo
 from trainer.data.stream.packing import LanePosition, LanePositions
 from trainer.data.stream.replacement_log import ReplacementLog
 from trainer.data.stream.stream_state import data_state
+from trainer.data.stream.turns import SourceTurns, StepIndices
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepLoader:
         stop_step: Step after the last one.
         pin_memory: Whether batches are put into pinned host memory.
         lane_positions: Positions of packed lanes before ``start_step``, over all ranks, by source.
+        in_turn: Whether a step has one source, in turn; else it has all.
 
     Attributes:
         manifests: Manifest of each source, in the order of ``data.sources``.
@@ -74,8 +76,10 @@ class StepLoader:
         stop_step: int,
         pin_memory: bool = False,
         lane_positions: Mapping[str, LanePositions] | None = None,
+        in_turn: bool = False,
     ) -> None:
         self.config, self.start_step, self.stop_step = config, start_step, stop_step
+        self._turns = SourceTurns(len(config.sources), in_turn)
         missing = [source.name for source in config.sources if source.name not in builders]
         if missing:
             raise ValueError(f"no builder for the sources {', '.join(missing)}")
@@ -87,7 +91,7 @@ class StepLoader:
             batch_format,
             rank=rank,
             world_size=world_size,
-            start_step=start_step,
+            first_visits=self._turns.visits(start_step),
             lane_positions=lane_positions,
         )
         self.lane_positions: dict[str, dict[int, LanePosition]] = {
@@ -98,7 +102,7 @@ class StepLoader:
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches of all sources in a step, the same for every rank."""
+        """Micro-batches of all sources in a step that has all, the same for every rank."""
         return self._dataset.micro_batches_per_step
 
     def __len__(self) -> int:
@@ -106,12 +110,12 @@ class StepLoader:
         return max(0, self.stop_step - self.start_step)
 
     def __iter__(self) -> Iterator[StepBatches]:
-        per_step = self.micro_batches_per_step
-        self._dataset.prepare(self.start_step)
-        stream = self._start(range(self.start_step * per_step, self.stop_step * per_step))
+        self._dataset.prepare(self._turns.visits(self.start_step))
+        indices = StepIndices(self._turns, self._dataset.slots, range(self.start_step, self.stop_step))
+        stream = self._start(indices)
         try:
             for step in range(self.start_step, self.stop_step):
-                made = [self._checked(self._next(stream)) for _ in range(per_step)]
+                made = [self._checked(self._next(stream)) for _ in indices.of_step(step)]
                 for micro_batch in made:
                     if micro_batch.lane_positions:
                         self.lane_positions[micro_batch.batch.source].update(micro_batch.lane_positions)
@@ -127,7 +131,7 @@ class StepLoader:
             step: Number of steps done.
             lane_positions: Positions of all packed lanes, over all ranks, by source.
         """
-        return data_state(self.config, self.manifests, step, lane_positions)
+        return data_state(self.config, self.manifests, step, lane_positions, self._turns.visits(step))
 
     def _checked(self, made: MicroBatch | DataError) -> MicroBatch:
         if isinstance(made, DataError):
@@ -135,7 +139,7 @@ class StepLoader:
         self._log.record(made)
         return made
 
-    def _start(self, indices: range) -> Iterator[MicroBatch | DataError]:
+    def _start(self, indices: StepIndices) -> Iterator[MicroBatch | DataError]:
         """Start the loader processes, if there are any."""
         workers = self.config.num_workers
         if not workers:
@@ -153,7 +157,7 @@ class StepLoader:
         return explain_failures(lambda: next(stream), self.config.num_workers)
 
     def _data_loader(
-        self, dataset: Dataset[MicroBatch | DataError], indices: range, ahead: int | None
+        self, dataset: Dataset[MicroBatch | DataError], indices: StepIndices, ahead: int | None
     ) -> DataLoader[MicroBatch | DataError]:
         return DataLoader(
             dataset,

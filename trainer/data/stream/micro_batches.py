@@ -45,12 +45,13 @@ class MicroBatch(NamedTuple):
 
 
 class MicroBatches(Dataset[MicroBatch | DataError]):
-    """Map index ``step * micro_batches_per_step + number`` to a micro-batch, or to the error that stops the stream.
+    """Map index ``visit * micro_batches_per_step + number`` to a micro-batch, or to the error that stops the stream.
 
-    The numbers of a step run through the sources in their order, and through the micro-batches of each source. An error
-    is returned and not raised: torch would wrap it into one whose message is a loader process's traceback.
+    A step visits all sources, or one in turn: then a source has fewer visits than there are steps. The numbers run
+    through the sources in their order, and through the micro-batches of each source. An error is returned and not
+    raised: torch would wrap it into one whose message is a loader process's traceback.
 
-    A process goes through the texts of packed lanes from ``start_step`` on. Where ``data.num_workers`` divides the
+    A process goes through the texts of packed lanes from ``first_visits`` on. Where ``data.num_workers`` divides the
     micro-batches of a step, each loader process meets the same lanes in every step, and no two read the same texts.
 
     Args:
@@ -60,8 +61,8 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         batch_format: What the model takes.
         rank: Rank that the micro-batches are for.
         world_size: Number of ranks.
-        start_step: First step that will be asked for.
-        lane_positions: Positions of packed lanes before ``start_step``, by source; none at the start of a run.
+        first_visits: First visit of each source that will be asked for; None is the first of all.
+        lane_positions: Positions of packed lanes before these visits, by source; none at the start of a run.
 
     Raises:
         ValueError: Sizes do not fit.
@@ -76,7 +77,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         *,
         rank: int,
         world_size: int,
-        start_step: int = 0,
+        first_visits: Sequence[int] | None = None,
         lane_positions: Mapping[str, LanePositions] | None = None,
     ) -> None:
         self.config, self.builders, self.batch_format = config, builders, batch_format
@@ -94,8 +95,9 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
             ReplacementSearch.of(config, plan.source.name, plan.most_samples_per_step) for plan in self.plans
         ]
         positions = lane_positions or {}
+        first = first_visits or (0,) * len(self.plans)
         self._packed = {
-            number: self._packed_rows(number, start_step, positions.get(plan.source.name, {}))
+            number: self._packed_rows(number, first[number], positions.get(plan.source.name, {}))
             for number, plan in enumerate(self.plans)
             if plan.source.packing
         }
@@ -108,10 +110,15 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         """Micro-batches of all sources in a step, the same for every rank."""
         return len(self._slots)
 
-    def prepare(self, step: int) -> None:
-        """Compute the orders before loader processes are forked, which then share them."""
-        for order in self.orders:
-            order.prepare(step)
+    @property
+    def slots(self) -> list[int]:
+        """Source of each micro-batch of a step that visits all."""
+        return [source for source, _ in self._slots]
+
+    def prepare(self, visits: Sequence[int]) -> None:
+        """Compute the orders of the next visits before loader processes are forked, which then share them."""
+        for order, visit in zip(self.orders, visits, strict=True):
+            order.prepare(visit)
 
     def __getitem__(self, index: int) -> MicroBatch | DataError:
         try:
@@ -120,7 +127,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
             return error
 
     def _micro_batch(self, index: int) -> MicroBatch:
-        step, number = divmod(index, len(self._slots))
+        visit, number = divmod(index, len(self._slots))
         source, micro = self._slots[number]
         plan = self.plans[source]
         rejected = Rejections()
@@ -128,7 +135,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         rows = []
         for place in range(micro * plan.micro_batch_size, (micro + 1) * plan.micro_batch_size):
             lane = self._lanes[source][place // plan.rows_per_lane]
-            row_of_lane = step * plan.rows_per_lane + place % plan.rows_per_lane
+            row_of_lane = visit * plan.rows_per_lane + place % plan.rows_per_lane
             if source in self._packed:
                 row, positions[lane] = self._packed[source].row(lane, row_of_lane, rejected)
             else:
@@ -147,7 +154,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
         dropped = {image.reason: image for row in reversed(rows) for image in reversed(row.dropped_images)}
         return MicroBatch(batch, tuple(rejected.examples.values()), tuple(dropped.values()), positions)
 
-    def _packed_rows(self, source: int, start_step: int, positions: LanePositions) -> PackedRows:
+    def _packed_rows(self, source: int, first_visit: int, positions: LanePositions) -> PackedRows:
         plan = self.plans[source]
         return PackedRows(
             self.builders[plan.source.name],
@@ -155,7 +162,7 @@ class MicroBatches(Dataset[MicroBatch | DataError]):
             self._searches[source],
             seed=self.config.seed,
             max_tokens=plan.source.max_tokens,
-            first_row=start_step * plan.rows_per_lane,
+            first_row=first_visit * plan.rows_per_lane,
             positions=positions,
         )
 

@@ -31,7 +31,8 @@ class ReplacementLog:
         for rejected in made.rejected:
             self._log_sample("sample replaced", rejected)
         for dropped in made.dropped_images:
-            self._log_sample("image dropped from a document", dropped)
+            if self._is_main or not dropped.reason.startswith(FILTERED):
+                self._log_sample("image dropped from a document", dropped)
         source = made.batch.source
         filtered = self._filtered.setdefault(source, Counter())
         filtered.update({reason: n for reason, n in made.batch.rejected.items() if reason.startswith(FILTERED)})

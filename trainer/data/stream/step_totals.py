@@ -24,7 +24,7 @@ class StepTotals:
         positions: Tokens with padding.
         images: Images and videos, without dummies.
         replaced: Samples that were rejected and replaced, by source and reason.
-        dropped_images: Unusable images that documents lost, by source and reason.
+        dropped_images: Images that documents lost, by source and reason.
         data_seconds: Seconds that training waited for the data, mean over the ranks.
     """
 

@@ -22,6 +22,7 @@ def data_state(
     manifests: Sequence[Manifest],
     step: int,
     lane_positions: Mapping[str, LanePositions] | None = None,
+    visits: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return the state after ``step`` steps, ready for JSON.
 
@@ -33,9 +34,11 @@ def data_state(
         manifests: Manifest of each source.
         step: Number of steps done.
         lane_positions: Positions of all packed lanes, over all ranks, by source.
+        visits: Steps that visited each source; None where all did.
     """
+    visits = (step,) * len(manifests) if visits is None else visits
     sources: dict[str, dict[str, Any]] = {}
-    for plan, manifest in zip(plan_step(config, 1), manifests, strict=True):
+    for plan, manifest, visited in zip(plan_step(config, 1), manifests, visits, strict=True):
         sources[plan.source.name] = {
             "manifest_sha256": manifest.sha256,
             "content_sha256": manifest.content_sha256,
@@ -45,7 +48,7 @@ def data_state(
             "shuffle_window": config.shuffle_window,
             "batch_size": plan.source.batch_size,
             "samples_per_row": plan.samples_per_row,
-            "samples_consumed": step * plan.samples_per_step,
+            "samples_consumed": visited * plan.samples_per_step,
         }
         if plan.source.packing:
             del sources[plan.source.name]["samples_consumed"]

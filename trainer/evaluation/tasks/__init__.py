@@ -1,0 +1,1 @@
+"""Read the files of evaluation tasks as they are published: a small reader for each layout."""

@@ -1,0 +1,1 @@
+"""Compare variants of one configuration over several seeds."""
