@@ -60,6 +60,7 @@ def test_measurements_of_one_step_have_no_slope() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -21,7 +21,7 @@ def check(result: dict[str, Any], expected: dict[str, Any], case: StepCase) -> N
         assert result["weights"][name] == pytest.approx(weight, abs=1e-6), (case, name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_step_equals_that_of_one_full_batch(tmp_path: Path, world_size: int) -> None:
     architecture = write_towers(tmp_path)
     counts = {1: [1, 8], 2: [1, 2, 4]}[world_size]

@@ -77,7 +77,7 @@ def skipping(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("killed_at", ["", "noted", "skipping"])
+@pytest.mark.parametrize("killed_at", ["", pytest.param("noted", marks=pytest.mark.long), "skipping"])
 def test_a_run_after_a_spike_equals_one_that_skips_those_steps_from_the_beginning(
     assets: Path, skipping: Path, tmp_path: Path, killed_at: str
 ) -> None:
@@ -141,7 +141,7 @@ def hang(world: World, settings: dict[str, Any], how: str) -> None:
     train(task, config, world, [Hang()])
 
 
-@pytest.mark.parametrize("how", ["stopped", "worker", "locked"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.long), "worker", "locked"])
 def test_the_watchdog_ends_a_hanging_run_and_writes_the_stacks_of_all_ranks(
     assets: Path, tmp_path: Path, how: str
 ) -> None:

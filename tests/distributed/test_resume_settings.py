@@ -112,7 +112,7 @@ def state_of(contents: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in contents.items() if key not in ("groups", "steps")}
 
 
-@pytest.mark.parametrize("ranks", [2, 1], ids=["shards", "universal"])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 1], ids=["shards", "universal"])
 def test_the_settings_of_the_run_hold_after_a_load(tmp_path: Path, ranks: int) -> None:
     setups = [Setup(1), Setup(2, bf16=True), Setup(3), Setup(3, zero=(("sub_group_size", 10),))]
     saved = run_distributed(save, 2, tmp_path, setups)[0]
@@ -169,7 +169,7 @@ def test_another_dtype_is_converted(tmp_path: Path) -> None:
         }, (setups[number], setup)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # DeepSpeed compiles its CPU Adam for two minutes
 def test_adamw_and_cpu_adam_read_each_other(tmp_path: Path) -> None:
     setups = [
         Setup(stage, optimizer=replace(OPTIMIZER, name=name)) for stage in (2, 3) for name in ("adamw", "cpu_adam")

@@ -32,7 +32,8 @@ def wait_for(supervisor: subprocess.Popen[str], run_dir: Path, step: int, starts
         time.sleep(0.1)
 
 
-def test_two_nodes_go_on_without_a_lost_third_and_all_three_finish(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_two_nodes_go_on_without_a_lost_third_and_all_three_finish(tmp_path: Path, slots: int) -> None:
     nodes.require("pdsh")
     make_assets(tmp_path / "assets")
 
@@ -46,7 +47,7 @@ def test_two_nodes_go_on_without_a_lost_third_and_all_three_finish(tmp_path: Pat
     run_dir = tmp_path / "run"
     config = write_settings(tmp_path / "run.yaml", settings(run_dir))
     environment = {"VENV": sys.prefix, "PREFLIGHT": "0"}
-    with nodes.cluster(tmp_path / "nodes", count=3, slots=2) as cluster:
+    with nodes.cluster(tmp_path / "nodes", count=3, slots=slots) as cluster:
         command = (sys.executable, "-m", "trainer.supervise", "--hostfile", cluster.hostfile, "--", config)
         supervisor = cluster.start_on(cluster.head, *command, environment=environment)
         wait_for(supervisor, run_dir, 5, starts=1)
@@ -61,5 +62,5 @@ def test_two_nodes_go_on_without_a_lost_third_and_all_three_finish(tmp_path: Pat
         cluster.restore(cluster.nodes[2])
         code, output = cluster.run_on(cluster.head, *command, environment=environment)
         assert code == 0, output
-    assert [event["processes"] for event in read_events(run_dir, "start")] == [6, 4, 6]
+    assert [event["processes"] for event in read_events(run_dir, "start")] == [3 * slots, 2 * slots, 3 * slots]
     assert read_ledger(run_dir) == read_ledger(tmp_path / "one")

@@ -39,7 +39,9 @@ def train_until_full(world: World, settings: dict[str, Any], rank: int, name: st
     return train_error(world, settings, [Fill()])
 
 
-@pytest.mark.parametrize(("rank", "name"), [(0, "metrics.jsonl"), (1, "ledger/rank-1.jsonl")])
+@pytest.mark.parametrize(
+    ("rank", "name"), [pytest.param(0, "metrics.jsonl", marks=pytest.mark.long), (1, "ledger/rank-1.jsonl")]
+)
 def test_a_record_that_one_rank_cannot_write_ends_all_ranks_with_its_path(
     assets: Path, undisturbed: Path, tmp_path: Path, rank: int, name: str
 ) -> None:

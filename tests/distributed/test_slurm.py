@@ -97,6 +97,7 @@ def test_a_preempted_job_saves_queues_and_completes(
     job.assert_like(alone)
 
 
+@pytest.mark.long
 def test_a_job_warned_before_its_time_is_over_saves_queues_and_completes(
     slurm: slurm_nodes.Slurm, assets: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,14 @@ def run_of(assets: Path, tmp_path: Path, *command: str | Path) -> subprocess.Pop
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_group_with_loader_processes_saves(assets: Path, tmp_path: Path, number: int) -> None:
     process = run_of(assets, tmp_path, sys.executable, "-m", "trainer.train")
     os.killpg(process.pid, number)
@@ -53,7 +60,7 @@ def test_a_group_with_loader_processes_saves(assets: Path, tmp_path: Path, numbe
     check_saved(tmp_path / "run")
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
+@pytest.mark.parametrize("send", [os.kill, pytest.param(os.killpg, marks=pytest.mark.long)], ids=["process", "group"])
 def test_local_sh_saves(assets: Path, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
     for name, value in {
         "PROCESSES": "2",
@@ -68,7 +75,7 @@ def test_local_sh_saves(assets: Path, tmp_path: Path, port: int, monkeypatch: py
     check_saved(tmp_path / "run")
 
 
-@pytest.mark.parametrize("killed", ["deepspeed", "deepspeed.launcher.launch"])
+@pytest.mark.parametrize("killed", [pytest.param("deepspeed", marks=pytest.mark.long), "deepspeed.launcher.launch"])
 def test_ranks_whose_starter_is_killed_save_and_end(assets: Path, tmp_path: Path, port: int, killed: str) -> None:
     process = run_of(
         assets,

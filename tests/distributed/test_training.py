@@ -63,7 +63,7 @@ def test_the_loss_falls(uninterrupted: Path) -> None:
     assert found[-1] < 0.9 * found[0]
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 5])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.long), 2, 5])
 def test_an_interrupted_and_resumed_run_is_the_same_run(
     assets: Path, uninterrupted: Path, tmp_path: Path, stop_after: int
 ) -> None:

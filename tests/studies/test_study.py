@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 
 from tests.project.commands import ROOT
 from trainer import study
@@ -27,8 +28,11 @@ def _in_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Write a run's configuration whose manifests need not exist."""
+    """Write a run's configuration that reads nothing which only other commands would make."""
     values = yaml.safe_load(DEBUG.read_text())
+    (tmp_path / "tokenizer").mkdir()
+    values["model"]["language_model"]["tokenizer"] = str(tmp_path / "tokenizer")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     for index, source in enumerate(values["data"]["sources"]):
         source["manifest"] = str(tmp_path / f"{index}.npz")
         Path(source["manifest"]).touch()
