@@ -38,7 +38,7 @@ def predictor() -> Predictor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flamingo-3b", "flamingo-9b", "flamingo-80b"])
+@pytest.mark.parametrize("name", ["flamingo-3b", "flamingo-9b", pytest.param("flamingo-80b", marks=pytest.mark.long)])
 def test_shipped_configurations_are_the_fastest_of_the_search(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     size = re.search(r"# Cluster: (\d+) x (\d+) H100", path.read_text())
