@@ -85,7 +85,7 @@ def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, li
 
 def _count(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear) -> Activations:
     device = torch.device("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True), _replace_linear(linear):
+    with FakeTensorMode(allow_non_fake_inputs=True), replaced_linear(linear):
         state = {
             name: torch.empty(full_shape(p), dtype=dtype, device=device).requires_grad_(p.requires_grad)
             for name, p in model.named_parameters()
@@ -127,7 +127,8 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _replace_linear(linear: Linear) -> Iterator[None]:
+def replaced_linear(linear: Linear) -> Iterator[None]:
+    """Put a function in the place of ``torch.nn.functional.linear`` while the context is open."""
     before = F.linear
     F.linear = linear
     try:

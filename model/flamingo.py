@@ -14,7 +14,8 @@ from model import media_index as media_indices
 from model.config import FlamingoConfig
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
 from model.language_model import BeforeBlock, Call, LanguageModel
-from model.loss import find_target_positions, gather_labels, summed_cross_entropy
+from model.loss import find_target_positions, gather_labels, summed_cross_entropy, summed_divergence
+from model.ops import find_token_ranges
 from model.perceiver_resampler import LinearProjector, PerceiverResampler
 from model.seen_media import MediaBlocks, SeenMedia, find_seen_media
 from model.tokens import SpecialTokenIds
@@ -29,10 +30,12 @@ class FlamingoOutput(ModelOutput):
     Attributes:
         loss: SUM of the cross-entropy over all labels, a float32 scalar, where labels were given.
         logits: [B, L, Z], where no labels were given.
+        divergence: SUM over all labels of KL(this model || the language model alone), a float32 scalar, if asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class Flamingo(nn.Module):
@@ -174,6 +177,7 @@ class Flamingo(nn.Module):
         patch_layout: PatchLayout | None = None,
         document_offsets: Tensor | None = None,
         longest_document: int | None = None,
+        diverges: bool = False,
     ) -> FlamingoOutput:
         """Return the loss of a batch, or its logits where there are no labels.
 
@@ -193,6 +197,7 @@ class Flamingo(nn.Module):
             document_offsets: int32 [N + 1], ``media_index.find_documents`` of the positions, with ``longest_document``;
                 None finds them here if the attention needs them, which waits for a GPU.
             longest_document: Tokens of the longest packed document.
+            diverges: Whether the divergence is computed too, with labels only. It holds the logits of both models.
         """
         documents = None if position_ids is None else media_indices.documents_from_positions(position_ids)
         targets = None
@@ -200,13 +205,15 @@ class Flamingo(nn.Module):
             target_positions = find_target_positions(labels) if target_positions is None else target_positions
             targets = gather_labels(labels, target_positions)
         latents = None if media is None else self.encode_media(media, media_grids, patch_layout)
-        seen = None
+        seen, token_ranges = None, None
         if media is not None and latents is not None:
             if media_index is None:
                 media_index = media_indices.preceding(input_ids, self.tokens.image_id, documents)
             blocks = self.media_blocks(media, media_grids, patch_layout)
             seen = self.find_seen_media(input_ids, media_index, documents, blocks)
             latents = latents if seen.order is None else latents[seen.order]
+            one_head = latents.new_empty(0, self.config.cross_attention.head_dim)
+            token_ranges = find_token_ranges(seen.last, seen.first, latents.shape[0], one_head)
         before: dict[int, BeforeBlock] = {
             index: partial(
                 block,
@@ -214,13 +221,19 @@ class Flamingo(nn.Module):
                 media_index_BL=None if seen is None else seen.last,
                 first_media_BL=None if seen is None else seen.first,
                 has_media_BL=None if seen is None else seen.has_media,
+                token_ranges=token_ranges,
             )
             for index, block in self.blocks_with_cross_attention().items()
         }
-        call = Call(before, target_positions, targets, document_offsets, longest_document)
+        wanted = None if diverges else targets
+        call = Call(before, target_positions, wanted, document_offsets, longest_document)
         result = self.language_model(input_ids, attention_mask, position_ids, call)
         if targets is None:
             return FlamingoOutput(logits=result)
+        if diverges:
+            base = self.language_model.base_logits(input_ids, attention_mask, position_ids, call)
+            divergence = summed_divergence(result, base, self.language_model.own_tokens(result.device))
+            return FlamingoOutput(loss=summed_cross_entropy(result, targets), divergence=divergence)
         fused = self.language_model.fuses_loss
         return FlamingoOutput(loss=result if fused else summed_cross_entropy(result, targets))
 

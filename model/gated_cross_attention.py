@@ -56,8 +56,9 @@ class MaskedCrossAttention(nn.Module):
         media_index_BL: Tensor,
         gate: Tensor | None,
         first_media_BL: Tensor | None = None,
+        token_ranges: Tensor | None = None,
     ) -> Tensor:
-        """Return tanh(gate) * attention, [B, L, D]; ``model.ops`` defines ``media_index`` and ``first_media``."""
+        """Return tanh(gate) * attention, [B, L, D]; ``model.ops`` defines the arguments about media."""
         q_BLHK = self.query(self.norm(hidden_BLD)).unflatten(-1, (self.num_heads, self.head_dim))
         first_media_T = None if first_media_BL is None else first_media_BL.flatten()
         out_THK = masked_cross_attention(
@@ -66,6 +67,7 @@ class MaskedCrossAttention(nn.Module):
             media_index_BL.flatten(),
             None if self.gate_is_vector else gate,
             first_media=first_media_T,
+            token_ranges=token_ranges,
         )
         out_BLD = self.output(out_THK.flatten(-2)).view_as(hidden_BLD)
         return out_BLD if gate is None or not self.gate_is_vector else tanh_gate(gate, out_BLD) * out_BLD
@@ -110,6 +112,7 @@ class GatedCrossAttentionBlock(nn.Module):
         first_media_BL: Tensor | None = None,
         *,
         has_media_BL: Tensor | None = None,
+        token_ranges: Tensor | None = None,
         keys_values: KeysValues | None = None,
     ) -> Tensor:
         """Return the input of the language model's block, [B, L, D].
@@ -122,6 +125,7 @@ class GatedCrossAttentionBlock(nn.Module):
             media_index_BL: Medium that each token sees, -1 for none.
             first_media_BL: First one of the run of media that each token sees; None where a token sees one medium.
             has_media_BL: Whether the feed-forward acts on a token; None for all tokens.
+            token_ranges: ``model.ops.find_token_ranges`` of the indices, once for all layers; or None.
             keys_values: Result of ``project_media``, instead of the latents.
         """
         if keys_values is None and latents_MRW is not None:
@@ -132,7 +136,7 @@ class GatedCrossAttentionBlock(nn.Module):
         if keys_values is not None:
             assert media_index_BL is not None, "media without a media_index"
             hidden_BLD = hidden_BLD + self.attention(
-                hidden_BLD.to(dtype), keys_values, media_index_BL, self.attention_gate, first_media_BL
+                hidden_BLD.to(dtype), keys_values, media_index_BL, self.attention_gate, first_media_BL, token_ranges
             )
         wide_BLD = self.feed_forward(hidden_BLD.to(dtype))
         if has_media_BL is not None:

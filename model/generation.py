@@ -7,9 +7,9 @@ length are continued together, one length after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ from transformers import GenerationConfig
 from model import media_index as media_indices
 from model.flamingo import Flamingo
 from model.gated_cross_attention import GatedCrossAttentionBlock, KeysValues
-from model.generation_checks import check_prompts, check_rows, check_settings, explain_missing_positions
+from model.generation_checks import (
+    check_prompts,
+    check_rows,
+    check_settings,
+    check_streaming,
+    explain_missing_positions,
+)
 from model.generation_probes import probe_batches
 from model.language_model import BeforeBlock, Call, calling
 from model.media_cache import MediaCache
@@ -45,6 +51,7 @@ def generate(
     synced_ranks: bool = False,
     blind: bool = False,
     media_cache: MediaCache | None = None,
+    on_token: Callable[[int], object] | None = None,
     **generation_settings: Any,
 ) -> list[list[int]]:
     """Continue prompts; a batch gives the same texts as its prompts one by one (apart from random draws).
@@ -72,6 +79,8 @@ def generate(
         blind: Whether ``<image>`` tokens in prompts show nothing, which measures the gain from media. Without it,
             ``<image>`` tokens without media are an error.
         media_cache: Cache of the media of earlier calls; None encodes all media of this call.
+        on_token: Called with each new token of the only prompt as soon as it is known, without the stop token. An
+            error that it raises ends the generation.
         **generation_settings: Any other setting of ``transformers.GenerationConfig``.
 
     Returns:
@@ -82,7 +91,6 @@ def generate(
         ValueError: A prompt is empty, media and prompts do not fit each other, a setting is unknown or impossible, or
             the language model has no positions for so many tokens.
     """
-    tokens = model.tokens
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
     check_settings(max_new_tokens, num_beams, length_penalty, sampling, generation_settings)
     if blind:
@@ -90,50 +98,84 @@ def generate(
     num_media = 0 if media is None else len(media if media_grids is None else media_grids)
     check_prompts(model, prompts, num_media, media_per_prompt, blind=blind)
     groups = group_prompts(model, prompts, synced_ranks)
-    check_rows(model, num_beams, generation_settings.get("num_return_sequences", 1))
-    stops = list(stop_ids) if stop_ids is not None else [tokens.end_of_chunk_id, tokens.eos_id]
-    if num_media == 0 and synced_ranks:
-        size = model.vision_encoder.image_size
-        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
-    ids, mask, media_index = pad_left(prompts, media_per_prompt, tokens.image_id, tokens.pad_id, blind)
-    projected: dict[int, KeysValues] = {}
-    seen = SeenMedia(media_index)
-    if media is not None and len(media) > 0:
-        projected, seen = _project_media(model, ids, media_index, media, media_grids, media_cache, synced_ranks)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=do_sample,
-        length_penalty=length_penalty,
-        eos_token_id=stops,
-        pad_token_id=tokens.pad_id,
-        bos_token_id=tokens.bos_id,
-        suppress_tokens=[tokens.image_id, *generation_settings.pop("suppress_tokens", ())],
-        use_cache=True,
-        **sampling,
-        **generation_settings,
+    num_texts = generation_settings.get("num_return_sequences", 1)
+    check_rows(model, num_beams, num_texts)
+    stops = list(stop_ids) if stop_ids is not None else [model.tokens.end_of_chunk_id, model.tokens.eos_id]
+    if on_token is not None:
+        check_streaming(len(prompts), num_beams, num_texts)
+    ids, mask, media_index = pad_left(prompts, media_per_prompt, model.tokens.image_id, model.tokens.pad_id, blind)
+    projected, seen = project_media(model, ids, media_index, media, media_grids, media_cache, synced_ranks)
+    search = {"num_beams": num_beams, "do_sample": do_sample, "length_penalty": length_penalty, **sampling}
+    continue_rows = partial(
+        _continue_rows,
+        model,
+        projected=projected,
+        settings=_settings(model, max_new_tokens, stops, {**search, **generation_settings}),
+        synced_ranks=synced_ranks,
+        streamer=None if on_token is None else _Streamer(on_token, stops),
     )
     texts: dict[int, list[list[int]]] = {}  # by the number of the prompt
     for rows in groups:
         longest = max(len(prompts[row]) for row in rows)
-        own_ids, own_mask = (tensor[rows, -longest:].to(model.device) for tensor in (ids, mask))
-        group = _Rows(own_ids, own_mask, seen.of_rows(rows, longest).to(model.device))
-        found = _continue_rows(model, group, projected, settings, synced_ranks)
-        each = len(found) // len(rows)
-        texts |= {row: found[each * place : each * (place + 1)] for place, row in enumerate(rows)}
+        texts |= continue_rows(rows, ids[rows, -longest:], mask[rows, -longest:], seen.of_rows(rows, longest))
     return [_cut_at_stop(text, stops) for row in range(len(prompts)) for text in texts[row]]
 
 
-def _project_media(
+def _settings(model: Flamingo, max_new_tokens: int, stops: list[int], chosen: dict[str, Any]) -> GenerationConfig:
+    """Return Hugging Face's settings: the chosen ones, and what this module decides."""
+    suppressed = [model.tokens.image_id, *chosen.pop("suppress_tokens", ())]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=model.tokens.pad_id,
+        bos_token_id=model.tokens.bos_id,
+        suppress_tokens=suppressed,
+        use_cache=True,
+        **chosen,
+    )
+
+
+class _Streamer:
+    """Pass on each new token of one row; the other end of transformers' ``streamer``."""
+
+    def __init__(self, on_token: Callable[[int], object], stops: Collection[int]) -> None:
+        self._on_token, self._stops, self._is_prompt = on_token, stops, True
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, L] first, then each new token [1]."""
+        if not self._is_prompt and value.item() not in self._stops:
+            self._on_token(int(value.item()))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Take the end of the text; ``generate`` returns then."""
+
+
+def project_media(
     model: Flamingo,
     ids: Tensor,
     media_index: Tensor,
-    media: Tensor,
+    media: Tensor | None,
     media_grids: Sequence[Grid] | None,
     media_cache: MediaCache | None,
     synced_ranks: bool,
 ) -> tuple[dict[int, KeysValues], SeenMedia]:
-    """Return keys and values of the media in every cross-attention, and which of them each token sees."""
+    """Return keys and values of the media in every cross-attention, and which of them each token sees.
+
+    Args:
+        model: Model.
+        ids: Prompts that are padded to one length, [B, G].
+        media_index: Medium that each token sees, [B, G].
+        media: As for ``generate``.
+        media_grids: As for ``generate``.
+        media_cache: As for ``generate``.
+        synced_ranks: As for ``generate``; without media, a black one runs through the modules.
+    """
+    if (media is None or len(media) == 0) and synced_ranks:
+        size = model.vision_encoder.image_size
+        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
+    if media is None or len(media) == 0:
+        return {}, SeenMedia(media_index)
     media = media.to(model.device)
     if media_cache is None:
         latents = model.encode_media(media, media_grids)
@@ -142,14 +184,6 @@ def _project_media(
     places = (ids.to(model.device), media_index.to(model.device))
     seen = model.find_seen_media(*places, None, model.media_blocks(media, media_grids))
     return model.project_media(latents if seen.order is None else latents[seen.order]), seen
-
-
-class _Rows(NamedTuple):
-    """Hold ids and attention mask of prompts that are continued together, [B, G] each, and the media that they see."""
-
-    ids: Tensor
-    mask: Tensor
-    seen: SeenMedia
 
 
 def group_prompts(model: Flamingo, prompts: Sequence[Sequence[int]], synced_ranks: bool) -> list[list[int]]:
@@ -177,23 +211,35 @@ def group_prompts(model: Flamingo, prompts: Sequence[Sequence[int]], synced_rank
 
 def _continue_rows(
     model: Flamingo,
-    rows: _Rows,
+    rows: Sequence[int],
+    ids_BG: Tensor,
+    mask_BG: Tensor,
+    seen: SeenMedia,
+    *,
     projected: dict[int, KeysValues],
     settings: GenerationConfig,
     synced_ranks: bool,
-) -> list[list[int]]:
-    """Return the new tokens of each row; keys and values of the media are computed before."""
-    lm = model.language_model.lm
+    streamer: _Streamer | None,
+) -> dict[int, list[list[int]]]:
+    """Return the new texts of prompts that are continued together, by the number of the prompt.
+
+    Keys and values of the media are computed before.
+    """
+    lm, length = model.language_model.lm, ids_BG.shape[1]
+    ids_BG, mask_BG, seen = ids_BG.to(model.device), mask_BG.to(model.device), seen.to(model.device)
     if not probe_batches(lm).ignores_other_positions:
-        lm(input_ids=rows.ids[:1, :1], use_cache=False)  # dynamic NTK forgets the longest row so far
+        lm(input_ids=ids_BG[:1, :1], use_cache=False)  # dynamic NTK forgets the longest row so far
     before: dict[int, BeforeBlock] = {
-        index: partial(apply_cross_attention, block, projected.get(index), rows.seen)
+        index: partial(apply_cross_attention, block, projected.get(index), seen)
         for index, block in model.blocks_with_cross_attention().items()
     }
-    with calling(Call(before)), explain_missing_positions(lm, rows.ids.shape[1], settings.max_new_tokens):
-        out = lm.generate(rows.ids, attention_mask=rows.mask, generation_config=settings, synced_gpus=synced_ranks)
-    found: list[list[int]] = out[:, rows.ids.shape[1] :].tolist()
-    return found
+    with calling(Call(before)), explain_missing_positions(lm, length, settings.max_new_tokens):
+        out = lm.generate(
+            ids_BG, attention_mask=mask_BG, generation_config=settings, synced_gpus=synced_ranks, streamer=streamer
+        )
+    found: list[list[int]] = out[:, length:].tolist()
+    each = len(found) // len(rows)
+    return {row: found[each * place : each * (place + 1)] for place, row in enumerate(rows)}
 
 
 def apply_cross_attention(

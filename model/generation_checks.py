@@ -133,6 +133,17 @@ def check_rows(model: Flamingo, num_beams: int, texts: int) -> None:
         )
 
 
+def check_streaming(num_prompts: int, num_beams: int, texts: int) -> None:
+    """Check that new tokens can be told one by one.
+
+    Raises:
+        ValueError: There are several texts, or beams, whose first tokens may still change.
+    """
+    for name, value in (("prompts", num_prompts), ("num_beams", num_beams), ("num_return_sequences", texts)):
+        if value > 1:
+            raise ValueError(f"on_token tells the tokens of one text, but {name} is {value}: set it to 1")
+
+
 @contextmanager
 def explain_missing_positions(lm: Any, prompt_length: int, max_new_tokens: int) -> Iterator[None]:
     """Explain the error of a table of positions that ends before the text does.

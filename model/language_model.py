@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 
 from model.internals import known_packing, takes_document_offsets
 from model.lm_probes import check_hidden, find_decoder_blocks, probe_behavior
-from model.lora import adapter_dropouts
+from model.lora import adapter_dropouts, adapters_off
 from model.loss import head_cross_entropy
 from model.media_index import find_documents
 from model.parameters import full_shape
@@ -225,6 +225,33 @@ class LanguageModel(nn.Module):
         shape = (1, call.target_positions.numel())
         assert logits.shape[:2] == shape, "this LM does not call its output embedding as a module"
         return logits[0]
+
+    def own_tokens(self, device: torch.device | str) -> Tensor:
+        """Return which columns of the logits the LM has without the added tokens, bool [Z]."""
+        is_own_Z = torch.arange(self.vocab_size, device=device) < table_size(self.lm)
+        for token in self.output_ids:
+            is_own_Z[token] = False
+        return is_own_Z
+
+    @torch.no_grad()
+    def base_logits(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        call: Call | None = None,
+    ) -> Tensor:
+        """Return the logits of the LM alone: without cross-attention, without adapters, without a gradient.
+
+        Args:
+            input_ids_BL: int64 [B, L].
+            attention_mask: As for ``forward``.
+            position_ids: As for ``forward``.
+            call: Settings of a call of ``forward``, of which the positions count.
+        """
+        alone = replace(call or Call(), before={}, targets=None)
+        with adapters_off(self.lm):
+            return self.forward(input_ids_BL, attention_mask, position_ids, alone)
 
     def _embed(self, original: Callable[[Tensor], Tensor], input_ids_BL: Tensor) -> Tensor:
         embedded_BLE = self._look_up(original, input_ids_BL)

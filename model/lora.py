@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def add_adapters(module: nn.Module, inside: Iterable[nn.Module], config: LoraCon
 def adapter_dropouts(module: nn.Module) -> list[nn.Module]:
     """Return the dropout modules of all adapters."""
     return [found for name, found in module.named_modules() if name.endswith(f"lora_dropout.{_ADAPTER}")]
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Let a module compute without its adapters in this context.
+
+    Every adapter still runs, but its product is multiplied by 0: ZeRO-3 then sees the same modules. peft's own way to
+    turn adapters off would also freeze them.
+    """
+    scalings = [found.scaling for name, found in module.named_modules() if hasattr(found, "lora_A")]
+    before = [dict(scaling) for scaling in scalings]
+    for scaling in scalings:
+        scaling.update(dict.fromkeys(scaling, 0.0))
+    try:
+        yield
+    finally:
+        for scaling, kept in zip(scalings, before, strict=True):
+            scaling.update(kept)
 
 
 def merge_adapters(module: nn.Module) -> None:

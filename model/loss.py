@@ -130,6 +130,49 @@ def head_cross_entropy(
     return total
 
 
+class _SummedDivergence(torch.autograd.Function):
+    """Keep both logits for the backward, never a float32 copy of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NZ: Tensor, base_NZ: Tensor, counts_Z: Tensor) -> Tensor:
+        total = logits_NZ.new_zeros((), dtype=torch.promote_types(logits_NZ.dtype, torch.float32))
+        for logits, base in zip(logits_NZ.split(_CHUNK_ROWS), base_NZ.split(_CHUNK_ROWS), strict=True):
+            log_p, log_q = _log_probabilities(logits, counts_Z), _log_probabilities(base, counts_Z)
+            total = total + (log_p.exp() * (log_p - log_q)).sum()
+        ctx.save_for_backward(logits_NZ, base_NZ, counts_Z)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_NZ, base_NZ, counts_Z = ctx.saved_tensors
+        grad_NZ = torch.empty_like(logits_NZ)
+        for start in range(0, len(logits_NZ), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            log_p = _log_probabilities(logits_NZ[rows], counts_Z)
+            difference, p = log_p - _log_probabilities(base_NZ[rows], counts_Z), log_p.exp_()
+            divergence = (p * difference).sum(-1, keepdim=True)
+            grad_NZ[rows] = difference.sub_(divergence).mul_(p).mul_(grads[0])
+        return grad_NZ, None, None
+
+
+def _log_probabilities(logits_NZ: Tensor, counts_Z: Tensor) -> Tensor:
+    """Return log-probabilities over the tokens that count; those of the others are very low, but finite."""
+    wide = logits_NZ.to(torch.promote_types(logits_NZ.dtype, torch.float32))
+    return wide.masked_fill(~counts_Z, -1e30).log_softmax(-1)
+
+
+def summed_divergence(logits_NZ: Tensor, base_NZ: Tensor, counts_Z: Tensor) -> Tensor:
+    """Return the sum over rows of KL(softmax(logits) || softmax(base)) in nats; only ``logits_NZ`` gets a gradient.
+
+    Args:
+        logits_NZ: Logits of the model that trains.
+        base_NZ: Logits to stay close to.
+        counts_Z: Tokens that the distributions are over, bool; all others are left out of both.
+    """
+    total: Tensor = _SummedDivergence.apply(logits_NZ, base_NZ.detach(), counts_Z)
+    return total
+
+
 def find_target_positions(labels_BL: Tensor) -> Tensor:
     """Return the positions whose next token has a label: int64 [N], in the flattened [B * L].
 

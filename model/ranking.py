@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from model.flamingo import Flamingo
 from model.gated_cross_attention import KeysValues
-from model.generation import apply_cross_attention, group_prompts, pad_left
+from model.generation import apply_cross_attention, group_prompts, pad_left, project_media
 from model.generation_checks import check_prompts, explain_missing_positions
 from model.generation_probes import probe_batches
 from model.language_model import BeforeBlock, Call, calling
@@ -108,7 +108,7 @@ def rank(
     group_prompts(model, prompts, synced_ranks)  # refuses ranks that would run different modules
     ids, mask, media_index = pad_left(prompts, media_per_prompt, model.tokens.image_id, model.tokens.pad_id, blind)
     ids, mask, media_index = (one.to(model.device) for one in (ids, mask, media_index))
-    seen, projected = _encode(model, ids, media_index, media, media_grids, media_cache, synced_ranks)
+    projected, seen = project_media(model, ids, media_index, media, media_grids, media_cache, synced_ranks)
     longest = max((len(tokens) for row in candidates for tokens in row), default=0)
     rows = [_Row(n, m, tokens) for n, row in enumerate(candidates) for m, tokens in enumerate(row) if tokens]
     totals: dict[tuple[int, int], float] = {}
@@ -135,30 +135,6 @@ def _check_candidates(
     for number, row in enumerate(candidates):
         if any(model.tokens.image_id in tokens for tokens in row):
             raise ValueError(f"a candidate of prompt {number} has an <image> token: media belong into the prompt")
-
-
-def _encode(
-    model: Flamingo,
-    ids: Tensor,
-    media_index: Tensor,
-    media: Tensor | None,
-    media_grids: Sequence[Grid] | None,
-    media_cache: MediaCache | None,
-    synced_ranks: bool,
-) -> tuple[SeenMedia, dict[int, KeysValues]]:
-    """Return which blocks of latents each token sees, and the keys and values of every cross-attention."""
-    if (media is None or len(media) == 0) and synced_ranks:
-        size = model.vision_encoder.image_size
-        media, media_grids = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8), None  # no token sees it
-    if media is None or len(media) == 0:
-        return SeenMedia(media_index), {}
-    media = media.to(model.device)
-    if media_cache is None:
-        latents = model.encode_media(media, media_grids)
-    else:
-        latents = media_cache.encode(model, media, media_grids, synced_ranks=synced_ranks)
-    seen = model.find_seen_media(ids, media_index, None, model.media_blocks(media, media_grids))
-    return seen, model.project_media(latents if seen.order is None else latents[seen.order])
 
 
 def _call(

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
+from trainer.checkpoint.catalog import latest_step
 from trainer.config.command_line import parse_arguments
 from trainer.config.loader import check_world_size, config_to_yaml
 from trainer.config.run_config import RunConfig
@@ -84,7 +85,8 @@ def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], 
     folder = RunFolder(config.run_dir)
     if is_complete(config):
         if _is_first_process():
-            print(f"{config.run_dir} is complete: {config.training.steps} steps, exported to {folder.export}")
+            steps = latest_step(folder.checkpoints) or config.training.steps  # fewer where it ended early
+            print(f"{config.run_dir} is complete: {steps} steps, exported to {folder.export}")
         return EXIT_OK
 
     from trainer.resilience.events import event_time

@@ -1,6 +1,7 @@
 """Turn a run's newest checkpoint into weights to use: ``python -m trainer.export RUN_DIR [--format FORMAT]``.
 
-It writes safetensors and json; ``--format huggingface`` of a Flamingo adds what transformers needs to load it alone.
+It writes safetensors and json; ``--format huggingface`` of a Flamingo adds what transformers needs to load it alone,
+and makes a CLIPModel or a SiglipModel of contrastive towers where these are such.
 Trained weights are the optimizer's float32 copies, whatever ``training.dtype`` is.
 """
 
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import yaml
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from trainer.checkpoint.catalog import find_checkpoint, read_state
+from trainer.checkpoint.catalog import find_checkpoint, problems_of, read_state
 from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.layout import tag_of
+from trainer.checkpoint.retention import best_step
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.loader import load_config
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, LanguageModelRunConfig, RunConfig
@@ -32,12 +35,14 @@ from trainer.runtime.run_folder import RunFolder
 
 
 def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState]:
-    """Read the trainable tensors of the newest good checkpoint, whole and in float32 on the CPU, and its state.
+    """Read the trainable tensors of a checkpoint, whole and in float32 on the CPU, and its state.
+
+    It is the newest good one, and with ``checkpoint.patience`` the best one.
 
     Raises:
         CheckpointError: The run has no complete checkpoint.
     """
-    checkpoint = find_checkpoint(RunFolder(config.run_dir).checkpoints)
+    checkpoint = _best_checkpoint(config) or find_checkpoint(RunFolder(config.run_dir).checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{config.run_dir} has no complete checkpoint yet")
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # progress of its parts
@@ -45,6 +50,21 @@ def trained_weights(config: RunConfig) -> tuple[dict[str, Tensor], TrainingState
             str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
         )
     return dict(weights), read_state(checkpoint)
+
+
+def _best_checkpoint(config: RunConfig) -> Path | None:
+    """Return the best checkpoint of a run with ``checkpoint.patience``, if it is good."""
+    folder = RunFolder(config.run_dir).checkpoints
+    step = None if config.checkpoint.patience is None else best_step(folder, config.checkpoint)
+    if step is None:
+        return None
+    checkpoint = folder / tag_of(step)
+    problem = next(problems_of(checkpoint), None)
+    if problem is not None:
+        print(f"the best checkpoint {checkpoint} is not exported: {problem}", file=sys.stderr)
+        return None
+    print(f"the best checkpoint is exported: {config.checkpoint.best_metric} at step {step}")
+    return checkpoint
 
 
 def export_flamingo(config: FlamingoRunConfig, output: Path) -> None:
@@ -124,7 +144,7 @@ FORMATS = ("native", "huggingface", "open_clip", *_FAMILIES)
 _KINDS = {
     "flamingo": _Kind(FlamingoRunConfig, export_flamingo, ("native", "huggingface", *_FAMILIES)),
     "language_model": _Kind(LanguageModelRunConfig, export_language_model, ("native", "huggingface")),
-    "contrastive": _Kind(ContrastiveRunConfig, export_contrastive, ("native", "open_clip")),
+    "contrastive": _Kind(ContrastiveRunConfig, export_contrastive, ("native", "open_clip", "huggingface")),
 }
 
 
@@ -152,6 +172,7 @@ class _Request:
         include_frozen: Whether frozen parts are copied too, with the format huggingface.
         push: Repository on the hub to upload to; None for none.
         reports: Evaluations to put into the model card.
+        merge_adapters: Whether adapters become part of the weights that they change.
     """
 
     format: str
@@ -159,13 +180,16 @@ class _Request:
     include_frozen: bool = False
     push: str | None = None
     reports: tuple[Path, ...] = ()
+    merge_adapters: bool = False
 
     def check(self, is_flamingo: bool) -> None:
-        """Check the options of the format huggingface before anything is written.
+        """Check the options of a Flamingo before anything is written.
 
         Raises:
-            ValueError: Another format has one, or nothing can be pushed.
+            ValueError: Another model or format has one, or nothing can be pushed.
         """
+        if self.merge_adapters and not is_flamingo:
+            raise ValueError("--merge-adapters: only a Flamingo has adapters; leave it out")
         given = {"--include-frozen": self.include_frozen, "--push": self.push, "--report": self.reports}
         for option, value in given.items():
             if value and not (self.format == "huggingface" and is_flamingo):
@@ -177,7 +201,18 @@ class _Request:
 
 
 def _convert(export: Path, request: _Request, run: RunFolder | None = None) -> None:
-    """Write a Flamingo's native export, of ``run`` if that is known, in another format."""
+    """Write a Flamingo's native export, of ``run`` if that is known, in another format, or with merged adapters."""
+    if request.merge_adapters:
+        from model.merging import write_merged
+
+        if request.format == "native":
+            with whole_or_not(request.output) as folder:
+                write_merged(export, folder)
+            return
+        with _temporary_beside(request.output) as merged:
+            write_merged(export, merged)
+            _convert(merged, replace(request, merge_adapters=False), run)
+        return
     if request.format == "huggingface":
         from trainer.hub.publish import push, write_with_card
 
@@ -195,6 +230,15 @@ def _convert(export: Path, request: _Request, run: RunFolder | None = None) -> N
         export_transformers(export, FAMILIES[request.format], folder)
 
 
+def _convert_towers(export: Path, output: Path, config: ContrastiveRunConfig | None = None) -> None:
+    """Write towers for transformers, where it has such; without ``config``, an export does not say its tokenizer."""
+    from trainer.tasks.contrastive.transformers_export import Preparation, write_transformers
+
+    preparation = Preparation() if config is None else Preparation(config.tokenizer, config.data.image_fit)
+    with whole_or_not(output) as folder:
+        write_transformers(export, folder, preparation)
+
+
 def _export_run(folder: RunFolder, request: _Request) -> None:
     """Export a run in one of the formats that its task allows."""
     settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
@@ -208,21 +252,33 @@ def _export_run(folder: RunFolder, request: _Request) -> None:
         )
     request.check(task == "flamingo")
     config = load_config(folder.config, [], kind.schema, check_files=False)
-    if task != "flamingo" or request.format not in _CONVERTED:
+    if isinstance(config, ContrastiveRunConfig) and request.format == "huggingface":
+        with _temporary_beside(request.output) as native:
+            kind.write(config, native)
+            _convert_towers(native, request.output, config)
+        return
+    if task != "flamingo" or (request.format not in _CONVERTED and not request.merge_adapters):
         kind.write(config, request.output)
         return
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=request.output.parent, prefix=f".{request.output.name}.") as temporary:
-        native = Path(temporary) / "native"
+    with _temporary_beside(request.output) as native:
         kind.write(config, native)
         _convert(native, request, folder)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export a run, or convert an export, and return the exit code."""
+@contextmanager
+def _temporary_beside(output: Path) -> Iterator[Path]:
+    """Give a path for an export that is made on the way to another one."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        yield Path(temporary) / "native"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers, or a Flamingo's export")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/export, or RUN_DIR/FORMAT)")
+    parser.add_argument("run_dir", type=Path, help="run folder of any of the three trainers, or an export")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write (default: RUN_DIR/export, RUN_DIR/merged, or RUN_DIR/FORMAT)"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -249,17 +305,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="huggingface: report.json of trainer.evaluate for the model card; repeat it for several (default: those "
         "of these weights in the run folder and beside it)",
     )
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--merge-adapters",
+        action="store_true",
+        help="add the adapters to the weights that they change, and export these whole (default: keep them apart)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a run, or convert an export, and return the exit code."""
+    arguments = _parser().parse_args(argv)
     quiet_libraries()
     source, run_folder = arguments.run_dir, RunFolder(arguments.run_dir)
-    output = arguments.output or (run_folder.export if arguments.format == "native" else source / arguments.format)
-    request = _Request(arguments.format, output, arguments.include_frozen, arguments.push, tuple(arguments.report))
+    merges = arguments.merge_adapters
+    native = source / "merged" if merges else run_folder.export
+    output = arguments.output or (native if arguments.format == "native" else source / arguments.format)
+    request = _Request(
+        arguments.format, output, arguments.include_frozen, arguments.push, tuple(arguments.report), merges
+    )
     try:
         if output.resolve() == source.resolve():
             raise ValueError(f"--output {output} is the folder to export: name another one")
         if run_folder.config.is_file():
             _export_run(run_folder, request)
-        elif arguments.format in _CONVERTED:
+        elif (source / "open_clip_config.json").is_file() and arguments.format == "huggingface":
+            request.check(is_flamingo=False)
+            _convert_towers(source, output)
+        elif arguments.format in _CONVERTED or merges:
             request.check(is_flamingo=True)
             _convert(source, request)
         else:

@@ -38,6 +38,7 @@ from trainer.deepspeed_engine.optimizer import learning_rate_factor
 from trainer.deepspeed_engine.part_clipping import PartClipping
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Operations, Utilization, UtilizationMeter
+from trainer.observers.early_stopping import EarlyStopping
 from trainer.observers.run_observers import run_observers
 from trainer.observers.step_observer import StepObserver, StepReport
 from trainer.resilience.events import EventLog
@@ -49,11 +50,12 @@ from trainer.resilience.watchdog import Watchdog
 from trainer.runtime.distributed import World, failing_together, gather_objects, sum_by_name
 from trainer.runtime.files import write_atomically
 from trainer.runtime.run_folder import RunFolder
+from trainer.step_losses import LossScales, StepLosses
 
 _log = logging.getLogger(__name__)
 
 # Runs forward and backward of a step's micro-batches, each source's loss times its factor, and returns this rank's
-# summed loss of each source that the step has.
+# summed loss of each source that the step has, and its summed divergence (step_losses.PENALTY) if it has a penalty.
 Accumulate = Callable[[Engine, Sequence[Batch], Mapping[str, float]], dict[str, Tensor]]
 
 
@@ -85,6 +87,8 @@ class Task:
         peak_tflops: Peak of a device in 10^12 operations per second; None where it is not known.
         accumulate: Forward and backward of the micro-batches of a step.
         clip_parts: Parts of the module whose gradients are clipped by themselves.
+        penalties: Weight of the divergence that ``accumulate`` returns of a source, by the source's name.
+        measured_part: Returns the part of a parameter by its name, where the norms of parts are measured.
     """
 
     module: nn.Module
@@ -98,6 +102,8 @@ class Task:
     peak_tflops: float | None = None
     accumulate: Accumulate = accumulate_micro_batches
     clip_parts: Sequence[PartClipping] = ()
+    penalties: Mapping[str, float] = field(default_factory=dict)
+    measured_part: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,15 @@ def train(task: Task, config: RunConfig, world: World, observers: Sequence[StepO
     torch.manual_seed(config.training.seed + world.rank)
     folder, preemption = RunFolder(config.run_dir), Preemption(world)
     matmul = config.training.cpu_matmul
-    engine = Engine(task.module, config.optimizer, task.deepspeed, world, matmul, clip_parts=task.clip_parts)
+    engine = Engine(
+        task.module,
+        config.optimizer,
+        task.deepspeed,
+        world,
+        matmul,
+        clip_parts=task.clip_parts,
+        measured_part=task.measured_part,
+    )
     events = EventLog(folder, world.is_main)
     watchdog = Watchdog(folder, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)
     meter = UtilizationMeter(world, task.peak_tflops)
@@ -169,6 +183,9 @@ def _train_from_checkpoint(run: _Run) -> None:
     windows = known_windows(run.folder, world)
     drop_stale_checkpoints(run.folder.checkpoints, lambda state: is_stale(state.step, state.stability, windows), world)
     state = _resume(run)
+    stopping = EarlyStopping(config, world, run.events, state.step)
+    if stopping.is_over:  # it was killed before its export
+        return
     positions = saved_lane_positions(state.data)
     with failing_together(world):
         loader = step_loader(run.task, config, world, state.step, config.training.steps, positions)
@@ -207,7 +224,7 @@ def _train_from_checkpoint(run: _Run) -> None:
             if report.record_failed:
                 _end_with_record_error(run, checkpoints)
             checkpoints.poll()
-            is_last = step == config.training.steps
+            is_last = stopping.ends_after(step, report.metrics.measured) or step == config.training.steps
             if report.stop_requested or step % config.checkpoint.every == 0 or is_last:
                 watchdog.alive(f"the checkpoint of step {step}", slow=True)
                 run.records.raise_everywhere()  # no checkpoint may hold a step that is not recorded
@@ -218,6 +235,8 @@ def _train_from_checkpoint(run: _Run) -> None:
                 run.events.write("preempted", step)
                 raise PreemptedError(f"asked to stop: saved step {step} of {config.training.steps}; start it again")
             watchdog.step_done(step)
+            if is_last:
+                break
         watchdog.alive("the last checkpoint", slow=True)
         checkpoints.wait()
 
@@ -230,7 +249,7 @@ def _measure(run: _Run, report: StepReport) -> StepReport:
         return report
     run.watchdog.alive(f"the evaluation after step {step}", slow=True)
     measured = {name: value for observer in due for name, value in observer.measure(step, run.engine).items()}
-    return replace(report, metrics=replace(report.metrics, measured=measured))
+    return replace(report, metrics=replace(report.metrics, measured={**report.metrics.measured, **measured}))
 
 
 def _end_with_record_error(run: _Run, checkpoints: Checkpoints) -> None:
@@ -330,21 +349,21 @@ def _train_step(run: _Run, batches: StepBatches, data_seconds: float) -> StepRep
     """Train on one global batch."""
     start = time.perf_counter()
     totals = step_totals(batches.micro_batches, run.sources, data_seconds, run.world)
-    normalizers = _normalizers(totals, run.task, run.config)
-    weights = _weights(normalizers, run.config)
-    factors = {name: weights[name] / normalizers[name] for name in run.sources}
-    sums = run.task.accumulate(run.engine, batches.micro_batches, factors)
+    scales = LossScales(totals, run.config, run.task.unit)
+    sums = run.task.accumulate(run.engine, batches.micro_batches, scales.factors)
     result = run.engine.step(run.learning_rate_factor(batches.step))
     # Read only now: reading waits for the device.
-    losses = {name: float(sums[name]) for name in run.sources if name in sums}
+    own = {f"loss/{name}": float(sums[name]) for name in sorted(sums)}
+    own |= {f"square/{part}": square for part, square in result.part_squares.items()}
     step_seconds = time.perf_counter() - start + data_seconds
     operations = map(run.task.operations, batches.micro_batches) if run.task.operations else ()
     # Everything that the ranks tell one another after a step, in one all-reduce.
-    values = _flags(run) | {f"loss/{name}": loss for name, loss in losses.items()}
-    summed = sum_by_name(values | run.meter.pack(step_seconds, operations), run.world)
-    losses = {name: summed[f"loss/{name}"] / normalizers[name] for name in losses}
-    loss = sum(weights[name] * losses[name] for name in losses)
-    metrics = _step_metrics(run, batches.step, result, loss, losses, totals, run.meter.unpack(summed))
+    summed = sum_by_name(_flags(run) | own | run.meter.pack(step_seconds, operations), run.world)
+    by_source = {name: summed[f"loss/{name}"] for name in (*run.sources, *sums) if name in sums}
+    losses = scales.read(by_source, run.task.penalties)
+    norms = {f"grad_norm/{part}": summed[f"square/{part}"] ** 0.5 for part in result.part_squares}
+    metrics = _step_metrics(run, batches.step, result, losses, totals, run.meter.unpack(summed))
+    metrics = replace(metrics, measured={**norms, **losses.divergences})
     samples = [sample for batch in batches.micro_batches for sample in batch.samples] if result.applied else []
     return StepReport(metrics, totals, samples, data_seconds, summed["stop"] > 0, summed["record failed"] > 0)
 
@@ -354,28 +373,11 @@ def _flags(run: _Run) -> dict[str, float]:
     return {"stop": float(run.preemption.requested), "record failed": float(run.records.exists)}
 
 
-def _normalizers(totals: StepTotals, task: Task, config: RunConfig) -> dict[str, int]:
-    """Return the divisor of each source's summed loss: its trained tokens, or its documents, in the global batch."""
-    per_document = task.unit == "document" or config.training.loss_normalization == "token_sum"
-    counts = totals.documents if per_document else totals.trained_tokens
-    # A global batch without one trained token has the loss 0, not 0 / 0.
-    return {source: max(1, count) for source, count in counts.items()}
-
-
-def _weights(normalizers: Mapping[str, int], config: RunConfig) -> dict[str, float]:
-    """Return the weight of each source's mean loss; merged sources have that of their share of the batch."""
-    if config.training.combine == "merged":
-        total = sum(normalizers.values())
-        return {name: count / total for name, count in normalizers.items()}
-    return {source.name: source.weight for source in config.data.sources}
-
-
 def _step_metrics(
     run: _Run,
     step_index: int,
     result: StepResult,
-    loss: float,
-    losses: dict[str, float],
+    losses: StepLosses,
     totals: StepTotals,
     utilization: Utilization,
 ) -> StepMetrics:
@@ -386,8 +388,8 @@ def _step_metrics(
         dropped[reason] += count
     return StepMetrics(
         step=step_index + 1,
-        loss=loss,
-        losses=losses,
+        loss=losses.total,
+        losses=losses.by_source,
         grad_norm=result.grad_norm,
         lr=run.config.optimizer.lr * run.learning_rate_factor(step_index),
         samples=totals.documents,

@@ -1,7 +1,8 @@
 """Predict what a run needs: ``python -m trainer.plan CONFIG --nodes N --devices-per-node D``.
 
 The prediction covers the memory of a device and a node, the seconds and the traffic of a step, and the time for two
-billion samples. It needs the configuration alone: nothing is downloaded and no weights are loaded. ``--search`` tries
+billion samples. It needs the configuration of ``trainer.train`` or ``trainer.pretrain_vision`` alone: nothing is
+downloaded and no weights are loaded. ``--search`` tries
 other micro-batches, ZeRO stages, offload, hpZ and activation checkpointing, and says why each is slower or does not
 fit. ``--write`` writes a configuration with the best of them. ``--scale`` predicts other numbers of devices.
 
@@ -13,19 +14,20 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.config.loader import check_world_size, load_config
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.loader import check_world_size, load_config, schema_of
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, RunConfig
+from trainer.config.yaml_file import read_yaml
 from trainer.errors import ConfigError
 from trainer.planning.plan_text import print_prediction, print_scaling, print_search, settings_text
 
 if TYPE_CHECKING:  # these load torch; a wrong configuration is reported before that
-    from model.flamingo import Flamingo
     from trainer.planning.devices import Device
+    from trainer.planning.prediction import Prediction
     from trainer.planning.search import Found
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the prediction and return the exit code."""
     options, overrides = _parser().parse_known_args(argv)
     try:
-        config = load_config(options.config, overrides, FlamingoRunConfig, check_files=False)
+        config = _load(options.config, overrides)
         check_world_size(config, options.nodes * options.devices_per_node)
         if options.write is not None and not options.write.parent.is_dir():
             raise ValueError(f"--write {options.write}: there is no folder {options.write.parent}")
@@ -41,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return ConfigError.exit_code
+
+
+def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
+    if schema_of(read_yaml(path).values) is ContrastiveRunConfig:
+        return load_config(path, overrides, ContrastiveRunConfig, check_files=False)
+    return load_config(path, overrides, FlamingoRunConfig, check_files=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,29 +93,25 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _plan(config: FlamingoRunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _plan(config: RunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from trainer.benchmark.plan_comparison import comparison_table
     from trainer.planning.prediction import Cluster
-    from trainer.planning.predictor import Predictor
-    from trainer.planning.random_weights import build_on_meta_device
     from trainer.planning.scaling import scaling
     from trainer.planning.search import search
     from trainer.planning.write_config import write_config
 
-    model = build_on_meta_device(config.model, config.training.dtype)
-    cluster = Cluster(_device(config, model, options), options.nodes, options.devices_per_node)
-    found = Predictor(model, exact=True)(config, cluster)
+    planned = _planned(config)
+    cluster = Cluster(_device(config, planned.width, options), options.nodes, options.devices_per_node)
+    found = planned.predict_exactly(config, cluster)
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print_prediction(found)
     if options.measured is not None:
         print(comparison_table(found, config, cluster.size, options.measured))
-    predictor = Predictor(model)
     if options.scale:
-        print_scaling(scaling(config, cluster, options.scale, predictor))
-    ranked: list[Found] = []
+        print_scaling(scaling(config, cluster, options.scale, planned.predict))
+    ranked: list[Found[Any]] = []
     if options.search or options.write or not found.fits:
-        num_blocks = model.language_model.num_blocks
-        ranked = search(config, num_blocks, cluster, partial(predictor, cluster=cluster))
+        ranked = search(config, planned.num_blocks, cluster, partial(planned.predict, cluster=cluster))
     if options.search:
         print_search(ranked)
     best = ranked[0] if ranked and ranked[0].prediction.fits else None
@@ -126,15 +130,46 @@ def _plan(config: FlamingoRunConfig, options: argparse.Namespace, overrides: Seq
     return 1
 
 
-def _device(config: FlamingoRunConfig, model: Flamingo, options: argparse.Namespace) -> Device:
+class _Planned(NamedTuple):
+    """Hold what the planning of a run needs of its model.
+
+    Attributes:
+        predict_exactly: Predicts a step, with an exact count of its activations.
+        predict: Predicts it with extrapolated activations, for many configurations of the model.
+        num_blocks: Blocks that can be recomputed.
+        width: Width of the model's matrix products.
+    """
+
+    predict_exactly: Callable[..., Prediction]
+    predict: Callable[..., Prediction]
+    num_blocks: int
+    width: int
+
+
+def _planned(config: RunConfig) -> _Planned:
+    if isinstance(config, ContrastiveRunConfig):
+        from trainer.tasks.contrastive.prediction import ContrastivePredictor, random_towers
+
+        towers = random_towers(config, "meta")
+        exactly, roughly = (ContrastivePredictor(config, towers, exact=exact) for exact in (True, False))
+        return _Planned(exactly, roughly, 0, exactly.dim)
+    from trainer.planning.predictor import Predictor
+    from trainer.planning.random_weights import build_on_meta_device
+
+    assert isinstance(config, FlamingoRunConfig)
+    model = build_on_meta_device(config.model, config.training.dtype)
+    width = model.language_model.lm.get_input_embeddings().weight.shape[1]
+    return _Planned(Predictor(model, exact=True), Predictor(model), model.language_model.num_blocks, width)
+
+
+def _device(config: RunConfig, width: int, options: argparse.Namespace) -> Device:
     """Return the device by its measured rates, or by its name and data sheet."""
     from trainer.benchmark.rates import measured_device
     from trainer.planning.devices import DEVICES
 
     if options.rates is not None:
-        dim = model.language_model.lm.get_input_embeddings().weight.shape[1]
         size = options.nodes * options.devices_per_node
-        return measured_device(options.rates, config.training.dtype, size, dim)
+        return measured_device(options.rates, config.training.dtype, size, width)
     if options.device not in DEVICES:
         close = difflib.get_close_matches(options.device, DEVICES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -10,16 +10,21 @@ struct Attention {
 
   static int64_t row_number(const Group& group, int64_t r) { return group.rows ? group.rows[r] : r; }
 
-  static void gather(const Stored** pointers, const void* base, int64_t stride, const Group& group, int64_t first,
-                     int64_t count) {
+  // `offset`: elements before the head in the matrix.
+  static void gather(const Stored** pointers, const void* base, int64_t offset, int64_t stride, const Group& group,
+                     int64_t first, int64_t count) {
     for (int64_t r = 0; r < count; ++r) {
-      pointers[r] = static_cast<const Stored*>(base) + row_number(group, first + r) * stride;
+      pointers[r] = static_cast<const Stored*>(base) + offset + row_number(group, first + r) * stride;
     }
   }
 
-  static Stored* out_row(const Group& group, int64_t r) {
-    return static_cast<Stored*>(group.out) + row_number(group, r) * group.out_stride;
-  }
+  // Numbers the tiles of rows: those of one head, then those of the next one that shares the keys.
+  struct TileNumber {
+    int64_t head, first;
+    TileNumber next(const Group& group) const {
+      return first + kTileRows < group.row_count ? TileNumber{head, first + kTileRows} : TileNumber{head + 1, 0};
+    }
+  };
 
   static int64_t gather_keys(const Stored** pointers, const Group& group, int64_t block, bool values) {
     const int64_t first = block * kBlockKeys;
@@ -104,12 +109,29 @@ struct Attention {
     }
   }
 
+  // Returns whether the next block of a row tile is added to `sums`, or starts new ones after a run of blocks. The sums of
+  // a finished run are moved to `earlier`.
+  static bool continues_sum(const float* sums, float* earlier, int64_t count, int64_t block) {
+    if (block % kSummedBlocks) return true;
+    for (int64_t i = 0; block > 0 && i < count; i += kLanes) {
+      const Vec run = load(sums + i);
+      store(earlier + i, block > kSummedBlocks ? load(earlier + i) + run : run);
+    }
+    return false;
+  }
+
+  static void add_earlier(float* sums, const float* earlier, int64_t count, Range blocks) {
+    if (blocks.end - blocks.begin <= kSummedBlocks) return;
+    for (int64_t i = 0; i < count; i += kLanes) store(sums + i, load(earlier + i) + load(sums + i));
+  }
+
   // The factor of row r is factors[r].
-  static void store_rows(const Group& group, const float* values, int64_t first, int64_t count,
+  static void store_rows(const Group& group, const float* values, int64_t head, int64_t first, int64_t count,
                          const float* factors) {
     const int64_t width = group.width;
     for (int64_t r = 0; r < count; ++r) {
-      Stored* out = out_row(group, first + r);
+      Stored* out = static_cast<Stored*>(group.out) + head * group.out_head +
+                    row_number(group, first + r) * group.out_stride;
       const Vec factor = splat(factors[r]);
       for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(values + r * width + d) * factor);
     }
@@ -133,6 +155,7 @@ struct Attention {
     Element* queries = scratch.template take<Element>(packed);
     float* scores = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
     float* sums = scratch.template take<float>(kTileRows * width);
+    float* earlier = scratch.template take<float>(kTileRows * width);
     float* converted = scratch.template take<float>(kTileRows * kBlockKeys);
     const Stored* pointers[kBlockKeys];
     float factors[kTileRows];
@@ -143,10 +166,10 @@ struct Attention {
       gather_keys(pointers, group, b, true);
       Operands::pack_stacked(values + b * packed, pointers, count, width);
     }
-    for (int64_t first = 0; first < group.row_count; first += kTileRows) {
-      const int64_t left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
+    for (TileNumber tile = {0, 0}; tile.head < group.heads && group.row_count > 0; tile = tile.next(group)) {
+      const int64_t first = tile.first, left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
       const Range range = visible_blocks(group, first, count);
-      gather(pointers, group.q, group.q_stride, group, first, count);
+      gather(pointers, group.q, tile.head * group.q_head, group.q_stride, group, first, count);
       Operands::pack_left(queries, pointers, count, width);
       for (int64_t b = range.begin; b < range.end; ++b)
         gemm(count, columns_of(group, b), width / kDepth, queries, width / kDepth, 1, keys + b * packed, kBlockKeys,
@@ -160,9 +183,10 @@ struct Attention {
       for (int64_t b = range.begin; b < range.end; ++b) {
         const Element* weights = Operands::by_row(converted, scores + b * kTileRows * kBlockKeys);
         gemm(count, width, columns_of(group, b) / kDepth, weights, Operands::kByRowStride, 1, values + b * packed,
-             width, sums, width, b > range.begin);
+             width, sums, width, continues_sum(sums, earlier, count * width, b - range.begin));
       }
-      store_rows(group, sums, first, count, factors);
+      add_earlier(sums, earlier, count * width, range);
+      store_rows(group, sums, tile.head, first, count, factors);
     }
   }
 
@@ -243,6 +267,7 @@ struct Attention {
     float* scores = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
     float* grads = scratch.template take<float>(blocks * kTileRows * kBlockKeys);
     float* dq = scratch.template take<float>(kTileRows * width);
+    float* earlier = scratch.template take<float>(kTileRows * width);
     float* converted = scratch.template take<float>(3 * kTileRows * kBlockKeys);
     const Stored* pointers[kBlockKeys];
     float factors[kTileRows];
@@ -260,13 +285,14 @@ struct Attention {
       gather_keys(pointers, group, b, true);
       Operands::pack_transposed(values_t + b * packed, pointers, count, width);
     }
-    for (int64_t first = 0; first < group.row_count; first += kTileRows) {
-      const int64_t left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
+    for (TileNumber tile = {0, 0}; tile.head < group.heads && group.row_count > 0; tile = tile.next(group)) {
+      const int64_t first = tile.first, left = group.row_count - first, count = left < kTileRows ? left : kTileRows;
+      const bool adds = clear || first > 0 || tile.head > 0;
       const Range range = visible_blocks(group, first, count);
-      gather(pointers, group.q, group.q_stride, group, first, count);
+      gather(pointers, group.q, tile.head * group.q_head, group.q_stride, group, first, count);
       Operands::pack_left(q_left, pointers, count, width);
       if (q_stacked != q_left) Operands::pack_stacked(q_stacked, pointers, count, width);
-      gather(pointers, group.grad, group.grad_stride, group, first, count);
+      gather(pointers, group.grad, tile.head * group.grad_head, group.grad_stride, group, first, count);
       Operands::pack_left(g_left, pointers, count, width);
       if (g_stacked != g_left) Operands::pack_stacked(g_stacked, pointers, count, width);
       for (int64_t b = range.begin; b < range.end; ++b) {
@@ -285,13 +311,14 @@ struct Attention {
         const Element* grads_down = Operands::by_column(converted + kTileRows * kBlockKeys, grads + at);
         const Element* grads_along = Operands::by_row(converted + 2 * kTileRows * kBlockKeys, grads + at);
         gemm(columns, width, row_depth, weights_down, 1, kBlockKeys, g_stacked, width, dv + b * kBlockKeys * width,
-             width, clear || first > 0);
+             width, adds);
         gemm(columns, width, row_depth, grads_down, 1, kBlockKeys, q_stacked, width, dk + b * kBlockKeys * width,
-             width, clear || first > 0);
+             width, adds);
         gemm(count, width, columns / kDepth, grads_along, Operands::kByRowStride, 1, keys + b * packed, width, dq,
-             width, b > range.begin);
+             width, continues_sum(dq, earlier, count * width, b - range.begin));
       }
-      store_rows(group, dq, first, count, factors);
+      add_earlier(dq, earlier, count * width, range);
+      store_rows(group, dq, tile.head, first, count, factors);
     }
     for (int64_t b = 0; b < blocks; ++b)
       store_keys(group, dk + b * kBlockKeys * width, dv + b * kBlockKeys * width, b);

@@ -1,4 +1,4 @@
-// Declares one CPU task: the attention of a group of query rows to a list of keys, for one head.
+// Declares one CPU task: the attention of a group of query rows to a list of keys, for one head of the keys.
 //
 // Both ops reduce to it. In masked cross-attention a group is the rows that see a run of media, and its keys are the
 // latents of the run; each row has its own range of keys. In resampler attention a group is the latent queries of a
@@ -14,6 +14,9 @@ namespace cpu {
 
 constexpr int64_t kBlockKeys = 64;  // keys of one block; scores are stored block by block
 constexpr int64_t kTileRows = 64;   // query rows computed together
+// Blocks added up one after the other. The sums of so many blocks are added up apart, so that rounding errors grow little
+// with the number of keys.
+constexpr int64_t kSummedBlocks = 16;
 
 enum class Storage : int { kFloat32 = 0, kBFloat16 = 1 };
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -34,12 +37,13 @@ struct Group {
   // Row r of the group is row rows[r] (or r, if rows is null) of the query, gradient and output matrices.
   const int64_t* rows;
   int64_t row_count;
+  int64_t heads;  // heads of the queries that share the keys, at the strides q_head, grad_head and out_head
   const void* q;
-  int64_t q_stride;
+  int64_t q_stride, q_head;
   const void* grad;  // gradient of the output; backward only
-  int64_t grad_stride;
+  int64_t grad_stride, grad_head;
   void* out;  // output (forward) or gradient of the queries (backward)
-  int64_t out_stride;
+  int64_t out_stride, out_head;
   float* lse;  // log of the sum of the exponentials of a row; may be null; forward only
   int64_t lse_stride;
 

@@ -31,12 +31,12 @@ constexpr int64_t kFloat = sizeof(float);
 
 int64_t forward_scratch_bytes(const Group& group) {
   const int64_t packed = kBlockKeys * group.width, scores = kTileRows * kBlockKeys;
-  return kFloat * (group.block_count() * (2 * packed + scores) + 2 * packed + scores);
+  return kFloat * (group.block_count() * (2 * packed + scores) + 3 * packed + scores);
 }
 
 int64_t backward_scratch_bytes(const Group& group) {
   const int64_t packed = kBlockKeys * group.width, scores = kTileRows * kBlockKeys;
-  return kFloat * (group.block_count() * (5 * packed + 2 * scores) + 5 * packed + 3 * scores);
+  return kFloat * (group.block_count() * (5 * packed + 2 * scores) + 6 * packed + 3 * scores);
 }
 
 Isa best_isa() {

@@ -21,10 +21,12 @@ int64_t release_cpu_scratch() { return cpu::scratch_of_this_thread().release(); 
 STABLE_TORCH_LIBRARY(flamingo, m) {
   m.def(
       "masked_cross_attention(Tensor q, Tensor k, Tensor v, Tensor media_index, Tensor? first_media, "
-      "Tensor? out_scale, float scale) -> Tensor");
+      "Tensor? out_scale, float scale, Tensor? token_ranges=None) -> Tensor");
   m.def(
       "masked_cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor media_index, "
-      "Tensor? first_media, Tensor? out_scale, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? first_media, Tensor? out_scale, float scale, Tensor? token_ranges=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("media_token_ranges(Tensor media_index, Tensor? first_media, int media) -> Tensor");
   m.def(
       "resampler_attention(Tensor q, Tensor k_features, Tensor v_features, Tensor k_latents, Tensor v_latents, "
       "Tensor cu_media, float scale) -> (Tensor, Tensor)");

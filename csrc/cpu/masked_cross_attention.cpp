@@ -1,8 +1,9 @@
 // Implements flamingo::masked_cross_attention on the CPU.
 //
 // Media that some row sees together form a component. Its keys are the latents of those media, and its rows are all
-// rows that see any of them. A task is one component and one head. Components share neither rows nor keys, so no
-// gradient is written twice. Where each row sees one medium, every medium is a component.
+// rows that see any of them. A task is one component and one head of the keys, with all heads of the queries that share
+// it. Components share neither rows nor keys, so no gradient is written twice. Where each row sees one medium, every
+// medium is a component.
 #include <algorithm>
 #include <numeric>
 #include <tuple>
@@ -75,20 +76,22 @@ Plan make_plan(const Tensor& media_index, const std::optional<Tensor>& first_med
 
 // Fills all fields of a group except the outputs.
 Group make_group(const Plan& plan, const Component& component, const Tensor& q, const Tensor& k, const Tensor& v,
-                 int64_t head, float scale, float out_scale) {
+                 int64_t key_head, float scale, float out_scale) {
   Group group = {};
   group.rows = plan.rows.data() + component.first_row;
   group.row_count = component.rows;
-  group.q = at(q, 0, 0, head);
+  group.heads = q.size(1) / k.size(2);
+  group.q = at(q, 0, 0, key_head * group.heads);
   group.q_stride = q.stride(0);
+  group.q_head = q.stride(1);
   if (!plan.key_begin.empty()) {
     group.key_begin = plan.key_begin.data() + component.first_row;
     group.key_end = plan.key_end.data() + component.first_row;
   }
   group.segment_count = 1;
   KeySegment& keys = group.segments[0];
-  keys.k = at(k, component.first_medium, k.stride(0), head);
-  keys.v = at(v, component.first_medium, v.stride(0), head);
+  keys.k = at(k, component.first_medium, k.stride(0), key_head);
+  keys.v = at(v, component.first_medium, v.stride(0), key_head);
   keys.k_stride = k.stride(1);
   keys.v_stride = v.stride(1);
   keys.count = component.media * k.size(1);
@@ -116,54 +119,81 @@ Tensor empty_contiguous(const Tensor& like) { return torch::stable::new_empty(li
 
 }  // namespace
 
+// The backward of the CUDA kernels needs the ranges. The CPU kernels group the rows themselves.
+Tensor media_token_ranges(const Tensor& media_index, const std::optional<Tensor>& first_media, int64_t media) {
+  check_media_token_ranges(media_index, first_media, media);
+  const std::vector<int64_t> last = values_of(media_index);
+  const std::vector<int64_t> first = first_media.has_value() ? values_of(*first_media) : std::vector<int64_t>();
+  check_values(last, first, media);
+  const Tensor ranges = torch::stable::new_empty(media_index, {2, media}, ScalarType::Int);
+  int32_t* begin = static_cast<int32_t*>(ranges.data_ptr());
+  int32_t* end = begin + media;
+  std::fill_n(begin, media, static_cast<int32_t>(last.size()));
+  std::fill_n(end, media, 0);
+  for (size_t t = 0; t < last.size(); ++t) {
+    for (int64_t m = first.empty() ? last[t] : first[t]; last[t] >= 0 && m <= last[t]; ++m) {
+      begin[m] = std::min(begin[m], static_cast<int32_t>(t));
+      end[m] = static_cast<int32_t>(t) + 1;
+    }
+  }
+  return ranges;
+}
+
 Tensor masked_cross_attention(const Tensor& q, const Tensor& k_any, const Tensor& v_any, const Tensor& media_index,
                               const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale,
-                              double scale) {
+                              double scale, const std::optional<Tensor>& token_ranges) {
   check_masked_cross_attention(q, k_any, v_any, media_index, first_media, out_scale);
+  check_token_ranges(token_ranges, k_any.size(0), q);
   const Tensor k = with_uniform_rows(k_any), v = with_uniform_rows(v_any);
   const int storage = static_cast<int>(storage_of(q));
   const Plan plan = make_plan(media_index, first_media, k.size(0), k.size(1));
-  const int64_t heads = q.size(1);
+  const int64_t key_heads = k.size(2);
   const float factor = value_of(out_scale);
   Tensor out = empty_contiguous(q);
   clear_rows(out, plan.blind_rows);
 
   const auto group_of = [&](int64_t i) {
-    const Component& component = plan.components[i / heads];
-    Group group = make_group(plan, component, q, k, v, i % heads, static_cast<float>(scale), factor);
-    group.out = at(out, 0, 0, i % heads);
+    const int64_t key_head = i % key_heads;
+    Group group = make_group(plan, plan.components[i / key_heads], q, k, v, key_head, static_cast<float>(scale), factor);
+    group.out = at(out, 0, 0, key_head * group.heads);
     group.out_stride = out.stride(0);
+    group.out_head = out.stride(1);
     return group;
   };
   run_tasks(
-      plan.components.size() * heads, [&](int64_t i) { return forward_scratch_bytes(group_of(i)); },
+      plan.components.size() * key_heads, [&](int64_t i) { return forward_scratch_bytes(group_of(i)); },
       [&](int64_t i, void* scratch) { kernels().forward[storage](group_of(i), scratch); });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k_any, const Tensor& v_any, const Tensor& media_index,
-    const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale, double scale) {
+    const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale, double scale,
+    const std::optional<Tensor>& token_ranges) {
   check_masked_cross_attention(q, k_any, v_any, media_index, first_media, out_scale);
+  check_token_ranges(token_ranges, k_any.size(0), q);
   check_heads(grad, "grad", 3, q);
   check_same_shape(grad, "grad", q, "q");
   const Tensor k = with_uniform_rows(k_any), v = with_uniform_rows(v_any);
   const int storage = static_cast<int>(storage_of(q));
   const Plan plan = make_plan(media_index, first_media, k.size(0), k.size(1));
-  const int64_t heads = q.size(1), tasks = plan.components.size() * heads;
+  const int64_t key_heads = k.size(2), tasks = plan.components.size() * key_heads;
   const float factor = value_of(out_scale);
   Tensor dq = empty_contiguous(q), dk = empty_contiguous(k), dv = empty_contiguous(v);
   clear_rows(dq, plan.blind_rows);
 
   const auto group_of = [&](int64_t i) {
-    const Component& component = plan.components[i / heads];
-    Group group = make_group(plan, component, q, k, v, i % heads, static_cast<float>(scale), factor);
-    group.grad = at(grad, 0, 0, i % heads);
+    const Component& component = plan.components[i / key_heads];
+    const int64_t key_head = i % key_heads;
+    Group group = make_group(plan, component, q, k, v, key_head, static_cast<float>(scale), factor);
+    group.grad = at(grad, 0, 0, key_head * group.heads);
     group.grad_stride = grad.stride(0);
-    group.out = at(dq, 0, 0, i % heads);
+    group.grad_head = grad.stride(1);
+    group.out = at(dq, 0, 0, key_head * group.heads);
     group.out_stride = dq.stride(0);
-    group.segments[0].dk = at(dk, component.first_medium, dk.stride(0), i % heads);
-    group.segments[0].dv = at(dv, component.first_medium, dv.stride(0), i % heads);
+    group.out_head = dq.stride(1);
+    group.segments[0].dk = at(dk, component.first_medium, dk.stride(0), key_head);
+    group.segments[0].dv = at(dv, component.first_medium, dv.stride(0), key_head);
     group.segments[0].d_stride = dk.stride(1);
     return group;
   };
@@ -179,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flamingo, CPU, m) {
+  m.impl("media_token_ranges", TORCH_BOX(&media_token_ranges));
   m.impl("masked_cross_attention", TORCH_BOX(&masked_cross_attention));
   m.impl("masked_cross_attention_backward", TORCH_BOX(&masked_cross_attention_backward));
 }

@@ -27,6 +27,7 @@ Group make_group(const Inputs& in, int64_t medium, int64_t head) {
   Group group = {};
   group.row_count = in.q.size(1);
   group.q = at(in.q, medium, in.q.stride(0), head);
+  group.heads = 1;
   group.q_stride = in.q.stride(1);
   group.segment_count = 2;
   KeySegment& features = group.segments[0];

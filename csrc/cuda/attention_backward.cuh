@@ -102,7 +102,7 @@ backward_rows(const typename Problem::Params p) {
   uint16_t* grads = queries + Tile<kWidth>::kSize;
   uint16_t* stages = grads + Tile<kWidth>::kSize;
   uint16_t* weights = stages + 4 * Tile<kWidth>::kSize;  // P, then dS
-  const int head = block_y();
+  const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
   const Range blocks = Problem::blocks_of_tile(p, rows);
   const Visible visible = Problem::visible(p, rows);
@@ -113,7 +113,7 @@ backward_rows(const typename Problem::Params p) {
   const auto scores = [&](float (&s)[8][4], float (&dp)[8][4], int block, const uint16_t* keys) {
     multiply_transposed<kType, kWidth>(s, queries, keys);
     multiply_transposed<kType, kWidth>(dp, grads, keys + Tile<kWidth>::kSize);
-    mask_scores(s, Problem::keys(p, rows, block, head).valid, visible.sees_first(block), visible.sees_second(block));
+    mask_scores(s, Problem::keys(p, rows, block, key_head).valid, visible.sees_first(block), visible.sees_second(block));
   };
 
   RowStatistics statistics;
@@ -122,7 +122,7 @@ backward_rows(const typename Problem::Params p) {
   } else {
     Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
     float delta[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
-    for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+    for_each_block<kWidth, Problem>(p, rows, blocks, key_head, stages, [&](int block, const uint16_t* keys) {
       float s[8][4], dp[8][4];
       scores(s, dp, block, keys);
       update_statistics(state, delta, s, dp, p.scale * 1.4426950408889634f);
@@ -143,7 +143,7 @@ backward_rows(const typename Problem::Params p) {
 
   float dq[kWidth / 8][4];
   clear(dq);
-  for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+  for_each_block<kWidth, Problem>(p, rows, blocks, key_head, stages, [&](int block, const uint16_t* keys) {
     float s[8][4], dp[8][4];
     scores(s, dp, block, keys);
     weights_and_gradients(s, dp, statistics, p.scale);
@@ -152,7 +152,7 @@ backward_rows(const typename Problem::Params p) {
       store_weights<kType>(weights, s);
       store_weights<kType>(weights + Tile<64>::kSize, dp);
       barrier();  // the weights of all rows are written
-      const Keys out = Problem::keys(p, rows, forget(block), head);
+      const Keys out = Problem::keys(p, rows, forget(block), key_head);
       const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
       float sum[kWidth / 8][4];
       clear(sum);
@@ -165,15 +165,19 @@ backward_rows(const typename Problem::Params p) {
     }
   });
   const float scaled = out_factor(p) * p.scale;
-  store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, exists_first, exists_second);
+  store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, exists_first,
+                            exists_second);
 }
 
-// Locates the rows of a key block: `tile` counts from the first row that may see it.
-template <int kWidth>
-FLAMINGO_DEVICE Rows rows_from(const Range& range, int tile) {
-  const int first = range.begin + tile * kTile;
-  return {first, min(kTile, range.end - first)};
-}
+// Numbers the row tiles of a key block: those of one head of the queries, then those of the next one that shares it.
+struct RowTile {
+  int first, head;
+
+  FLAMINGO_DEVICE Rows rows(const Range& range) const { return {first, min(kTile, range.end - first)}; }
+  FLAMINGO_DEVICE RowTile next(const Range& range) const {
+    return first + kTile < range.end ? RowTile{first + kTile, head} : RowTile{range.begin, head + 1};
+  }
+};
 
 // Does the work of weights_and_gradients for rows whose keys are all in this tile, so that no statistics are needed.
 // Returns the sum of delta over the two rows.
@@ -204,41 +208,43 @@ FLAMINGO_DEVICE RowStatistics stored_statistics(const Params& p, const Rows& row
           second ? p.delta[at + 8 * p.heads] : 0.0f};
 }
 
-// Computes the gradients of one key block from the rows `range`. With kWritesRows no row sees another block, and dQ is
-// written here. `some_rows` tells Problem::keys the medium.
+// Computes the gradients of one key block from the rows `range` of all heads that share its keys, one after the other.
+// With kWritesRows no row sees another block, and dQ is written here. `some_rows` tells Problem::keys the medium.
 template <Type kType, int kWidth, class Problem, bool kWritesRows>
-FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block, int head,
-                                       const Range& range) {
+FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block,
+                                       int key_head, const Range& range) {
   constexpr int kSize = Tile<kWidth>::kSize;
   uint16_t* k = shared_memory();
   uint16_t* v = k + kSize;
   uint16_t* stages = v + kSize;  // two times queries and gradients
   uint16_t* weights = stages + 4 * kSize;
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
-  const int tiles = range.begin < range.end ? (range.end - range.begin + kTile - 1) / kTile : 0;
-  const auto copy_rows = [&](uint16_t* stage, int tile) {
-    const Rows rows = rows_from<kWidth>(range, tile);
-    copy_tile<kWidth>(stage, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-    copy_tile<kWidth>(stage + kSize, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
+  int left = range.begin < range.end ? (range.end - range.begin + kTile - 1) / kTile * Problem::shared_by(p) : 0;  // tiles
+  const auto copy_rows = [&](uint16_t* stage, const RowTile& tile) {
+    const Rows rows = tile.rows(range);
+    copy_tile<kWidth>(stage, p.q + rows.first * p.q_row + tile.head * p.q_head, p.q_row, rows.valid);
+    copy_tile<kWidth>(stage + kSize, p.grad + rows.first * p.grad_row + tile.head * p.grad_head, p.grad_row,
+                      rows.valid);
   };
 
-  const Keys keys = Problem::keys(p, some_rows, block, head);
+  const Keys keys = Problem::keys(p, some_rows, block, key_head);
   const int valid_keys = keys.valid;
   copy_tile<kWidth>(k, keys.k, keys.k_stride, valid_keys);
   copy_tile<kWidth>(v, keys.v, keys.v_stride, valid_keys);
-  if (tiles > 0) copy_rows(stages, 0);
+  RowTile tile = {range.begin, key_head * Problem::shared_by(p)};
+  if (left > 0) copy_rows(stages + (left & 1) * 2 * kSize, tile);
   commit_copies();
   float dk[kWidth / 8][4], dv[kWidth / 8][4], delta = 0.0f;
   clear(dk);
   clear(dv);
-  for (int tile = 0; tile < tiles; ++tile) {
-    const uint16_t* queries = stages + (tile & 1) * 2 * kSize;
+  for (; left > 0; --left, tile = tile.next(range)) {
+    const uint16_t* queries = stages + (left & 1) * 2 * kSize;
     const uint16_t* grads = queries + kSize;
     wait_copies<0>();
     barrier();  // all warps can read this tile, and no warp reads the other stage or the weights any more
-    if (tile + 1 < tiles) copy_rows(stages + (~tile & 1) * 2 * kSize, tile + 1);
+    if (left > 1) copy_rows(stages + (~left & 1) * 2 * kSize, tile.next(range));
     commit_copies();
-    const Rows rows = rows_from<kWidth>(range, tile);
+    const Rows rows = tile.rows(range);
     const Visible visible = Problem::visible(p, rows);
     const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
     float s[8][4], dp[8][4];
@@ -246,7 +252,7 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
     multiply_transposed<kType, kWidth>(dp, grads, v);
     mask_scores(s, valid_keys, sees_first, sees_second);
     if constexpr (kWritesRows) delta += softmax_and_gradients(s, dp, p.scale);
-    else weights_and_gradients(s, dp, stored_statistics(p, rows, head), p.scale);
+    else weights_and_gradients(s, dp, stored_statistics(p, rows, tile.head), p.scale);
     store_weights<kType>(weights, s);
     store_weights<kType>(weights + Tile<64>::kSize, dp);
     if constexpr (kWritesRows) {
@@ -254,19 +260,21 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
       clear(dq);
       accumulate_rows<kType, kWidth>(dq, dp, k);
       const float scaled = out_factor(p) * p.scale;
-      store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, sees_first, sees_second);
+      store_rows<kType, kWidth>(p.dq + rows.first * row_stride + tile.head * kWidth, row_stride, dq, scaled, scaled,
+                                sees_first, sees_second);
     }
     barrier();  // the weights of all rows are written
     accumulate_keys<kType, kWidth>(dv, weights, grads);
     accumulate_keys<kType, kWidth>(dk, weights + Tile<64>::kSize, queries);
   }
-  const Keys out = Problem::keys(p, some_rows, forget(block), head);
+  const Keys out = Problem::keys(p, some_rows, forget(block), key_head);
   const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
   const float factor = out_factor(p), scaled = factor * p.scale;
-  store_rows<kType, kWidth>(out.dk, row_stride, dk, scaled, scaled, first, second);
-  store_rows<kType, kWidth>(out.dv, row_stride, dv, factor, factor, first, second);
+  const int64_t key_stride = static_cast<int64_t>(Problem::key_heads(p)) * kWidth;
+  store_rows<kType, kWidth>(out.dk, key_stride, dk, scaled, scaled, first, second);
+  store_rows<kType, kWidth>(out.dv, key_stride, dv, factor, factor, first, second);
   if constexpr (kWritesRows)
-    store_partial(p.partial + (static_cast<int64_t>(block) * p.heads + head) * 4, delta);
+    store_partial(p.partial + (static_cast<int64_t>(block) * Problem::key_heads(p) + key_head) * 4, delta);
 }
 
 }  // namespace cuda

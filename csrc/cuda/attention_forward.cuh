@@ -84,16 +84,16 @@ FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
 // Calls `use(block, keys tile)` for the key blocks of a row tile, one after the other. While one is used, the next is
 // copied into the other of two stages. Copies that were started before have arrived, too, at the first use.
 template <int kWidth, class Problem, class Use>
-FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks, int head,
-                                    uint16_t* stages, Use use) {
-  if (blocks.begin < blocks.end) copy_keys<kWidth>(stages, Problem::keys(p, rows, blocks.begin, head));
+FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks,
+                                    int key_head, uint16_t* stages, Use use) {
+  if (blocks.begin < blocks.end) copy_keys<kWidth>(stages, Problem::keys(p, rows, blocks.begin, key_head));
   commit_copies();
   for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = (block - blocks.begin) & 1;
     wait_copies<0>();
     barrier();  // all warps can read this block, and no warp reads the other stage any more
     if (block + 1 < blocks.end)
-      copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, head));
+      copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, key_head));
     commit_copies();
     use(block, stages + stage * 2 * Tile<kWidth>::kSize);
   }
@@ -104,7 +104,7 @@ FLAMINGO_KERNEL(kThreads)
 attention_forward(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
-  const int head = block_y();
+  const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
   const Range blocks = Problem::blocks_of_tile(p, rows);
   const Visible visible = Problem::visible(p, rows);
@@ -114,12 +114,12 @@ attention_forward(const typename Problem::Params p) {
   float sum[kWidth / 8][4];
   clear(sum);
   copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-  for_each_block<kWidth, Problem>(p, rows, blocks, head, stages, [&](int block, const uint16_t* keys) {
+  for_each_block<kWidth, Problem>(p, rows, blocks, key_head, stages, [&](int block, const uint16_t* keys) {
     const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
     if (!any_lane(sees_first || sees_second)) return;
     float s[8][4];
     multiply_transposed<kType, kWidth>(s, queries, keys);
-    mask_scores(s, Problem::keys(p, rows, block, head).valid, sees_first, sees_second);
+    mask_scores(s, Problem::keys(p, rows, block, key_head).valid, sees_first, sees_second);
     update_softmax(state, s, sum, log2_scale);
     accumulate_rows<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
   });

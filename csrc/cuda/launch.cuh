@@ -47,6 +47,13 @@ int launch(void (*kernel)(Params), int64_t blocks, int heads, int threads, int s
 
 inline int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
+template <class Params>
+int launch_row_ranges(const Params& p, void* stream) {
+  const auto blocks = [](int64_t count) { return (count + kPlanThreads - 1) / kPlanThreads; };
+  const int error = launch(empty_ranges<Params>, blocks(p.media), 1, kPlanThreads, 0, p, stream);
+  return error ? error : launch(plan_rows<Params>, blocks(p.rows), 1, kPlanThreads, 0, p, stream);
+}
+
 template <Type kType, int kWidth>
 int CrossLaunches<kType, kWidth>::forward(const CrossAttentionParams& p, void* stream) {
   return launch(attention_forward<kType, kWidth, CrossAttention<kWidth>>, tiles_of(p.rows), p.heads, kThreads,
@@ -57,20 +64,16 @@ template <Type kType, int kWidth>
 int CrossLaunches<kType, kWidth>::backward(const CrossAttentionParams& p, void* stream) {
   constexpr int kShared = backward_shared_bytes<kWidth>();
   const int64_t key_blocks = p.media * tiles_of(p.latents), row_tiles = tiles_of(p.rows);
-  const auto plan_blocks = [](int64_t count) { return (count + kPlanThreads - 1) / kPlanThreads; };
-  int error = launch(empty_ranges<CrossAttentionParams>, plan_blocks(p.media), 1, kPlanThreads, 0, p, stream);
-  if (error == 0) error = launch(plan_rows<CrossAttentionParams>, plan_blocks(p.rows), 1, kPlanThreads, 0, p, stream);
-  if (error != 0) return error;
   if (one_block_a_row(p)) {
-    error = launch(clear_blind_rows<kWidth>, row_tiles, 1, kThreads, 0, p, stream);
+    const int error = launch(clear_blind_rows<kWidth>, row_tiles, 1, kThreads, 0, p, stream);
     if (error != 0) return error;
-    return launch(cross_attention_backward_keys<kType, kWidth, true>, key_blocks, p.heads, kThreads, kShared, p,
+    return launch(cross_attention_backward_keys<kType, kWidth, true>, key_blocks, p.key_heads, kThreads, kShared, p,
                   stream);
   }
-  error = launch(backward_rows<kType, kWidth, CrossAttention<kWidth>, false>, row_tiles, p.heads, kThreads,
+  const int error = launch(backward_rows<kType, kWidth, CrossAttention<kWidth>, false>, row_tiles, p.heads, kThreads,
                            kShared, p, stream);
   if (error != 0) return error;
-  return launch(cross_attention_backward_keys<kType, kWidth, false>, key_blocks, p.heads, kThreads, kShared, p,
+  return launch(cross_attention_backward_keys<kType, kWidth, false>, key_blocks, p.key_heads, kThreads, kShared, p,
                 stream);
 }
 

@@ -9,6 +9,9 @@ namespace cuda {
 typedef int (*CrossLaunch)(const CrossAttentionParams&, void* stream);
 typedef int (*ResamplerLaunch)(const ResamplerParams&, void* stream);
 
+// Writes the row ranges of all media, which the backward of the cross-attention needs.
+int find_row_ranges(const CrossAttentionParams& p, void* stream);
+
 template <Type kType, int kWidth>
 struct CrossLaunches {
   static int forward(const CrossAttentionParams& p, void* stream);

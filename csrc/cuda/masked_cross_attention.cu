@@ -28,6 +28,8 @@ CrossAttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor&
   p.v_head = v.stride(2);
   p.media = static_cast<int>(k.size(0));
   p.latents = static_cast<int>(k.size(1));
+  p.key_heads = static_cast<int>(k.size(2));
+  p.shared_by = p.heads / p.key_heads;
   p.last_media = index_of(media_index);
   if (first_media.has_value()) p.first_media = index_of(*first_media);
   return p;
@@ -41,12 +43,34 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& medi
   STD_TORCH_CHECK(q.size(1) < 65536, "q must have fewer than 65536 heads");
 }
 
+// Points the parameters to the ranges.
+void use_ranges(CrossAttentionParams& p, const Tensor& ranges) {
+  p.row_begin = static_cast<int*>(ranges.data_ptr());
+  p.row_end = p.row_begin + ranges.size(1);
+}
+
 }  // namespace
+
+Tensor media_token_ranges(const Tensor& media_index, const std::optional<Tensor>& first_media, int64_t media) {
+  check_media_token_ranges(media_index, first_media, media);
+  const torch::stable::accelerator::DeviceGuard guard(media_index.get_device_index());
+  const Tensor ranges = torch::stable::new_empty(media_index, {2, media}, ScalarType::Int);
+  CrossAttentionParams p = {};
+  p.rows = static_cast<int>(media_index.size(0));
+  p.media = static_cast<int>(media);
+  p.last_media = index_of(media_index);
+  if (first_media.has_value()) p.first_media = index_of(*first_media);
+  use_ranges(p, ranges);
+  const int error = find_row_ranges(p, current_stream(media_index));
+  STD_TORCH_CHECK(error == 0, "media_token_ranges: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+  return ranges;
+}
 
 Tensor masked_cross_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& media_index,
                               const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale,
-                              double scale) {
+                              double scale, const std::optional<Tensor>& token_ranges) {
   check(q_any, k_any, v_any, media_index, first_media, out_scale);
+  check_token_ranges(token_ranges, k_any.size(0), q_any);
   const torch::stable::accelerator::DeviceGuard guard(q_any.get_device_index());
   const Tensor q = with_aligned_rows(q_any), k = with_aligned_rows(k_any), v = with_aligned_rows(v_any);
   Tensor result = empty_contiguous(q);
@@ -60,8 +84,10 @@ Tensor masked_cross_attention(const Tensor& q_any, const Tensor& k_any, const Te
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
     const Tensor& grad_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& media_index,
-    const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale, double scale) {
+    const std::optional<Tensor>& first_media, const std::optional<Tensor>& out_scale, double scale,
+    const std::optional<Tensor>& token_ranges) {
   check(q_any, k_any, v_any, media_index, first_media, out_scale);
+  check_token_ranges(token_ranges, k_any.size(0), q_any);
   check_heads(grad_any, "grad", 3, q_any);
   check_same_shape(grad_any, "grad", q_any, "q");
   const torch::stable::accelerator::DeviceGuard guard(q_any.get_device_index());
@@ -77,16 +103,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
   p.dv = out(dv);
 
   const int64_t tiles = (q.size(0) + kTile - 1) / kTile;
-  const int64_t partials = one_block_a_row(p) ? k.size(0) * p.heads : tiles * p.heads;
+  const int64_t partials = one_block_a_row(p) ? k.size(0) * p.key_heads : tiles * p.heads;
   const int64_t statistics = one_block_a_row(p) ? 0 : q.size(0) * p.heads;
   const Tensor partial = torch::stable::new_empty(q, {partials, 4}, ScalarType::Float);
   const Tensor lse = torch::stable::new_empty(q, {2, statistics}, ScalarType::Float);
-  const Tensor ranges = torch::stable::new_empty(q, {2, k.size(0)}, ScalarType::Int);
+  const Tensor ranges =
+      token_ranges.has_value() ? *token_ranges : media_token_ranges(media_index, first_media, k.size(0));
   p.partial = floats(partial);
   p.lse = floats(lse);
   p.delta = floats(lse) + statistics;
-  p.row_begin = static_cast<int*>(ranges.data_ptr());
-  p.row_end = p.row_begin + k.size(0);
+  use_ranges(p, ranges);
   const int error = with_launches<CrossLaunches>(
       q, [&](auto launches) { return decltype(launches)::backward(p, current_stream(q)); });
   STD_TORCH_CHECK(error == 0,
@@ -95,6 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flamingo, CUDA, m) {
+  m.impl("media_token_ranges", TORCH_BOX(&media_token_ranges));
   m.impl("masked_cross_attention", TORCH_BOX(&masked_cross_attention));
   m.impl("masked_cross_attention_backward", TORCH_BOX(&masked_cross_attention_backward));
 }

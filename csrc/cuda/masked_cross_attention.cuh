@@ -18,7 +18,8 @@ empty_ranges(const Params p) {
 }
 
 // Finds the smallest range that holds the rows that see each medium; a thread looks at one row. Only the smallest and
-// the largest row number are kept, so the result does not depend on the order of the threads.
+// the largest row number are kept, so the result does not depend on the order of the threads. The ranges depend on the
+// index alone, so one launch serves the backwards of all layers.
 template <class Params>
 FLAMINGO_KERNEL(kPlanThreads)
 plan_rows(const Params p) {
@@ -28,6 +29,8 @@ plan_rows(const Params p) {
     if (at < 0 || at >= p.rows) return {0, 0};
     const int last = read_index(p.last_media, at);
     const int first = p.first_media.data && last >= 0 ? read_index(p.first_media, at) : last;
+    FLAMINGO_ASSERT(last >= -1 && last < p.media && "media_index is out of range");
+    FLAMINGO_ASSERT((last < 0 || (first >= 0 && first <= last)) && "first_media is out of range");
     return last < 0 ? Range{0, 0} : Range{first, last + 1};
   };
   const Range before = seen(row - 1), here = seen(row), after = seen(row + 1);

@@ -35,13 +35,15 @@ struct AttentionParams {
   float scale;
 };
 
-// Keys: [media, latents, heads, width].
+// Keys: [media, latents, key_heads, width].
 struct CrossAttentionParams : AttentionParams {
   const uint16_t *k, *v;
   uint16_t *dk, *dv;
   int64_t k_medium, k_latent, k_head;
   int64_t v_medium, v_latent, v_head;
   int media, latents;
+  int key_heads;      // heads of the keys and values
+  int shared_by;      // heads of the queries that share one of them: heads / key_heads
   Index last_media;   // [rows], -1: none
   Index first_media;  // [rows]; data is null in the mode "one medium"
   int* row_begin;     // [media]: the rows that see a medium lie in row_begin..row_end; backward

@@ -18,7 +18,7 @@ struct Range {
 struct Keys {
   const uint16_t *k, *v;
   int64_t k_stride, v_stride;
-  uint16_t *dk, *dv;  // contiguous [keys, heads, width]
+  uint16_t *dk, *dv;  // contiguous [keys, key heads, width]
   int valid;
 };
 
@@ -38,6 +38,11 @@ template <int kWidth>
 struct CrossAttention {
   typedef CrossAttentionParams Params;
   static constexpr bool kSavesStatistics = false;  // the forward saves nothing for the backward
+
+  // The head of the keys that a head of the queries attends to. Neighbors share one.
+  static FLAMINGO_DEVICE int key_head(const Params& p, int head) { return head / p.shared_by; }
+  static FLAMINGO_DEVICE int key_heads(const Params& p) { return p.key_heads; }
+  static FLAMINGO_DEVICE int shared_by(const Params& p) { return p.shared_by; }
 
   static FLAMINGO_DEVICE int blocks_of_medium(const Params& p) { return (p.latents + kTile - 1) / kTile; }
 
@@ -67,11 +72,11 @@ struct CrossAttention {
     return {begin < end ? begin : end, end};
   }
 
-  static FLAMINGO_DEVICE Keys keys(const Params& p, const Rows&, int block, int head) {
+  static FLAMINGO_DEVICE Keys keys(const Params& p, const Rows&, int block, int key_head) {
     const int medium = block / blocks_of_medium(p), first = block % blocks_of_medium(p) * kTile;
-    const int64_t out = ((static_cast<int64_t>(medium) * p.latents + first) * p.heads + head) * kWidth;
-    return {p.k + medium * p.k_medium + first * p.k_latent + head * p.k_head,
-            p.v + medium * p.v_medium + first * p.v_latent + head * p.v_head,
+    const int64_t out = ((static_cast<int64_t>(medium) * p.latents + first) * p.key_heads + key_head) * kWidth;
+    return {p.k + medium * p.k_medium + first * p.k_latent + key_head * p.k_head,
+            p.v + medium * p.v_medium + first * p.v_latent + key_head * p.v_head,
             p.k_latent,
             p.v_latent,
             p.dk + out,
@@ -91,6 +96,10 @@ template <int kWidth>
 struct ResamplerAttention {
   typedef ResamplerParams Params;
   static constexpr bool kSavesStatistics = true;
+
+  static FLAMINGO_DEVICE int key_head(const Params&, int head) { return head; }
+  static FLAMINGO_DEVICE int key_heads(const Params& p) { return p.heads; }
+  static FLAMINGO_DEVICE int shared_by(const Params&) { return 1; }
 
   static FLAMINGO_DEVICE int tiles_of_medium(const Params& p) { return (p.latents + kTile - 1) / kTile; }
 

@@ -55,6 +55,9 @@ int emulator_site_line(int site) { return simt::machine.sites[site].line; }
 int emulate_cross_attention(int type, int width, int backward, const CrossAttentionParams* p) {
   return dispatch<CrossLaunches>(type, width, backward, *p);
 }
+int emulate_row_ranges(const CrossAttentionParams* p) {
+  return guarded([&] { return launch_row_ranges(*p, nullptr); });
+}
 int emulate_resampler(int type, int width, int backward, const ResamplerParams* p) {
   return dispatch<ResamplerLaunches>(type, width, backward, *p);
 }

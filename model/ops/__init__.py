@@ -16,6 +16,7 @@ from model.ops.library import autocast_inputs, unit_last_stride
 
 __all__ = [
     "OpStatus",
+    "find_token_ranges",
     "get_backend",
     "masked_cross_attention",
     "resampler_attention",
@@ -32,6 +33,7 @@ def masked_cross_attention(
     gate: Tensor | None = None,
     *,
     first_media: Tensor | None = None,
+    token_ranges: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -40,11 +42,13 @@ def masked_cross_attention(
     Args:
         q: [T, H, K] queries of the tokens, batch and length flattened.
         k: [M, R, U, K] keys; strided views (a slice of a fused projection) are fine. U divides H: neighboring heads of
-            q share a head of k and v, which the kernels see repeated.
+            q share a head of k and v, which is never repeated in memory.
         v: [M, R, U, K] values.
         media_index: [T] int64 or int32, medium that a token sees; -1 for none, which gives exactly 0.
         gate: [1]; the output is multiplied by ``tanh(gate)``. This is valid when the output projection has no bias.
         first_media: [T]; a token sees all media ``first_media[t]..media_index[t]``. None shows it the last of them.
+        token_ranges: Result of ``find_token_ranges`` for this ``media_index`` and ``first_media``; None lets the
+            backward find them.
         scale: Scale of the scores; None for ``K ** -0.5``.
         backend: "fused" or "reference" to force one; None follows ``set_backend`` and ``FLAMINGO_OPS``.
 
@@ -59,8 +63,8 @@ def masked_cross_attention(
     """
     q, k, v = autocast_inputs(q.device.type, q, k, v)
     checks.masked_cross_attention(q, k, v, media_index, gate, first_media, scale)
-    if k.shape[2] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[2], 2) for x in (k, v))
+    if token_ranges is not None:
+        checks.token_ranges(token_ranges, k)
     if use_fused("masked_cross_attention", q, backend):
         out_scale = None if gate is None else torch.tanh(gate.float()).view(1)
         return torch.ops.flamingo.masked_cross_attention(
@@ -69,8 +73,30 @@ def masked_cross_attention(
             None if first_media is None else first_media.contiguous(),
             out_scale,
             q.shape[-1] ** -0.5 if scale is None else scale,
+            token_ranges,
         )
     return reference.masked_cross_attention(q, k, v, media_index, gate, first_media_T=first_media, scale=scale)
+
+
+def find_token_ranges(media_index: Tensor, first_media: Tensor | None, num_media: int, q: Tensor) -> Tensor | None:
+    """Find once what the backward of every cross-attention to the same media needs on a GPU.
+
+    Args:
+        media_index: [T], as for ``masked_cross_attention``, or [B, L].
+        first_media: The same shape, or None.
+        num_media: M.
+        q: Any tensor with device, type and last dimension of the queries.
+
+    Returns:
+        int32 [2, M]: the first token that sees a medium, and the one behind the last; or None where nothing needs it:
+        without gradients, on the CPU, and without a kernel.
+    """
+    [q] = autocast_inputs(q.device.type, q)
+    if q.device.type == "cpu" or not torch.is_grad_enabled() or not use_fused("masked_cross_attention", q, None):
+        return None
+    first_media = None if first_media is None else first_media.flatten().contiguous()
+    ranges: Tensor = torch.ops.flamingo.media_token_ranges(media_index.flatten().contiguous(), first_media, num_media)
+    return ranges
 
 
 def resampler_attention(

@@ -54,6 +54,21 @@ def masked_cross_attention(
         _check_media_range(media_index, first_media, k.shape[0])
 
 
+def token_ranges(ranges: Tensor, k: Tensor) -> None:
+    """Check the result of ``model.ops.find_token_ranges`` against the keys.
+
+    Raises:
+        TypeError: It has the wrong type.
+        ValueError: It does not fit the keys.
+    """
+    if ranges.dtype != torch.int32:
+        raise TypeError(f"token_ranges must be int32, got {ranges.dtype}")
+    if ranges.shape != (2, k.shape[0]) or not ranges.is_contiguous():
+        raise ValueError(f"token_ranges must be a contiguous [2, M] with M = {k.shape[0]}, got {list(ranges.shape)}")
+    if ranges.device != k.device:
+        raise ValueError(f"token_ranges must be on the device of k, {k.device}, it is on {ranges.device}")
+
+
 def resampler_attention(
     q: Tensor,
     k_features: Tensor,

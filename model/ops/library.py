@@ -79,6 +79,7 @@ def _register() -> None:
     """Register fake tensors and gradients for every op, and autocast for the two forwards."""
     torch.library.register_fake("flamingo::masked_cross_attention", _cross_fake)
     torch.library.register_fake("flamingo::masked_cross_attention_backward", _cross_backward_fake)
+    torch.library.register_fake("flamingo::media_token_ranges", _token_ranges_fake)
     torch.library.register_fake("flamingo::resampler_attention", _resampler_fake)
     torch.library.register_fake("flamingo::resampler_attention_backward", _resampler_backward_fake)
     torch.library.register_autograd(
@@ -118,10 +119,12 @@ def _autocast_cross(
     first_media: Tensor | None,
     out_scale: Tensor | None,
     scale: float,
+    token_ranges: Tensor | None = None,
 ) -> Tensor:
     q, k, v = autocast_inputs(device, q, k, v)
+    rest = (media_index, first_media, out_scale, scale, token_ranges)
     with disable_autocast_key(device):
-        return torch.ops.flamingo.masked_cross_attention(q, k, v, media_index, first_media, out_scale, scale)
+        return torch.ops.flamingo.masked_cross_attention(q, k, v, *rest)
 
 
 def _autocast_resampler(
@@ -153,6 +156,10 @@ def _cross_backward_fake(
     return _like(q), _like(k), _like(v), q.new_empty(1, dtype=torch.float32)
 
 
+def _token_ranges_fake(media_index: Tensor, first_media: Tensor | None, media: int) -> Tensor:
+    return media_index.new_empty(2, media, dtype=torch.int32)
+
+
 def _resampler_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -162,17 +169,17 @@ def _resampler_backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *inputs: An
 
 
 def _save_cross_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, media_index, first_media, out_scale, scale = inputs
-    ctx.save_for_backward(q, k, v, media_index, first_media, out_scale)
+    q, k, v, media_index, first_media, out_scale, scale, token_ranges = inputs
+    ctx.save_for_backward(q, k, v, media_index, first_media, out_scale, token_ranges)
     ctx.scale = scale
 
 
 def _cross_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, media_index, first_media, out_scale = ctx.saved_tensors
+    q, k, v, media_index, first_media, out_scale, token_ranges = ctx.saved_tensors
     dq, dk, dv, d_out_scale = torch.ops.flamingo.masked_cross_attention_backward(
-        unit_last_stride(grad), q, k, v, media_index, first_media, out_scale, ctx.scale
+        unit_last_stride(grad), q, k, v, media_index, first_media, out_scale, ctx.scale, token_ranges
     )
-    return dq, dk, dv, None, None, None if out_scale is None else d_out_scale.view_as(out_scale), None
+    return dq, dk, dv, None, None, None if out_scale is None else d_out_scale.view_as(out_scale), None, None
 
 
 def _save_resampler_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,8 +11,8 @@ from model.internals import FakeTensor
 
 def masked_cross_attention(
     q_THK: Tensor,
-    k_MRHK: Tensor,
-    v_MRHK: Tensor,
+    k_MRUK: Tensor,
+    v_MRUK: Tensor,
     media_index_T: Tensor,
     gate: Tensor | None = None,
     *,
@@ -25,25 +25,30 @@ def masked_cross_attention(
     computes the full product and masks it). Group sizes are unknown under ``torch.compile`` and on meta tensors, which
     get the dense oracle. On fake tensors, which only count memory, all groups have one size.
     """
+    shared_by = q_THK.shape[1] // k_MRUK.shape[2]
+    if shared_by > 1:
+        q_TUK, index_T, first_T = _heads_as_tokens(shared_by, q_THK, media_index_T, first_media_T)
+        out_TUK = masked_cross_attention(q_TUK, k_MRUK, v_MRUK, index_T, gate, first_media_T=first_T, scale=scale)
+        return _tokens_as_heads(shared_by, out_TUK)
     if torch.compiler.is_compiling() or q_THK.is_meta:
         return dense_masked_cross_attention(
-            q_THK, k_MRHK, v_MRHK, media_index_T, gate, first_media_T=first_media_T, scale=scale
+            q_THK, k_MRUK, v_MRUK, media_index_T, gate, first_media_T=first_media_T, scale=scale
         )
     if isinstance(media_index_T, FakeTensor):
-        return _apply_gate(_equal_groups(q_THK, k_MRHK, v_MRHK, scale), gate)
+        return _apply_gate(_equal_groups(q_THK, k_MRUK, v_MRUK, scale), gate)
     index_T = media_index_T.long()
     if first_media_T is None:
-        rows, values = _one_medium(q_THK, k_MRHK, v_MRHK, index_T, scale)
+        rows, values = _one_medium(q_THK, k_MRUK, v_MRUK, index_T, scale)
     else:
-        rows, values = _media_so_far(q_THK, k_MRHK, v_MRHK, index_T, first_media_T.long(), scale)
+        rows, values = _media_so_far(q_THK, k_MRUK, v_MRUK, index_T, first_media_T.long(), scale)
     out_THK = torch.zeros_like(q_THK, memory_format=torch.contiguous_format).index_copy(0, rows, values)
     return _apply_gate(out_THK, gate)
 
 
 def dense_masked_cross_attention(
     q_THK: Tensor,
-    k_MRHK: Tensor,
-    v_MRHK: Tensor,
+    k_MRUK: Tensor,
+    v_MRUK: Tensor,
     media_index_T: Tensor,
     gate: Tensor | None = None,
     *,
@@ -51,13 +56,18 @@ def dense_masked_cross_attention(
     scale: float | None = None,
 ) -> Tensor:
     """Compute the definition: all scores, a mask, a softmax. Memory grows with T * M * R."""
-    num_media, num_latents, num_heads, head_dim = k_MRHK.shape
+    num_media, num_latents, num_heads, head_dim = k_MRUK.shape
+    shared_by = q_THK.shape[1] // num_heads
+    if shared_by > 1:
+        q_TUK, index_T, first_T = _heads_as_tokens(shared_by, q_THK, media_index_T, first_media_T)
+        out_TUK = dense_masked_cross_attention(q_TUK, k_MRUK, v_MRUK, index_T, gate, first_media_T=first_T, scale=scale)
+        return _tokens_as_heads(shared_by, out_TUK)
     scale = head_dim**-0.5 if scale is None else scale
     last_T = media_index_T.long()
     first_T = last_T if first_media_T is None else first_media_T.long()
     medium_J = torch.arange(num_media, device=q_THK.device).repeat_interleave(num_latents)
     seen_TJ = (medium_J >= first_T[:, None]) & (medium_J <= last_T[:, None]) & (last_T >= 0)[:, None]
-    k_JHK, v_JHK = (x.reshape(num_media * num_latents, num_heads, head_dim) for x in (k_MRHK, v_MRHK))
+    k_JHK, v_JHK = (x.reshape(num_media * num_latents, num_heads, head_dim) for x in (k_MRUK, v_MRUK))
     scores_HTJ = torch.einsum("thk,jhk->htj", q_THK, k_JHK) * scale
     scores_HTJ = scores_HTJ.masked_fill(~seen_TJ, torch.finfo(scores_HTJ.dtype).min)
     # A token that sees nothing has a uniform softmax, so its weights are zeroed after it, not before.
@@ -108,6 +118,21 @@ def resampler_attention(
         )
         out_MRHK = out_MRHK.index_copy(0, media, values)
     return out_MRHK
+
+
+def _heads_as_tokens(
+    shared_by: int, q_THK: Tensor, media_index_T: Tensor, first_media_T: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn heads that share keys and values into further tokens, which see the same; so nothing large is repeated."""
+    q_TUK = q_THK.unflatten(1, (-1, shared_by)).transpose(1, 2).flatten(0, 1)
+    first_media_T = None if first_media_T is None else first_media_T.repeat_interleave(shared_by)
+    return q_TUK, media_index_T.repeat_interleave(shared_by), first_media_T
+
+
+def _tokens_as_heads(shared_by: int, out_TUK: Tensor) -> Tensor:
+    """Undo ``_heads_as_tokens``."""
+    num_tokens = out_TUK.shape[0] // shared_by
+    return out_TUK.unflatten(0, (num_tokens, shared_by)).transpose(1, 2).flatten(1, 2)
 
 
 def _apply_gate(out: Tensor, gate: Tensor | None) -> Tensor:

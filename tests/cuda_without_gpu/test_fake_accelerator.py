@@ -40,6 +40,13 @@ def test_the_host_has_less_to_do_at_3b(watches: dict[str, Watch]) -> None:
     assert watch.hooked < 1_087 / 3
 
 
+@pytest.mark.parametrize("name", ["debug, packed", "debug, packed, attend all", "3b, padded"])
+def test_the_ranges_of_tokens_are_found_once_a_batch(name: str, watches: dict[str, Watch]) -> None:
+    kernels = watches[name].kernels
+    assert kernels["masked_cross_attention_backward"] > 1
+    assert kernels["media_token_ranges"] == 1
+
+
 def test_decoding_waits_in_transformers_only(watches: dict[str, Watch]) -> None:
     """Prompts are copied before the first token and tokens after the last one; between them only transformers reads."""
     watch = watches["generation"]

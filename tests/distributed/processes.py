@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -68,6 +69,13 @@ def run_distributed(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def start_fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start ``function(*arguments)`` in a process that has the heavy libraries loaded."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 def _collect(receivers: list[Any], processes: list[Any], timeout_seconds: float) -> list[Any]:

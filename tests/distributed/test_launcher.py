@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.helpers import image_bytes
-from tests.distributed.launched import finish, kill_rank_1, python, start, wait_for_step
+from tests.distributed.launched import finish, forked, kill_rank_1, python, start, wait_for_step
 from tests.distributed.small_run import losses, read_events, read_ledger, run_settings, write_settings
 
 pytestmark = pytest.mark.distributed
@@ -50,18 +50,20 @@ def test_a_run_killed_under_the_launcher_completes_when_started_again(assets: Pa
     weights = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("killed", "whole")]
     assert weights[0] == weights[1]
 
-    (tmp_path / "a.png").write_bytes(image_bytes((10, 200, 30), size=(40, 20)))
-    generated = python("trainer.generate", str(tmp_path / "whole" / "export"), "--image", str(tmp_path / "a.png"))
-    assert generated.returncode == 0, generated.stderr
+    picture = tmp_path / "a.png"
+    picture.write_bytes(image_bytes((10, 200, 30), size=(40, 20)))
+    check_success(python("trainer.generate", str(tmp_path / "whole" / "export"), "--image", str(picture)))
     check_evaluation(assets, tmp_path / "whole" / "export", tmp_path)
-    exported = python("trainer.export", str(tmp_path / "whole"), "--output", str(tmp_path / "again"))
-    assert exported.returncode == 0, exported.stderr
+    check_success(forked("trainer.export", str(tmp_path / "whole"), "--output", str(tmp_path / "again")))
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights[1]
     options = ("--format", "huggingface", "--include-frozen", "--output", str(tmp_path / "hub"))
-    exported = python("trainer.export", str(tmp_path / "whole"), *options)
-    assert exported.returncode == 0, exported.stderr
+    check_success(forked("trainer.export", str(tmp_path / "whole"), *options))
     assert (tmp_path / "hub" / "model.safetensors").is_file() and (tmp_path / "hub" / "modeling_flamingo.py").is_file()
     assert "40 steps on" in (tmp_path / "hub" / "README.md").read_text()
+
+
+def check_success(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_launcher_passes_a_request_to_stop_on(assets: Path, tmp_path: Path, port: int) -> None:
@@ -95,12 +97,11 @@ def check_evaluation(assets: Path, model: Path, folder: Path) -> None:
         ],
     }
     config = write_settings(folder / "evaluate.yaml", settings)
-    result = python("trainer.evaluate", str(config))
-    assert result.returncode == 0, result.stderr
+    check_success(forked("trainer.evaluate", str(config)))
     assert set(json.loads((folder / "evaluation" / "report.json").read_text())["tasks"]) == {"pairs", "first"}
-    result = python("trainer.evaluate", str(config), "--tasks.pairs.bounds.0.minimum", "1.0")
+    result = forked("trainer.evaluate", str(config), "--tasks.pairs.bounds.0.minimum", "1.0")
     assert result.returncode == 1 and "pairs" in result.stderr
-    result = python("trainer.evaluate", str(config), "--model", str(folder))
+    result = forked("trainer.evaluate", str(config), "--model", str(folder))
     assert result.returncode == 1 and str(folder) in result.stderr
 
 

@@ -9,7 +9,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import ops
-from tests.ops.cases import PACKED, CrossCase, cross_case, resampler_case, run_cross, run_resampler
+from model.ops import cuda_limits
+from tests.ops.cases import (
+    PACKED,
+    CrossCase,
+    check_fused,
+    cross_case,
+    expect,
+    resampler_case,
+    run_cross,
+    run_resampler,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,9 +117,38 @@ def test_nothing_to_compute() -> None:
     torch.cuda.synchronize()
 
 
-def test_heads_that_share_keys() -> None:
-    case = bfloat16_case(num_heads=4)
-    shared = case._replace(k=case.k[:, :, :2], v=case.v[:, :, :2])
-    repeated = case._replace(k=shared.k.repeat_interleave(2, 2), v=shared.v.repeat_interleave(2, 2))
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_heads_that_share_keys(so_far: bool) -> None:
+    shared = bfloat16_case(num_heads=6, num_kv_heads=2, so_far=so_far)
+    check_fused(expect(shared))
+    repeated = shared._replace(k=shared.k.repeat_interleave(3, 2), v=shared.v.repeat_interleave(3, 2))
     found, expected = (run_cross(ops.masked_cross_attention, x, backend="fused")[:2] for x in (shared, repeated))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_medium_of_6404_keys() -> None:
+    options = {"num_media": 2, "num_heads": 8, "num_kv_heads": 2, "num_latents": 6404, "head_dim": 128}
+    check_fused(expect(cross_case([0] * 300 + [1] * 100, dtype=torch.bfloat16, device="cuda", **options)))
+
+
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+def test_ranges_of_tokens_are_those_of_the_cpu_and_change_nothing(so_far: bool) -> None:
+    case = bfloat16_case(so_far=so_far)
+    ranges = ops.find_token_ranges(case.media_index, case.first_media, 8, case.q)
+    index = [None if x is None else x.cpu() for x in (case.media_index, case.first_media)]
+    assert ranges is not None and torch.equal(ranges.cpu(), torch.ops.flamingo.media_token_ranges(*index, 8))
+    plain, given = (
+        run_cross(ops.masked_cross_attention, case, backend="fused", **options)
+        for options in ({}, {"token_ranges": ranges})
+    )
+    assert all(torch.equal(x, y) for x, y in zip(plain, given, strict=True))
+
+
+def test_a_card_without_enough_shared_memory_computes_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_limits.card(0)._replace(shared_memory=99 * 1024)
+    monkeypatch.setattr(cuda_limits, "card", lambda _index: found)
+    case = bfloat16_case(head_dim=128)
+    with pytest.raises(RuntimeError, match="head_dim 128 needs 112 KB of shared memory in the backward"):
+        run_cross(ops.masked_cross_attention, case, backend="fused")
+    fallback, plain = (run_cross(ops.masked_cross_attention, case, backend=name) for name in ("auto", "reference"))
+    assert all(torch.equal(x, y) for x, y in zip(fallback[:2], plain[:2], strict=True))

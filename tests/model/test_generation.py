@@ -260,6 +260,51 @@ def test_prompts_that_cannot_be_continued_are_named() -> None:
         generate(tiny_flamingo("gpt2"), [[1, 5]], None, [0], max_new_tokens=90, stop_ids=[0], suppress_tokens=[0])
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 3.0}])
+def test_tokens_are_told_one_by_one(sampling: dict[str, Any]) -> None:
+    model, media = tiny_flamingo(gates=1.0), random_media(2)
+    settings = {"max_new_tokens": 12, **sampling}
+    lengths = set()
+    for seed in range(8):
+        told: list[int] = []
+        torch.manual_seed(seed)
+        expected = generate(model, PROMPTS[:1], media, [2], **settings)
+        torch.manual_seed(seed)
+        assert generate(model, PROMPTS[:1], media, [2], on_token=told.append, **settings) == expected == [told]
+        lengths.add(len(told))
+    if sampling:
+        assert len(lengths) > 1  # some texts end with a stop token
+
+
+def test_an_error_while_a_token_is_told_ends_the_text() -> None:
+    told: list[int] = []
+
+    def stop_after_three(token: int) -> None:
+        told.append(token)
+        if len(told) == 3:
+            raise InterruptedError
+
+    model, media = tiny_flamingo(gates=1.0), random_media(2)
+    whole = generate(model, PROMPTS[:1], media, [2], max_new_tokens=12, stop_ids=[0])
+    with pytest.raises(InterruptedError):
+        generate(model, PROMPTS[:1], media, [2], max_new_tokens=12, stop_ids=[0], on_token=stop_after_three)
+    assert told == whole[0][:3]
+    assert generate(model, PROMPTS[:1], media, [2], max_new_tokens=12, stop_ids=[0]) == whole
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "message"),
+    [
+        (2, {}, "on_token tells the tokens of one text, but prompts is 2"),
+        (1, {"num_beams": 2}, "num_beams is 2"),
+        (1, {"do_sample": True, "num_return_sequences": 2}, "num_return_sequences is 2"),
+    ],
+)
+def test_tokens_of_several_texts_cannot_be_told(number: int, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_flamingo(), [[1, 5]] * number, None, [0] * number, max_new_tokens=2, on_token=print, **settings)
+
+
 def test_several_texts_of_a_prompt_follow_each_other() -> None:
     model, media = tiny_flamingo(gates=1.0, seed=3), random_media(6)
     settings: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3}

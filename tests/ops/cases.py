@@ -37,8 +37,8 @@ class CrossCase(NamedTuple):
 
     Attributes:
         q: [T, H, K] queries.
-        k: [M, R, H, K] keys.
-        v: [M, R, H, K] values.
+        k: [M, R, U, K] keys.
+        v: [M, R, U, K] values.
         media_index: [T] medium of each text token.
         first_media: [T] first medium of each text token, or None.
         gate: [1], or None.
@@ -82,6 +82,7 @@ def cross_case(
     num_media: int,
     num_latents: int = 64,
     num_heads: int = 2,
+    num_kv_heads: int | None = None,
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
     so_far: bool = False,
@@ -96,6 +97,7 @@ def cross_case(
         num_media: M.
         num_latents: R.
         num_heads: H.
+        num_kv_heads: U; None takes H.
         head_dim: K.
         dtype: Type of queries, keys, values and gradient.
         so_far: Whether a token sees up to three media instead of one.
@@ -109,7 +111,7 @@ def cross_case(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     index = torch.tensor(media_index, dtype=torch.int64 if seed % 2 else torch.int32, device=device)
-    k, v = normal(num_media, num_latents, 2, num_heads, head_dim).unbind(2)
+    k, v = normal(num_media, num_latents, 2, num_kv_heads or num_heads, head_dim).unbind(2)
     return CrossCase(
         q=normal(len(media_index), num_heads, head_dim),
         k=k,

@@ -38,6 +38,8 @@ class _CrossAttentionParams(_AttentionParams):
         *((name, _INT64) for name in ("k_medium", "k_latent", "k_head", "v_medium", "v_latent", "v_head")),
         ("media", _INT),
         ("latents", _INT),
+        ("key_heads", _INT),
+        ("shared_by", _INT),
         ("last_media", _Index),
         ("first_media", _Index),
         ("row_begin", _POINTER),
@@ -114,7 +116,10 @@ class Emulator:
         seed: Seed of the order of warps.
         copies: Name of a policy in ``COPIES`` for when copies land.
         skipped_site: Number of the barrier or wait to switch off; -1 for none.
+        token_ranges: int32 [2, M], what the last call found, as ``flamingo::media_token_ranges`` returns it.
     """
+
+    token_ranges: Tensor
 
     def __init__(self, library: Path) -> None:
         """Load the compiled emulator."""
@@ -149,7 +154,10 @@ class Emulator:
         out_scale: Tensor | None,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return output, dq, dk, dv and the gradient of out_scale, like ``model.ops.masked_cross_attention``."""
+        """Return output, dq, dk, dv and the gradient of out_scale, like ``model.ops.masked_cross_attention``.
+
+        The ranges of tokens are kept in ``token_ranges``.
+        """
         rows, num_heads, head_dim = q.shape
         num_media, num_latents = k.shape[:2]
         blocks = max(-(-rows // 64), num_media * -(-num_latents // 64))
@@ -159,6 +167,8 @@ class Emulator:
         p = _CrossAttentionParams(
             media=num_media,
             latents=num_latents,
+            key_heads=k.shape[2],
+            shared_by=num_heads // k.shape[2],
             last_media=_index(media_index),
             first_media=_index(first_media),
             row_begin=begin.data_ptr(),
@@ -175,6 +185,7 @@ class Emulator:
         p.scale = head_dim**-0.5
         self._run("emulate_cross_attention", q, p)
         del keep
+        self.token_ranges = torch.stack([begin, end])
         return out, dq, dk, dv, partial.sum()
 
     def resampler(
@@ -213,7 +224,10 @@ class Emulator:
     def _run(self, function: str, q: Tensor, p: ctypes.Structure) -> None:
         self._library.emulator_configure(self.seed, COPIES[self.copies], self.skipped_site)
         for backward in (0, 1):
-            if getattr(self._library, function)(TYPES[q.dtype], q.shape[-1], backward, ctypes.byref(p)):
+            failed = getattr(self._library, function)(TYPES[q.dtype], q.shape[-1], backward, ctypes.byref(p))
+            if not backward and not failed and isinstance(p, _CrossAttentionParams):
+                failed = self._library.emulate_row_ranges(ctypes.byref(p))
+            if failed:
                 raise EmulationError(self._library.emulator_failure().decode())
 
 

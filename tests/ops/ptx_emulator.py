@@ -35,7 +35,11 @@ def cache_folder() -> Path:
 
 def make_ptx(op: str, head_dim: int, dtype: torch.dtype, architecture: str) -> str:
     """Return nvcc's PTX of an instantiation, compiled for an architecture such as "sm_90a"."""
-    name = f"{op}_{head_dim}_{_TYPE_NAMES[dtype]}"
+    return compile_to_ptx(f"{op}_{head_dim}_{_TYPE_NAMES[dtype]}", architecture)
+
+
+def compile_to_ptx(name: str, architecture: str) -> str:
+    """Return nvcc's PTX of a source file of csrc/cuda."""
     path = cache_folder() / f"{name}.{architecture}.{_digest()}.ptx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +85,10 @@ class PtxEmulator(Emulator):
     """Call kernels that were compiled to PTX; the methods are those of ``Emulator``."""
 
     def __init__(self, head_dim: int, dtype: torch.dtype, architecture: str, change: Change = lambda ptx: ptx) -> None:
-        """Compile both ops; ``change`` edits their PTX before it is translated."""
+        """Compile both ops; ``change`` edits their PTX, but not that of the row ranges, before it is translated."""
         self._head_dim, self._dtype = head_dim, dtype
         self._libraries = {op: _Library(build(change(make_ptx(op, head_dim, dtype, architecture)))) for op in OPS}
+        self._ranges = _Library(build(compile_to_ptx("row_ranges", architecture)))
         self.seed, self.copies, self.skipped_site = 0, "by chance", -1
 
     def _run(self, function: str, q: Tensor, p: Any) -> None:
@@ -91,8 +96,7 @@ class PtxEmulator(Emulator):
         if function == "emulate_cross_attention":
             op, key_blocks = self._libraries[OPS[0]], p.media * _tiles(p.latents)
             launches = [("attention_forward", row_tiles, _THREADS, self._forward_bytes())]
-            launches += [("empty_ranges", -(-p.media // _PLAN_THREADS), _PLAN_THREADS, 0)]
-            launches += [("plan_rows", -(-p.rows // _PLAN_THREADS), _PLAN_THREADS, 0)]
+            self._find_ranges(p)
             if not p.first_media.data and p.latents <= _TILE:
                 launches += [("clear_blind_rows", row_tiles, _THREADS, 0)]
                 launches += [(self._keys_kernel(writes_rows=True), key_blocks, _THREADS, shared_bytes(self._head_dim))]
@@ -109,8 +113,13 @@ class PtxEmulator(Emulator):
                 slots = p.features // _TILE + p.media + row_tiles
                 launches += [("resampler_backward_keys", slots, _THREADS, shared_bytes(self._head_dim))]
         for kernel, blocks, threads, shared in launches:
-            heads = 1 if shared == 0 else p.heads
+            heads = 1 if shared == 0 else p.key_heads if "backward_keysI" in kernel else p.heads
             op.launch(kernel, (blocks, heads, threads, shared), p, self.seed, COPIES[self.copies])
+
+    def _find_ranges(self, p: Any) -> None:
+        for kernel, threads in (("empty_ranges", p.media), ("plan_rows", p.rows)):
+            grid = (-(-threads // _PLAN_THREADS), 1, _PLAN_THREADS, 0)
+            self._ranges.launch(kernel, grid, p, self.seed, COPIES[self.copies])
 
     def _forward_bytes(self) -> int:
         pitch = 128 if self._head_dim == 96 else self._head_dim

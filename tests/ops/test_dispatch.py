@@ -145,6 +145,13 @@ CROSS_ERRORS = [
     ({"media_index": torch.tensor([0, 1, 2, 3])}, ValueError, r"media_index must be -1 \(none\) to 2"),
     ({"media_index": torch.tensor([0, -2, 2, 2])}, ValueError, "got -2 to 2"),
     ({"first_media": torch.tensor([1, 0, 0, 0])}, ValueError, "first_media must be 0 to media_index"),
+    ({"token_ranges": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "token_ranges must be int32"),
+    ({"token_ranges": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, r"token_ranges must be .* with M = 3"),
+    (
+        {"token_ranges": torch.zeros(2, 3, dtype=torch.int32, device="meta")},
+        ValueError,
+        "token_ranges must be on the device of k",
+    ),
     ({"gate": torch.zeros(2)}, ValueError, "gate must be one floating-point value"),
     ({"scale": -1.0}, ValueError, "scale must be positive"),
     ({"k": torch.zeros(3, 0, 2, 64), "v": torch.zeros(3, 0, 2, 64)}, ValueError, "at least one latent"),

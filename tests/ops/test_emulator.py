@@ -9,6 +9,7 @@ import faulthandler
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,39 @@ def test_resampler(emulator: Emulator, dtype: torch.dtype, head_dim: int) -> Non
         )
 
 
+@pytest.mark.parametrize(("so_far", "num_kv_heads"), [(False, 2), (True, 1)], ids=["one medium", "so far"])
+def test_heads_that_share_keys(emulator: Emulator, so_far: bool, num_kv_heads: int) -> None:
+    options = {"num_heads": 4, "num_kv_heads": num_kv_heads, "dtype": torch.bfloat16, "so_far": so_far}
+    case = cross_case(PACKED[40:130], num_media=3, **options)
+    check(emulator, expect(case))
+    repeated = case._replace(k=repeat_heads(case.k, 4), v=repeat_heads(case.v, 4))
+    shared, plain = (emulator.cross_attention(*x[:5], None, x.grad) for x in (case, repeated))
+    assert all(torch.equal(x, y) for x, y in zip(shared[:2], plain[:2], strict=True)), "output and dq"
+
+
+def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x.repeat_interleave(num_heads // x.shape[2], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_medium_of_6404_keys(emulator: Emulator) -> None:
+    """Llama 3.2 Vision has so many: four tiles of 1,601 patches."""
+    options = {"num_heads": 2, "num_kv_heads": 1, "num_latents": 6404, "dtype": torch.bfloat16}
+    check(emulator, expect(cross_case([0, -1, 0], num_media=1, **options)))
+
+
+@pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
+@pytest.mark.parametrize("index", [PACKED, UNORDERED, [-1] * 5], ids=["packed", "unordered", "blind"])
+def test_the_ranges_of_tokens_are_those_of_the_cpu(
+    emulator: Emulator, cpu_library: None, index: list[int], so_far: bool
+) -> None:
+    case = cross_case(index, num_media=8, num_latents=1, num_heads=1, dtype=torch.bfloat16, so_far=so_far)
+    emulator.cross_attention(*case[:5], None, case.grad)
+    expected = torch.ops.flamingo.media_token_ranges(case.media_index, case.first_media, 8)
+    assert torch.equal(emulator.token_ranges, expected)
+
+
 @pytest.mark.parametrize("index", [[-1] * 5, [0], [7], [0, -1] * 40], ids=["blind", "one row", "last medium", "gaps"])
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
 def test_degenerate_indices(emulator: Emulator, index: list[int], so_far: bool) -> None:
@@ -122,24 +156,30 @@ def long_cases() -> list[Expected]:
     ]
 
 
-def passes(emulator: Emulator, seed: int, copies: str) -> bool:
+@functools.cache
+def shared_cases() -> list[Expected]:
+    options = {"num_media": 2, "num_heads": 4, "num_kv_heads": 2, "dtype": torch.bfloat16}
+    return [expect(cross_case([0] * 70 + [1] * 3, so_far=so_far, **options)) for so_far in (False, True)]
+
+
+def passes(emulator: Emulator, seed: int, copies: str, cases: Callable[[], list[Expected]] = long_cases) -> bool:
     emulator.seed, emulator.copies = seed, copies
     try:
-        for expected in long_cases():
+        for expected in cases():
             check(emulator, expected)
     except (AssertionError, EmulationError):
         return False
     return True
 
 
-def is_caught(emulator: Emulator, seeds: int) -> bool:
+def is_caught(emulator: Emulator, seeds: int, cases: Callable[[], list[Expected]] = long_cases) -> bool:
     """Return whether some run fails or crashes, in another process, since a wrong kernel may write anywhere."""
-    long_cases()  # computed here, because a forked process should not start torch's threads
+    cases()  # computed here, because a forked process should not start torch's threads
     child = os.fork()
     if child == 0:
         faulthandler.disable()  # a crash is expected
         torch.set_num_threads(1)
-        every_run_passes = all(passes(emulator, seed, copies) for seed in range(seeds) for copies in COPIES)
+        every_run_passes = all(passes(emulator, seed, copies, cases) for seed in range(seeds) for copies in COPIES)
         os._exit(0 if every_run_passes else 1)
     return os.waitpid(child, 0)[1] != 0
 
@@ -186,10 +226,33 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_changed_kernel_is_caught(name: str, small_emulator: Emulator, tmp_path: Path) -> None:
-    file, original, replacement = MUTANTS[name]
-    shutil.copytree(emulation.CSRC, tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
+    assert is_caught(build_mutant(tmp_path, *MUTANTS[name]), seeds=1)
+
+
+def build_mutant(folder: Path, file: str, original: str, replacement: str) -> Emulator:
+    shutil.copytree(emulation.CSRC, folder / "csrc")
+    source = folder / "csrc" / "cuda" / file
     text = source.read_text()
     assert original in text, "the mutant no longer fits the source"
     source.write_text(text.replace(original, replacement))
-    assert is_caught(emulation.build(tmp_path, tmp_path / "csrc", one_width=True), seeds=1)
+    return emulation.build(folder, folder / "csrc", one_width=True)
+
+
+MUTANTS_OF_SHARED_HEADS = {
+    "keys of the wrong head": ("problem.cuh", "return head / p.shared_by;", "return head % p.key_heads;"),
+    "the next head is the same one": ("attention_backward.cuh", "{range.begin, head + 1}", "{range.begin, head}"),
+    "the first head is another one": ("attention_backward.cuh", "key_head * Problem::shared_by(p)}", "key_head}"),
+    "one head left out": ("attention_backward.cuh", "kTile * Problem::shared_by(p) : 0;", "kTile : 0;"),
+    "gradients as far apart as queries": (
+        "attention_backward.cuh",
+        "(Problem::key_heads(p)) * kWidth",
+        "(p.heads) * kWidth",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", MUTANTS_OF_SHARED_HEADS)
+def test_a_changed_kernel_of_shared_heads_is_caught(name: str, tmp_path: Path) -> None:
+    assert is_caught(build_mutant(tmp_path, *MUTANTS_OF_SHARED_HEADS[name]), seeds=1, cases=shared_cases)

@@ -124,9 +124,81 @@ def test_results_do_not_depend_on_threads_or_repetition() -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
 
 
+SHARED = pytest.mark.parametrize("num_kv_heads", [1, 2])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@functools.cache
+def expected_of_shared_heads(dtype: torch.dtype) -> list[Expected]:
+    packed = cross_case(PACKED[40:150], num_media=3, num_heads=6, num_kv_heads=2, dtype=dtype)
+    unordered = cross_case(
+        UNORDERED[:40], num_media=4, num_heads=3, num_kv_heads=1, num_latents=70, so_far=True, dtype=dtype
+    )
+    return [expect(packed), expect(unordered)]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@DTYPES
+def test_heads_that_share_keys(instruction_set: str, dtype: torch.dtype) -> None:
+    for expected in expected_of_shared_heads(dtype):
+        check_fused(expected)
+
+
+@DTYPES
+@SHARED
+def test_shared_keys_equal_repeated_ones_and_their_gradients_are_sums(dtype: torch.dtype, num_kv_heads: int) -> None:
+    case = cross_case(PACKED, num_media=8, num_heads=6, num_kv_heads=num_kv_heads, dtype=dtype)
+    k, v = (x.repeat_interleave(6 // num_kv_heads, 2) for x in (case.k, case.v))
+    shared, repeated = (
+        run_cross(ops.masked_cross_attention, x, backend="fused") for x in (case, case._replace(k=k, v=v))
+    )
+    for i in (0, 1):
+        assert torch.equal(shared[i], repeated[i])
+    torch.testing.assert_close(shared[4], repeated[4])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # repeated gradients are rounded before the sum
+    for one, each in zip(shared[2:4], repeated[2:4], strict=True):
+        total = each.float().unflatten(2, (num_kv_heads, -1)).sum(3)
+        assert (one.float() - total).abs().max() <= tolerance * total.abs().max()
+
+
+@DTYPES
+def test_a_medium_of_6404_keys(dtype: torch.dtype) -> None:
+    """Llama 3.2 Vision has so many: four tiles of 1,601 patches."""
+    options = {"num_heads": 2, "num_kv_heads": 1, "num_latents": 6404, "dtype": dtype}
+    check_fused(expect(cross_case([-1] + [0] * 20, num_media=1, **options)))
+
+
+@pytest.mark.parametrize("index", [PACKED, UNORDERED, [-1] * 5, []], ids=["packed", "unordered", "blind", "no rows"])
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
-def test_opcheck_cross_attention(so_far: bool) -> None:
-    case = cross_case(PACKED[:80], num_media=8, so_far=so_far)
+def test_ranges_of_tokens(index: list[int], so_far: bool) -> None:
+    case = cross_case(index, num_media=8, num_latents=1, so_far=so_far, head_dim=16)
+    begin, end = torch.ops.flamingo.media_token_ranges(case.media_index, case.first_media, 8).tolist()
+    first = case.media_index if case.first_media is None else case.first_media
+    for medium in range(8):
+        sees = [t for t, last in enumerate(index) if last >= 0 and first[t] <= medium <= last]
+        assert (begin[medium], end[medium]) == ((sees[0], sees[-1] + 1) if sees else (len(index), 0))
+
+
+def test_ranges_of_tokens_are_found_for_gradients_on_a_gpu_only() -> None:
+    index, q = torch.tensor([[0, 0], [1, -1]]), torch.zeros(0, 64, dtype=torch.bfloat16)
+    assert ops.find_token_ranges(index, None, 2, q) is None
+    assert ops.find_token_ranges(index, None, 2, q.to("meta")) is None, "no kernels for the device"
+    ranges = torch.ops.flamingo.media_token_ranges(index.flatten(), None, 2)
+    assert ranges.tolist() == [[0, 2], [2, 3]]
+    case = cross_case([0, 0, 1, -1], num_media=2)
+    plain = run_cross(ops.masked_cross_attention, case, backend="fused")
+    given = run_cross(ops.masked_cross_attention, case, backend="fused", token_ranges=ranges)
+    assert all(torch.equal(x, y) for x, y in zip(plain, given, strict=True))
+
+
+def test_opcheck_ranges_of_tokens() -> None:
+    case = cross_case(PACKED[:80], num_media=8, so_far=True)
+    torch.library.opcheck(torch.ops.flamingo.media_token_ranges.default, (case.media_index, case.first_media, 8))
+
+
+@pytest.mark.parametrize(("so_far", "num_kv_heads"), [(False, 2), (True, 1)], ids=["one medium", "so far, shared"])
+def test_opcheck_cross_attention(so_far: bool, num_kv_heads: int) -> None:
+    case = cross_case(PACKED[:80], num_media=8, num_kv_heads=num_kv_heads, so_far=so_far)
     inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
     out_scale = torch.tensor([0.5], requires_grad=True)
     args = (*inputs, case.media_index, case.first_media, out_scale, 0.125)

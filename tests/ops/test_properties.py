@@ -34,6 +34,7 @@ head_dims = st.sampled_from([16, 48, 64, 96, 128])
 @st.composite
 def cross_cases(draw: st.DrawFn) -> CrossCase:
     num_media = draw(st.integers(1, 6))
+    num_kv_heads = draw(st.integers(1, 2))
     runs = draw(st.lists(st.tuples(st.integers(-1, num_media - 1), st.integers(1, 90)), max_size=5))
     if draw(st.booleans()):
         runs.sort()
@@ -41,7 +42,8 @@ def cross_cases(draw: st.DrawFn) -> CrossCase:
         [medium for medium, length in runs for _ in range(length)],
         num_media=num_media,
         num_latents=draw(st.integers(1, 140)),
-        num_heads=draw(st.integers(1, 3)),
+        num_heads=num_kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=num_kv_heads,
         head_dim=draw(head_dims),
         dtype=draw(dtypes),
         so_far=draw(st.booleans()),

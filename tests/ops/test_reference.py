@@ -83,7 +83,9 @@ def test_heads_that_share_keys_and_values_equal_repeated_ones(backend: str, grou
     repeated = [x.repeat_interleave(4 // groups, 2).requires_grad_() for x in (k, v)]
     shared = [x.requires_grad_() for x in (k, v)]
     expected, found = (ops.masked_cross_attention(q, *x, index, backend=backend) for x in (repeated, shared))
-    assert torch.equal(found, expected)
+    if backend == "fused":
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
     for out in (expected, found):
         out.square().sum().backward()
     for one, each in zip(shared, repeated, strict=True):

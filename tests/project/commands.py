@@ -173,10 +173,27 @@ def check_tool(name: str) -> Callable[[list[str]], None]:
     return check
 
 
+def check_container(arguments: list[str]) -> None:
+    """Check a call of docker, apptainer or srun: its files and build arguments exist, and its command would work."""
+    recipe = (ROOT / "Dockerfile").read_text()
+    for position, word in enumerate(arguments):
+        if word.endswith(".def"):
+            assert (ROOT / word).is_file(), f"{word} does not exist"
+        if word == "--build-arg":
+            name = arguments[position + 1].partition("=")[0]
+            assert re.search(rf"^ARG {name}\b", recipe, flags=re.MULTILINE), f"the Dockerfile has no argument {name}"
+        if word in ("python", "deepspeed"):
+            CHECKERS[word](arguments[position + 1 :])
+            return
+
+
 CHECKERS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "deepspeed": check_deepspeed,
     "sbatch": check_sbatch,
+    "docker": check_container,
+    "apptainer": check_container,
+    "srun": check_container,
     "source": check_source,
     "pytest": check_pytest,
     "ruff": check_tool("ruff"),

@@ -11,8 +11,11 @@ import yaml
 from tests.project.commands import ROOT, UncheckedCommandError, check_command, shell_commands
 from trainer.config.loader import load_config
 from trainer.config.run_config import FlamingoRunConfig
+from trainer.evaluation.forgetting import DIFFERENCES
+from trainer.evaluation.forgetting import PREFIX as FORGETTING
 from trainer.metrics.step_metrics import StepMetrics
 from trainer.metrics.utilization import Utilization
+from trainer.step_losses import PENALTY
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMANDS = [(name, command) for name in DOCUMENTS for command in shell_commands((ROOT / name).read_text())]
@@ -101,12 +104,13 @@ def test_the_readme_lists_the_fields_of_metrics_jsonl() -> None:
     documented = set(re.findall(r"`([^`]+)`", cell))
     values = (1, 1.0, {"<source>": 1.0}, 1.0, 1.0, {"<source>": 1}, 1, 1.0, 1.0, False)
     use = Utilization(1, 1, 1, 1, 1, 1)
+    forgetting = [FORGETTING + name for pair in DIFFERENCES.items() for name in pair]
     metrics = StepMetrics(
         *values,
         replaced={"<reason>": 1},
         dropped_images={"<reason>": 1},
         skip_reason="<reason>",
         utilization=use,
-        measured={"eval/<task>/<shots>": 1.0},
+        measured=dict.fromkeys(["eval/<task>/<shots>", f"{PENALTY}<source>", "grad_norm/<part>", *forgetting], 1.0),
     )
     assert documented == set(metrics.to_json())

@@ -10,21 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import ops
+
 Attention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class CrossShape:
-    """Describe rows of text with media spread evenly over them.
+    """Describe rows of text with media spread over them.
 
     Attributes:
         rows: Rows of the batch.
         length: Tokens of a row.
         num_media: Media of a row.
-        num_heads: Heads of the attention.
+        num_heads: Heads of the queries.
         head_dim: Width of a head.
         num_latents: Latents of a medium.
-        leading_text: Whether text precedes the first medium, as much as follows each medium. It sees no medium.
+        leading_text: Whether text precedes the first medium. It sees no medium, and counts as the text of one.
+        uneven: Whether the texts of consecutive media are as 1 : 2 : 3 : 4 : 1 ... instead of equally long.
+        num_kv_heads: Heads of keys and values; None takes ``num_heads``.
     """
 
     rows: int
@@ -34,10 +38,17 @@ class CrossShape:
     head_dim: int
     num_latents: int = 64
     leading_text: bool = False
+    uneven: bool = False
+    num_kv_heads: int | None = None
 
     def within_row(self, device: str) -> Tensor:
         """Return int64 [length]: the medium of its row that a token sees, or -1."""
         leading = int(self.leading_text)
+        if self.uneven:
+            ends = torch.tensor([1 + text % 4 for text in range(self.num_media + leading)], device=device).cumsum(0)
+            # In units of the shortest text, token t starts at t * ends[-1] / length.
+            starts = torch.arange(self.length, device=device) * ends[-1]
+            return torch.searchsorted(ends * self.length, starts, right=True) - leading
         return torch.arange(self.length, device=device) * (self.num_media + leading) // self.length - leading
 
     def media_index(self, device: str) -> Tensor:
@@ -146,8 +157,23 @@ def flash_attention(shape: CrossShape, device: str) -> Attention:
     return attention
 
 
+def repeated_keys(shape: CrossShape, device: str) -> Attention:
+    """Return the fused op on keys and values that are repeated in memory, one head for each head of the queries."""
+    shared_by, index = shape.num_heads // (shape.num_kv_heads or shape.num_heads), shape.media_index(device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(shared_by, 2) for x in (k, v))
+        return ops.masked_cross_attention(q, k, v, index, backend="fused")
+
+    return attention
+
+
 def cross_baselines(shape: CrossShape, device: str) -> dict[str, Attention]:
     """Return the baselines that run on this device, by name."""
+    if shape.num_kv_heads is not None:
+        return {"repeated keys and values": repeated_keys(shape, device)}
+    if shape.uneven and device == "cuda":  # the others take long to compile, or are far slower
+        return {"varlen_attn": varlen(shape, device)}
     baselines = {"SDPA + dense mask": dense_sdpa(shape, device), "masked einsum": masked_einsum(shape, device)}
     if device == "cuda" and not shape.leading_text:
         baselines |= {"FlexAttention": flex(shape, device), "varlen_attn": varlen(shape, device)}

@@ -1,7 +1,8 @@
 """``python -m trainer.benchmark kernels``: measure the fused attentions of ``model.ops`` against other implementations.
 
 They take turns in one process, and the median of the repeats counts. On CUDA the L2 cache is flushed before every
-repeat. On the CPU the processor time of one thread counts, which other processes influence less.
+repeat, and three times are measured: between events, of the host until a call returns, and of the kernels alone,
+replayed from a CUDA graph. On the CPU the processor time of one thread counts, which other processes influence less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model import ops
+from trainer.benchmark import cuda_clock
 from trainer.benchmark.attention_baselines import (
     Attention,
     CrossShape,
@@ -31,8 +33,18 @@ H100_BYTES_PER_SECOND = 3.35e12
 CPU_DTYPES, CUDA_DTYPES = (torch.float32, torch.bfloat16), (torch.bfloat16,)
 
 CROSS_SHAPES = {
-    "cpu": [CrossShape(1, 512, 8, 8, 64, leading_text=True)],
-    "cuda": [CrossShape(8, 2048, media, *heads) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)],
+    "cpu": [
+        CrossShape(1, 512, 8, 8, 64, leading_text=True),
+        CrossShape(1, 512, 8, 8, 64, leading_text=True, uneven=True),
+        CrossShape(1, 512, 8, 8, 64, leading_text=True, num_kv_heads=2),
+        CrossShape(1, 64, 1, 8, 128, num_latents=6404, num_kv_heads=2),  # a medium of Llama 3.2 Vision
+    ],
+    "cuda": [
+        *(CrossShape(8, 2048, media, *heads) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)),
+        *(CrossShape(8, 2048, media, *heads, uneven=True) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)),
+        CrossShape(8, 2048, 16, 32, 128, num_kv_heads=8),
+        CrossShape(2, 2048, 1, 32, 128, num_latents=6404, num_kv_heads=8),
+    ],
 }
 RESAMPLER_SHAPES = {
     "cpu": [ResamplerShape(8, 256, 8, 64)],
@@ -77,30 +89,49 @@ def run(device: str, repeats: int = 30) -> list[Measurement]:
 
 
 def _cross_rows(shape: CrossShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
-    queries, keys = (shape.rows * shape.length,), (shape.rows * shape.num_media, shape.num_latents)
-    inputs = _leaves(device, dtype, [(*size, shape.num_heads, shape.head_dim) for size in (queries, keys, keys)])
+    queries = (shape.rows * shape.length, shape.num_heads, shape.head_dim)
+    keys = (shape.rows * shape.num_media, shape.num_latents, shape.num_kv_heads or shape.num_heads, shape.head_dim)
+    inputs = _leaves(device, dtype, [queries, keys, keys])
     index = shape.media_index(device)
+    ranges = ops.find_token_ranges(index, None, keys[0], inputs[0])
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.masked_cross_attention(q, k, v, index, backend="fused")
+        return ops.masked_cross_attention(q, k, v, index, token_ranges=ranges, backend="fused")
 
-    heads = f"{shape.num_heads}x{shape.head_dim}"
-    name = f"cross {shape.rows}x{shape.length}, {shape.num_media} media, {heads}, {_short(dtype)}"
+    name = f"cross {shape.rows}x{shape.length}, {_kind(shape)}, {_short(dtype)}"
     q, k, v = (x.nbytes for x in inputs)
+    baselines = cross_baselines(shape, device)
     measured = _compare(
         name,
-        "cross",
+        "cross" if _has_targets(shape) else "",
         ours,
-        cross_baselines(shape, device),
+        baselines,
         inputs,
         (2 * q + k + v, 3 * q + 2 * (k + v)),
         repeats,
         shape.num_media,
     )
-    if device == "cpu":
+    if device == "cpu" and shape.num_kv_heads is not None:
+        [(baseline, repeated)] = baselines.items()
+        theirs = _extra_memory(repeated, inputs)
+        measured.append(_memory_row(name, "", ours, inputs, baseline, theirs))
+    elif device == "cpu":
         scores = shape.rows * shape.num_heads * shape.length * shape.num_media * shape.num_latents * 4
-        measured.append(_memory_row(name, "cross", ours, inputs, "scores of the dense mask", scores))
+        op = "cross" if _has_targets(shape) else ""
+        measured.append(_memory_row(name, op, ours, inputs, "scores of the dense mask", scores))
     return measured
+
+
+def _has_targets(shape: CrossShape) -> bool:
+    return not shape.uneven and shape.num_kv_heads is None
+
+
+def _kind(shape: CrossShape) -> str:
+    """Return media and heads in words."""
+    heads = f"{shape.num_heads}x{shape.head_dim}"
+    heads += "" if shape.num_kv_heads is None else f" with {shape.num_kv_heads} of keys"
+    latents = "" if shape.num_latents == CrossShape.num_latents else f" of {shape.num_latents}"
+    return f"{shape.num_media} {'uneven ' if shape.uneven else ''}media{latents}, {heads}"
 
 
 def _resampler_rows(shape: ResamplerShape, device: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
@@ -145,7 +176,7 @@ def _compare(
 
     Args:
         case: Case of the rows.
-        op: Name of the op in ``TARGETS``.
+        op: Name of the op in ``TARGETS``; empty where the shape has none.
         ours: The fused op.
         baselines: Baselines by name.
         inputs: Inputs of all of them.
@@ -172,11 +203,33 @@ def _compare(
         if device == "cuda":
             shortest = moved[measure] / H100_BYTES_PER_SECOND
             rows.append(Measurement(BENCHMARK, case, f"{measure}, share of H100's bandwidth", "1", shortest / mine))
-            peak, *peaks = [_cuda_peak(call) / 1e6 for call in calls.values()]
+            peak, *peaks = [cuda_clock.peak_bytes(call) / 1e6 for call in calls.values()]
             rows += [
                 Measurement.compared(BENCHMARK, case, f"{measure}, peak memory", "MB", peak, baseline, theirs)
                 for baseline, theirs in zip(baselines, peaks, strict=True)
             ]
+            host = [
+                statistics.median(cuda_clock.host_seconds(call) for _ in range(10)) * 1e3 for call in calls.values()
+            ]
+            rows += [
+                Measurement.compared(BENCHMARK, case, f"{measure}, host", "ms", host[0], baseline, theirs)
+                for baseline, theirs in zip(baselines, host[1:], strict=True)
+            ]
+    return rows + (_graph_rows(case, ours, inputs, grad, moved, repeats) if device == "cuda" else [])
+
+
+def _graph_rows(
+    case: str, ours: Attention, inputs: Sequence[Tensor], grad: Tensor, moved: dict[str, int], repeats: int
+) -> list[Measurement]:
+    """Measure the kernels alone, without the host. The backward is the difference to the forward."""
+    measures = ("forward", "forward + backward")
+    replays = [cuda_clock.captured(_call(measure, ours, inputs, grad)) for measure in measures]
+    forward, both = _medians(replays, "cuda", repeats)
+    rows = []
+    for measure, seconds in (("forward", forward), ("backward", both - forward)):
+        share = moved[measure] / H100_BYTES_PER_SECOND / seconds
+        rows.append(Measurement(BENCHMARK, case, f"{measure}, CUDA graph", "ms", seconds * 1e3))
+        rows.append(Measurement(BENCHMARK, case, f"{measure}, CUDA graph, share of H100's bandwidth", "1", share))
     return rows
 
 
@@ -202,7 +255,7 @@ def _medians(calls: Sequence[Callable[[], object]], device: str, repeats: int) -
         for call, seconds in zip(calls, times, strict=True):
             for turn in range(6):
                 flush.zero_()
-                elapsed = _cuda_seconds(call) if device == "cuda" else _cpu_seconds(call)
+                elapsed = cuda_clock.event_seconds(call) if device == "cuda" else _cpu_seconds(call)
                 if turn >= 2:
                     seconds.append(elapsed)
     return [statistics.median(seconds) for seconds in times]
@@ -215,36 +268,23 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
-
-
-def _cuda_peak(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def _memory_row(
     case: str, op: str, ours: Attention, inputs: Sequence[Tensor], baseline: str, baseline_bytes: int
 ) -> Measurement:
-    """Measure the peak memory of forward and backward beyond the output and the gradients."""
-    grad = torch.randn_like(ours(*inputs))
-    returned = grad.nbytes + sum(x.nbytes for x in inputs)
-    extra = max(_cpu_peak(_call("forward + backward", ours, inputs, grad)) - returned, 1)
-    target = TARGETS["cpu", op, "extra memory", baseline]
+    """Compare the extra memory of an op with a baseline's."""
+    extra = _extra_memory(ours, inputs)
+    target = TARGETS.get(("cpu", op, "extra memory", baseline))
     assert not isinstance(target, dict)
     return Measurement.compared(
         BENCHMARK, case, "extra memory", "KB", extra / 1e3, baseline, baseline_bytes / 1e3, target
     )
+
+
+def _extra_memory(attention: Attention, inputs: Sequence[Tensor]) -> int:
+    """Return the bytes that forward and backward need at their peak beyond the output and the gradients."""
+    grad = torch.randn_like(attention(*inputs))
+    returned = grad.nbytes + sum(x.nbytes for x in inputs)
+    return max(_cpu_peak(_call("forward + backward", attention, inputs, grad)) - returned, 1)
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:

@@ -13,6 +13,7 @@ from trainer.runtime.distributed import World
 
 DATA_WAIT, GATHER, REDUCE = "data wait", "gather", "reduce"
 PARTS = (DATA_WAIT, "vision", "resampler", "language model", "backward", GATHER, REDUCE, "optimizer")
+CONTRASTIVE_PARTS = (DATA_WAIT, "vision", "text tower", "backward", GATHER, REDUCE, "optimizer")
 
 
 class PartClock:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.benchmark.part_clock import DATA_WAIT, GATHER, REDUCE
 from trainer.benchmark.result_file import differing_paths, read_result
 from trainer.config.loader import to_plain
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.run_config import RunConfig
 from trainer.planning.prediction import Prediction
 
 _MIB = 2.0**20
+_NOT_COMPUTING = (DATA_WAIT, GATHER, REDUCE, "optimizer")
 _IGNORED_SETTINGS = ("run_dir", "training.steps", "training.threads")
 
 
-def comparison_table(prediction: Prediction, config: FlamingoRunConfig, processes: int, path: Path) -> str:
+def comparison_table(prediction: Prediction, config: RunConfig, processes: int, path: Path) -> str:
     """Return a table of predicted values, measured values and their difference.
 
     Args:
@@ -52,7 +54,11 @@ def _pairs(prediction: Prediction, measured: dict[str, float]) -> Iterator[tuple
     yield "memory of a device", "MiB", prediction.total_memory / _MIB, measured["peak memory of a device"]
     yield "sent by a device in a step", "MiB", prediction.sent / _MIB, measured["sent by a device"]
     yield "a step", "s", prediction.step_seconds, measured["step, median"]
-    computing = sum(measured[f"part: {name}"] for name in ("vision", "resampler", "language model", "backward"))
+    computing = sum(
+        value
+        for name, value in measured.items()
+        if name.startswith("part: ") and name.removeprefix("part: ") not in _NOT_COMPUTING
+    )
     yield "computing", "s", prediction.seconds["compute"], computing
     network = measured["part: gather"] + measured["part: reduce"]
     yield "waiting for the network", "s", prediction.seconds["network"], network

@@ -1,15 +1,17 @@
 """``python -m trainer.benchmark step CONFIG``: measure a step of a run on these devices, and the time of its parts.
 
-The model has random weights. Batches are synthetic: full rows of ``max_tokens``, each one sample with as many media as
-the source allows, made before the clock runs. With ``--data real``, the run's own model and data are measured instead.
+CONFIG is one of ``trainer.train`` or ``trainer.pretrain_vision``. The model has random weights. Batches are synthetic:
+full rows of ``max_tokens``, each one sample with as many media as the source allows, made before the clock runs. With
+``--data real``, the run's own model and data are measured instead.
 
 There are three phases. Warm-up comes first. Then steps are timed: nothing is measured but the wall clock between the
 device-synchronized ends of steps. Then as many steps are profiled: the device is synchronized at the borders of each
 part. Each moment of a profiled step belongs to one part, so the parts add up to the step:
 
 - data wait: until the batches of the next step are on the device.
-- vision, resampler: the forward of these modules. language model: the rest of the forward.
-- backward: including what it recomputes. optimizer: the engine's step.
+- vision, resampler: the forward of these modules. language model: the rest of the forward. text tower: that of a
+  contrastive run, whose first pass without a graph counts too.
+- backward: including what it recomputes, and the contrastive loss. optimizer: the engine's step.
 - gather (of partitioned parameters), reduce (of gradients and norms): the process waits for a collective, or for the
   slowest rank to join it. This time does not count in the part that called the collective.
 
@@ -24,26 +26,34 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from model.flops import UsefulFlops
+from trainer.benchmark import contrastive_step
 from trainer.benchmark.result_file import Measurement, write_result
 from trainer.benchmark.step_memory import check_memory, limit_memory
 from trainer.benchmark.step_rows import BENCHMARK, step_contents, step_rows
-from trainer.benchmark.step_timings import time_steps
+from trainer.benchmark.step_timings import Accumulate, time_steps
 from trainer.benchmark.synthetic_run import random_model, synthetic_step
-from trainer.config.loader import check_world_size, load_config, to_plain
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.loader import check_world_size, load_config, schema_of, to_plain
+from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, RunConfig
+from trainer.config.yaml_file import read_yaml
 from trainer.data.batch import Batch
 from trainer.deepspeed_engine.engine import Engine
 from trainer.entry import quiet_libraries
 from trainer.errors import ConfigError
-from trainer.loop import step_loader
+from trainer.loop import Task, step_loader
+from trainer.planning.random_weights import build_on_meta_device
 from trainer.runtime.device_memory import OutOfDeviceMemoryError, explain_out_of_memory
 from trainer.runtime.distributed import World, initialize, shut_down
+from trainer.tasks.contrastive.prediction import random_towers
+from trainer.tasks.contrastive.task import build_contrastive_task
 from trainer.tasks.flamingo import build_flamingo_task
 
 MIN_STEPS = 3
@@ -57,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = _parse(argv)
     try:
         _check_options(options)
-        config = load_config(options.config, overrides, FlamingoRunConfig, check_files=options.data == "real")
+        config = _load(options.config, overrides, check_files=options.data == "real")
         quiet_libraries()
         world = initialize(config.deepspeed.timeout_seconds, config.training.threads)
         try:
@@ -82,6 +92,12 @@ def main(argv: Sequence[str]) -> int:
             device = "cuda" if world.device.type == "cuda" else "cpu"
             write_result(options.json, device, described | {"config": to_plain(config)}, rows)
     return 0
+
+
+def _load(path: Path, overrides: Sequence[str], *, check_files: bool) -> FlamingoRunConfig | ContrastiveRunConfig:
+    if schema_of(read_yaml(path).values) is ContrastiveRunConfig:
+        return load_config(path, overrides, ContrastiveRunConfig, check_files=check_files)
+    return load_config(path, overrides, FlamingoRunConfig, check_files=check_files)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -131,28 +147,74 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def measure_run(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -> list[Measurement]:
-    """Measure steps of a run and return the rows. All ranks call it together."""
+@dataclass(frozen=True)
+class _Prepared:
+    """Hold what is measured.
+
+    Attributes:
+        engine: Engine to step.
+        batches: Micro-batches of this rank in each step.
+        contents: Returns what a step's micro-batches hold.
+        accumulate: Adds the gradient of a step; None runs one micro-batch after the other.
+    """
+
+    engine: Engine
     batches: Iterator[list[Batch]]
-    if options.data == "real":
-        task = build_flamingo_task(config, world)
-        engine = Engine(task.module, config.optimizer, task.deepspeed, world, config.training.cpu_matmul)
-        drawn = options.warmup + 2 * options.steps + 2  # one step counts memory, and one is traced
-        batches = (step.micro_batches for step in step_loader(task, config, world, 0, drawn))
+    contents: Callable[[list[Batch]], Counter[str]]
+    accumulate: Accumulate | None = None
+
+
+def measure_run(
+    config: FlamingoRunConfig | ContrastiveRunConfig, world: World, options: argparse.Namespace
+) -> list[Measurement]:
+    """Measure steps of a run and return the rows. All ranks call it together."""
+    if isinstance(config, ContrastiveRunConfig):
+        run = _prepared_towers(config, world, options)
     else:
-        check_memory(config, world)
-        model, settings = random_model(config, world)
-        engine = Engine(model, config.optimizer, settings, world, config.training.cpu_matmul)
-        made = synthetic_step(config, model, world)
-        batches = iter(lambda: made, None)
-    module: Any = engine.module
-    contents = partial(step_contents, UsefulFlops.of(module), module.language_model.checkpointed)
-    timings = time_steps(engine, batches, options.steps, options.warmup, options.trace, contents)
+        run = _prepared_flamingo(config, world, options)
+    timings = time_steps(
+        run.engine, run.batches, options.steps, options.warmup, options.trace, run.contents, run.accumulate
+    )
     return step_rows(
-        module,
+        run.engine.module,
         world,
         config.training.dtype,
         timings,
         real_data=options.data == "real",
         peak_tflops=options.peak_tflops or config.logging.peak_tflops,
     )
+
+
+def _prepared_flamingo(config: FlamingoRunConfig, world: World, options: argparse.Namespace) -> _Prepared:
+    if options.data == "real":
+        engine, batches = _real(build_flamingo_task(config, world), config, world, options)
+    else:
+        check_memory(config, build_on_meta_device(config.model), world)
+        model, settings = random_model(config, world)
+        engine = Engine(model, config.optimizer, settings, world, config.training.cpu_matmul)
+        batches = repeat(synthetic_step(config, model, world))
+    module: Any = engine.module
+    return _Prepared(
+        engine, batches, partial(step_contents, UsefulFlops.of(module), module.language_model.checkpointed)
+    )
+
+
+def _prepared_towers(config: ContrastiveRunConfig, world: World, options: argparse.Namespace) -> _Prepared:
+    if options.data == "real":
+        engine, batches = _real(build_contrastive_task(config, world), config, world, options)
+    else:
+        check_memory(config, random_towers(config, "meta"), world)
+        engine = contrastive_step.random_engine(config, world)
+        batches = contrastive_step.synthetic_steps(config, world)
+    contents, accumulate = contrastive_step.contents(config, world), contrastive_step.accumulation(config)
+    return _Prepared(engine, batches, contents, accumulate)
+
+
+def _real(
+    task: Task, config: RunConfig, world: World, options: argparse.Namespace
+) -> tuple[Engine, Iterator[list[Batch]]]:
+    """Return the engine of a run, and the micro-batches that it would train on."""
+    drawn = options.warmup + 2 * options.steps + 2  # one step counts memory, and one is traced
+    matmul, clipping = config.training.cpu_matmul, task.clip_parts
+    engine = Engine(task.module, config.optimizer, task.deepspeed, world, matmul, clipping)
+    return engine, (step.micro_batches for step in step_loader(task, config, world, 0, drawn))

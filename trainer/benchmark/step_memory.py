@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.activations import AllocatedMemory
 from model.factory import torch_dtype
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.run_config import RunConfig
 from trainer.planning.peak_memory import ADAMW_STATE_BYTES
-from trainer.planning.random_weights import build_on_meta_device
 from trainer.runtime.distributed import World
 
 _GRADIENT_BYTES = 4  # float32
@@ -38,15 +37,19 @@ def limit_memory(gib: float | None, world: World) -> None:
     torch.cuda.set_per_process_memory_fraction(gib / available, world.device)
 
 
-def check_memory(config: FlamingoRunConfig, world: World) -> None:
+def check_memory(config: RunConfig, model: nn.Module, world: World) -> None:
     """Check that parameters, gradients and optimizer state fit into the free memory, as a lower bound of a step's need.
 
     Without this check, the operating system would kill the processes without a message.
 
+    Args:
+        config: The run.
+        model: Its model, which may be on the meta device.
+        world: The processes.
+
     Raises:
         ValueError: They do not fit.
     """
-    model = build_on_meta_device(config.model)
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     itemsize = torch_dtype(config.training.dtype).itemsize

@@ -13,12 +13,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from trainer.benchmark.device_trace import DeviceTrace, read_device_trace
-from trainer.benchmark.part_clock import DATA_WAIT, PARTS, PartClock, device_clock
+from trainer.benchmark.part_clock import CONTRASTIVE_PARTS, DATA_WAIT, PARTS, PartClock, device_clock
 from trainer.benchmark.step_memory import tensor_memory
 from trainer.benchmark.timed_parts import parts_timed
 from trainer.data.batch import Batch
 from trainer.deepspeed_engine.engine import Engine
 from trainer.metrics.utilization import device_memory
+
+Accumulate = Callable[[Engine, list[Batch]], None]
 
 
 @dataclass
@@ -49,7 +51,7 @@ class StepTimings:
         ordered = sorted(self.profiled, key=lambda parts: sum(parts.values()))
         quarter = len(ordered) // 4
         middle = ordered[quarter : len(ordered) - quarter]
-        return {name: statistics.fmean(parts[name] for parts in middle) for name in PARTS}
+        return {name: statistics.fmean(parts[name] for parts in middle) for name in middle[0]}
 
 
 def time_steps(
@@ -59,6 +61,7 @@ def time_steps(
     warmup: int,
     trace: Path | None,
     count: Callable[[list[Batch]], Counter[str]] | None = None,
+    accumulate: Accumulate | None = None,
 ) -> StepTimings:
     """Warm up, time, count memory and profile. All ranks call it together.
 
@@ -69,12 +72,15 @@ def time_steps(
         warmup: Number of steps before them.
         trace: File for the profiler's trace of one more step; None writes none.
         count: Returns the contents of a timed step's micro-batches.
+        accumulate: Adds the gradient of a step; None runs one micro-batch after the other.
     """
+    step = _Step(engine, batches, accumulate or add_micro_batches)
+    names = PARTS if accumulate is None else CONTRASTIVE_PARTS
     timings, now = StepTimings(), device_clock(engine.world)
     on_gpu = engine.world.device.type == "cuda"
     for number in range(warmup + steps):
         start = now()
-        step_batches = _step(engine, batches)
+        step_batches = step()
         if number >= warmup:
             timings.timed.append((now() - start) / 1e9)
             timings.contents += count(step_batches) if count else Counter()
@@ -82,42 +88,60 @@ def time_steps(
         timings.device_memory = device_memory(engine.world.device)
     else:
         with tensor_memory() as memory:
-            _step(engine, batches)
+            step()
         timings.device_memory = memory.peak
     clock = PartClock(now, DATA_WAIT)
     with parts_timed(engine, clock) as sent:
         for _ in range(steps):
             clock.lap()
-            _step(engine, batches, clock)
+            step(clock)
             spent = clock.lap()
-            timings.profiled.append({name: spent[name] / 1e9 for name in PARTS})
+            timings.profiled.append({name: spent[name] / 1e9 for name in names})
         timings.sent = {name: size / steps for name, size in sent.items()}
     if on_gpu:
         with TemporaryDirectory() as folder:
             path = trace or Path(folder) / "trace.json"
-            _traced_step(engine, batches, path)
+            _traced_step(step, path)
             timings.device = read_device_trace(path) if engine.world.is_main else None
     elif trace is not None:
-        _traced_step(engine, batches, trace)
+        _traced_step(step, trace)
     return timings
 
 
-def _traced_step(engine: Engine, batches: Iterator[list[Batch]], path: Path) -> None:
+def _traced_step(step: _Step, path: Path) -> None:
     """Do one more step on all ranks; the main one writes its profiler's trace."""
-    with torch.profiler.profile() if engine.world.is_main else nullcontext() as profiler:
-        _step(engine, batches)
+    with torch.profiler.profile() if step.engine.world.is_main else nullcontext() as profiler:
+        step()
     if profiler is not None:
         profiler.export_chrome_trace(str(path))
 
 
-def _step(engine: Engine, batches: Iterator[list[Batch]], clock: PartClock | None = None) -> list[Batch]:
-    """Do one step, time its parts if there is a clock, and return its micro-batches."""
-    part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
-    step_batches = next(batches)
-    for number, batch in enumerate(step_batches, start=1):
-        inputs, is_last = batch.to(engine.world.device).inputs, number == len(step_batches)
+def add_micro_batches(engine: Engine, batches: list[Batch]) -> None:
+    """Add the gradient of one micro-batch after the other."""
+    for number, batch in enumerate(batches, start=1):
+        inputs, is_last = batch.to(engine.world.device).inputs, number == len(batches)
+        engine.forward_backward(inputs, 1.0 / max(1, batch.num_trained_tokens), is_last=is_last)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Do a step, time its parts if there is a clock, and return its micro-batches.
+
+    Attributes:
+        engine: Engine to step.
+        batches: Micro-batches of each step.
+        accumulate: Adds the gradient of a step.
+    """
+
+    engine: Engine
+    batches: Iterator[list[Batch]]
+    accumulate: Accumulate
+
+    def __call__(self, clock: PartClock | None = None) -> list[Batch]:
+        part: Callable[[str], AbstractContextManager[None]] = clock.part if clock else lambda name: nullcontext()
+        step_batches = next(self.batches)
         with part("backward"):  # the hooks of timed_parts open the model's forward inside it
-            engine.forward_backward(inputs, 1.0 / max(1, batch.num_trained_tokens), is_last=is_last)
-    with part("optimizer"):
-        engine.step(1.0)
-    return step_batches
+            self.accumulate(self.engine, step_batches)
+        with part("optimizer"):
+            self.engine.step(1.0)
+        return step_batches

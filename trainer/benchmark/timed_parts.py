@@ -14,6 +14,7 @@ from torch import nn
 from trainer.benchmark.part_clock import GATHER, REDUCE, PartClock
 from trainer.deepspeed_engine.engine import Engine
 from trainer.deepspeed_engine.internals import replaced_backend
+from trainer.tasks.contrastive.towers import ContrastiveTowers
 
 
 @contextmanager
@@ -23,9 +24,8 @@ def parts_timed(engine: Engine, clock: PartClock) -> Iterator[Counter[str]]:
     Yields:
         Bytes that this rank sends, by part ("gather" or "reduce").
     """
-    model: Any = engine.module
     handles = []
-    for name, module in (("vision", model.vision_encoder), ("resampler", model.resampler), ("language model", model)):
+    for name, module in timed_modules(engine.module).items():
         handles += [
             module.register_forward_pre_hook(partial(_enter, clock, name), prepend=True),
             module.register_forward_hook(partial(_leave, clock)),
@@ -36,6 +36,13 @@ def parts_timed(engine: Engine, clock: PartClock) -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def timed_modules(model: Any) -> dict[str, nn.Module]:
+    """Return the modules whose forwards are parts, by the name of the part; the whole model is the last one."""
+    if isinstance(model, ContrastiveTowers):
+        return {"vision": model.clip.visual, "text tower": model}
+    return {"vision": model.vision_encoder, "resampler": model.resampler, "language model": model}
 
 
 def _enter(clock: PartClock, name: str, module: nn.Module, arguments: Any) -> None:
@@ -73,7 +80,7 @@ _COLLECTIVES = {
     "reduce": _Collective(REDUCE, (0, "tensor")),
     "reduce_scatter": _Collective(REDUCE, (1, "input_list")),
     "reduce_scatter_tensor": _Collective(REDUCE, (1, "input_tensor")),
-    "all_to_all_single": _Collective(REDUCE, (1, "input")),  # of quantized gradients
+    "all_to_all_single": _Collective(REDUCE, (1, "input")),  # of quantized gradients, and of those of features
 }
 
 

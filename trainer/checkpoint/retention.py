@@ -50,13 +50,29 @@ def last_scores(metrics: Path, name: str, steps: Sequence[int]) -> dict[int, flo
         name: Name of the score ("eval/coco/4").
         steps: Steps of checkpoints.
     """
-    scores = {record["step"]: record[name] for record in _records(metrics) if record.get(name) is not None}
+    scores = score_history(metrics, name)
     found = {}
     for step in steps:
         measured = max((near for near in scores if near <= step), default=None)
         if measured is not None:
             found[step] = scores[measured]
     return found
+
+
+def score_history(metrics: Path, name: str) -> dict[int, float]:
+    """Return every value of a score in metrics.jsonl by its step."""
+    return {record["step"]: record[name] for record in _records(metrics) if record.get(name) is not None}
+
+
+def best_step(folder: Path, config: CheckpointConfig) -> int | None:
+    """Return the step of the best complete checkpoint; None where no score is known.
+
+    Args:
+        folder: ``checkpoints`` of a run folder.
+        config: What makes a checkpoint the best.
+    """
+    values = _values(RunFolder(folder.parent).metrics, config.best_metric, complete_steps(folder))
+    return min(values, key=lambda step: (values[step], -step), default=None)
 
 
 def _records(metrics: Path) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 from pydantic import Field
 
-from trainer.config.types import FORBID_UNKNOWN_KEYS, NonNegative, Positive, PositiveFloat, PositiveShare, Probability
+from trainer.config.types import (
+    FORBID_UNKNOWN_KEYS,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    PositiveShare,
+    Probability,
+)
 
 
 @dataclass(frozen=True)
@@ -225,10 +233,13 @@ class TextSource(SourceBase):
     Attributes:
         type: Kind of source; fixed.
         samples_per_row: Consecutive samples that are concatenated to one row.
+        kl_weight: Weight of a penalty beside this source's loss: the divergence of the model's predictions from those
+            of the language model alone, without adapters, KL(model || language model) in nats a token. 0 has none.
     """
 
     type: Literal["text"] = "text"
     samples_per_row: Positive = 1
+    kl_weight: NonNegativeFloat = 0.0
 
     @property
     def samples_in_row(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from model.config import FlamingoConfig
 from trainer.config.contrastive_config import ContrastiveLossConfig, TowerClipConfig, ZeroShotConfig
 from trainer.config.data_config import DataConfig
+from trainer.config.forgetting_config import ForgettingConfig
 from trainer.config.resilience_config import ResilienceConfig
 from trainer.config.scoring_config import LiveEvaluationConfig
 from trainer.config.types import (
@@ -169,6 +170,8 @@ class CheckpointConfig:
         keep_best: Number of best checkpoints that are also kept.
         best_metric: What makes a checkpoint the best: "loss" is the lowest training loss (mean over the 100 steps
             before each), "eval/TASK/SHOTS" the highest score of the last ``evaluation`` before it.
+        patience: Evaluations without a new highest ``best_metric`` after which the run ends early, and is complete. The
+            export then is of the best checkpoint. None trains to the last step, and exports its checkpoint.
         asynchronous: Whether training continues while a checkpoint is written. Host memory then holds a copy of each
             process's own shards. False waits until the checkpoint is on the disk.
     """
@@ -180,6 +183,7 @@ class CheckpointConfig:
     keep_every: Positive | None = None
     keep_best: NonNegative = 0
     best_metric: str = "loss"
+    patience: Positive | None = None
     asynchronous: bool = True
 
 
@@ -196,6 +200,9 @@ class LoggingConfig:
             it. None takes the bfloat16 peak from the data sheet of a known GPU; other devices then report neither.
         profile_steps: First and last step, counted from 1, that torch's profiler traces on the main process. Files in
             ``traces/`` open in Perfetto and TensorBoard. Traced steps are slow, and each enlarges the file.
+        part_grad_norms: Whether metrics.jsonl has the norm of each part's gradient, before clipping
+            (``grad_norm/resampler``). It reads every gradient once more. With optimizer state on a drive that takes
+            long.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -205,6 +212,7 @@ class LoggingConfig:
     wandb_project: str | None = None
     peak_tflops: PositiveFloat | None = None
     profile_steps: tuple[Positive, Positive] | None = None
+    part_grad_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -284,11 +292,13 @@ class FlamingoRunConfig(RunConfig):
         task: Kind of training; fixed.
         model: Flamingo model.
         evaluation: Scores of the model while it trains, by the tasks of ``trainer.evaluate``.
+        forgetting: How well the language model predicts held-out text while the model trains.
     """
 
     task: Literal["flamingo"] = "flamingo"
     model: FlamingoConfig = field(default_factory=FlamingoConfig)
     evaluation: LiveEvaluationConfig = field(default_factory=LiveEvaluationConfig)
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from trainer.deepspeed_engine.optimizer import (
     set_type_of_steps,
 )
 from trainer.deepspeed_engine.part_clipping import PartClipper, PartClipping
+from trainer.deepspeed_engine.part_norms import PartNorms
 from trainer.deepspeed_engine.shard_layout import shard_layout
 from trainer.runtime.cpu_matmul import CpuMatmul, use_cpu_matmul
 from trainer.runtime.distributed import World
@@ -101,10 +102,12 @@ class StepResult:
     Attributes:
         applied: False if the gradient of any rank was not finite; the step then changed nothing.
         grad_norm: Norm of the global gradient before clipping.
+        part_squares: This rank's share of the squared norm of each part's gradient before clipping, by part.
     """
 
     applied: bool
     grad_norm: float
+    part_squares: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -117,6 +120,7 @@ class Engine:
         world: Processes of the run.
         cpu_matmul: ``training.cpu_matmul``; has no effect on other devices.
         clip_parts: Parts whose gradients are clipped by themselves; DeepSpeed's JSON then has no clipping of its own.
+        measured_part: Returns the part of a parameter, by its name, for ``StepResult.part_squares``; None: none.
 
     Attributes:
         layout: Settings that the layout of the shards depends on, by dotted name.
@@ -134,6 +138,7 @@ class Engine:
         world: World,
         cpu_matmul: CpuMatmul = "auto",
         clip_parts: Sequence[PartClipping] = (),
+        measured_part: Callable[[str], str] | None = None,
     ) -> None:
         self.world = world
         if world.device.type == "cpu":
@@ -152,6 +157,7 @@ class Engine:
         )
         omit_recovery_scripts(self._deepspeed)
         self._clipper = PartClipper(module, clip_parts) if clip_parts else None
+        self._norms = None if measured_part is None else PartNorms(module, measured_part)
         move_buffers(module, world.device)
 
     @property
@@ -209,10 +215,12 @@ class Engine:
         """
         set_learning_rate(self._optimizer.param_groups, self._learning_rate * learning_rate_factor)
         assert self._deepspeed.is_gradient_accumulation_boundary(), "the last micro-step was not given is_last=True"
+        squares = {} if self._norms is None else self._norms.squares()
         clipped_from = None if self._clipper is None else self._clipper.clip()
         self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if clipped_from is None else clipped_from
-        return StepResult(bool(self._deepspeed.was_step_applied()), float("nan") if norm is None else float(norm))
+        norm = float("nan") if norm is None else float(norm)
+        return StepResult(bool(self._deepspeed.was_step_applied()), norm, squares)
 
     def shard_sizes(self) -> list[tuple[torch.dtype, int]]:
         """Return type and length of the optimizer tensors that ``save`` passes to its writer on this rank."""

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import deepspeed.comm.comm
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Zero3LinearFunction
-from deepspeed.utils import groups
+from deepspeed.utils import groups, safe_get_local_grad
 from torch import Tensor, nn
 
 __all__ = [
     "Zero3LinearFunction",
     "is_partitioned",
+    "local_gradient",
     "omit_recovery_scripts",
     "replaced_backend",
     "set_zero3_linear",
@@ -70,6 +71,27 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     Upstream issue: none found.
     """
     return hasattr(parameter, "ds_id")
+
+
+def local_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Return this rank's part of the gradient that the next step applies, of a parameter that trains.
+
+    It is there between the last backward of a step and the step. None where this rank has no part, or no micro-batch
+    reached the parameter. The parts of all ranks together are the gradient, under each stage of ZeRO.
+
+    Reason: DeepSpeed's ``safe_get_full_grad`` makes the gradient whole, with a collective for each parameter, and
+    ``safe_get_local_grad`` knows ZeRO-3 only.
+    Upstream issue: none found.
+    """
+    if is_partitioned(parameter):
+        gradient: Tensor | None = safe_get_local_grad(parameter)
+        return gradient
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed adds it
+    if mapping is None:
+        return None
+    fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    address = mapping.lp_fragment_address
+    return fragment.narrow(0, address.start, address.numel) if fragment.numel() > address.numel else fragment
 
 
 def omit_recovery_scripts(engine: Any) -> None:

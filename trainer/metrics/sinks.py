@@ -24,6 +24,8 @@ from trainer.runtime.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 
+_OF_EACH_STEP = ("kl/", "grad_norm/")  # measured at every step, and not printed
+
 
 class Sink(Protocol):
     """Take the metrics of each step."""
@@ -154,6 +156,12 @@ def console_line(metrics: StepMetrics, rates: Rates, total_steps: int) -> str:
     return "  ".join(parts)
 
 
+def scores_line(metrics: StepMetrics, total_steps: int) -> str:
+    """Format what was measured after a step, such as scores of an evaluation; empty where nothing was."""
+    parts = [f"{name} {value:.4f}" for name, value in metrics.measured.items() if not name.startswith(_OF_EACH_STEP)]
+    return "  ".join([f"step {metrics.step:>{len(str(total_steps))}}/{total_steps}", *parts]) if parts else ""
+
+
 def adapted_log_every(total_steps: int) -> int:
     """Return the steps between console lines for a run of that length: about 100 lines, but at most 100 steps."""
     return next((steps for steps in (1, 2, 5, 10, 20, 50) if total_steps <= 100 * steps), 100)
@@ -196,6 +204,8 @@ class ConsoleSink:
         is_due = metrics.step % self._log_every == 0 or metrics.step in (self._first_step, self._total_steps)
         if is_due or metrics.step_skipped:
             self._print(console_line(metrics, rates, self._total_steps))
+        if scores := scores_line(metrics, self._total_steps):
+            self._print(scores)
 
     def close(self) -> None:
         """Remove the progress bar from the terminal."""

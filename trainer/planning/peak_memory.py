@@ -71,10 +71,10 @@ def peak_memory(
     """
     moments = list(_moments(sizes, zero, micro_batches))
     name, parts = max(moments, key=lambda moment: sum(moment[1].values()))
-    return PeakMemory(name, _permanent(sizes, zero) | parts)
+    return PeakMemory(name, permanent_parts(sizes, zero) | parts)
 
 
-def _permanent(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
+def permanent_parts(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
     """Return what also exists between steps (ZeRO, section 3; ZeRO++, arXiv:2306.10209, for the second partition)."""
     partitioned, secondary = zero["stage"] == 3, zero.get("zero_hpz_partition_size", 1)
     held = 0.0 if _offloads(zero, "param") else sizes.itemsize / (sizes.ranks if partitioned else 1)
@@ -111,12 +111,35 @@ def host_memory(sizes: Sizes, zero: Mapping[str, Any], devices_per_node: int) ->
 def _moments(
     sizes: Sizes, zero: Mapping[str, Any], micro_batches: Sequence[tuple[str, Activations, int]]
 ) -> Iterator[tuple[str, Parts]]:
-    moments = _moments_of_zero_3 if zero["stage"] == 3 else _moments_of_zero_1_and_2
     for number, (source, activations, count) in enumerate(micro_batches):
         # Every micro-batch but the first of the step finds gradients of an earlier one.
         after_another = number > 0 or count > 1
-        for moment, parts in moments(sizes, zero, activations, after_another):
+        for moment, parts in moments_of_micro_batch(sizes, zero, activations, after_another):
             yield f"{moment} of {source}", parts
+
+
+def moments_of_micro_batch(
+    sizes: Sizes, zero: Mapping[str, Any], activations: Activations, after_another: bool
+) -> Iterator[tuple[str, Parts]]:
+    """Yield the moments of a micro-batch, and what exists at each beside the permanent tensors.
+
+    Args:
+        sizes: Sizes of the model.
+        zero: ``zero_optimization`` of DeepSpeed's json.
+        activations: Memory of the micro-batch.
+        after_another: Whether an earlier micro-batch of the step has left gradients.
+    """
+    moments = _moments_of_zero_3 if zero["stage"] == 3 else _moments_of_zero_1_and_2
+    yield from moments(sizes, zero, activations, after_another)
+
+
+def kept_gradients(sizes: Sizes, zero: Mapping[str, Any]) -> float:
+    """Return the bytes of gradients that ZeRO-1 or 2 keeps between micro-batches; ZeRO-3's are permanent."""
+    if zero["stage"] == 3:
+        return 0.0
+    if zero["stage"] == 1:
+        return float(sizes.itemsize * sizes.trainable)
+    return _FLOAT32 * sizes.trainable / sizes.ranks
 
 
 def _moments_of_zero_1_and_2(
@@ -129,7 +152,7 @@ def _moments_of_zero_1_and_2(
     """
     first_stage = zero["stage"] == 1
     bucket = float(sizes.itemsize * zero["reduce_bucket_size"])
-    kept = float(sizes.itemsize * sizes.trainable) if first_stage else _FLOAT32 * sizes.trainable / sizes.ranks
+    kept = kept_gradients(sizes, zero)
     copied = 0.0 if first_stage else float(sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"]))
     before = {"gradients": kept, "reduce bucket": bucket * first_stage} if after_another else {}
     yield "the loss", before | _at_the_loss(activations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # these load torch; a wrong configuration is reported before that
     from trainer.planning.prediction import Prediction
@@ -29,11 +29,12 @@ def print_prediction(found: Prediction) -> None:
     rate = found.samples / found.step_seconds
     print(f"  step     {'total':28s} {found.step_seconds:10.3f} s, {rate:.0f} samples/s")
     print(f"  sent     {'by a device, in a step':28s} {found.sent / _GIB:10.2f} GiB in {found.messages} messages")
-    print(f"  {found.recomputed} of the language model's blocks are recomputed in the backward pass")
+    if found.recomputed is not None:
+        print(f"  {found.recomputed} of the language model's blocks are recomputed in the backward pass")
     print(f"  2 billion samples {found.days(_SAMPLES):28.1f} days", flush=True)
 
 
-def print_search(ranked: Sequence[Found]) -> None:
+def print_search(ranked: Sequence[Found[Any]]) -> None:
     """Print the best variant of each group, what bounds it, and why it is not the best."""
     fitting = [one for one in ranked if one.prediction.fits]
     print("the fastest of each kind:" if fitting else "no setting of the search fits")
@@ -51,7 +52,7 @@ def print_search(ranked: Sequence[Found]) -> None:
         print(f"settings of the fastest: {settings_text(fitting[0])}")
 
 
-def settings_text(found: Found) -> str:
+def settings_text(found: Found[Any]) -> str:
     """Return the settings of a variant as on the command line, without the dashes."""
     values = {name: value for name, value in found.variant.settings.items() if name != "deepspeed.raw"}
     return ", ".join(f"{name} {_plain(value)}" for name, value in values.items())

@@ -12,12 +12,12 @@ from typing import Any
 from model.flamingo import Flamingo
 from model.flops import Workload
 from trainer.config.deepspeed_json import deepspeed_json
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.run_config import FlamingoRunConfig, RunConfig
 from trainer.data.stream.step_plan import SourcePlan, plan_step
 from trainer.planning.activation_memory import ActivationMemory, recomputed_blocks
 from trainer.planning.devices import Device
 from trainer.planning.peak_memory import ADAMW_STATE_BYTES, PeakMemory, Sizes, host_memory, peak_memory
-from trainer.planning.traffic import ModelSizes, Traffic
+from trainer.planning.traffic import ModelSizes
 from trainer.planning.workload import executed_flops, largest_micro_batch, most_media
 
 EFFICIENCY = 0.5  # share of the dense peak that large matrix products reach; an assumption
@@ -60,7 +60,7 @@ class Prediction:
         messages: Collectives of a step.
         samples: Samples of a step, over all devices.
         device: Kind of the devices.
-        recomputed: Number of the language model's first blocks that the backward recomputes.
+        recomputed: Number of the language model's first blocks that the backward recomputes; None without one.
     """
 
     parameters: int
@@ -72,7 +72,7 @@ class Prediction:
     messages: int
     samples: int
     device: Device
-    recomputed: int
+    recomputed: int | None = None
 
     @property
     def total_memory(self) -> float:
@@ -147,13 +147,19 @@ def predict(
         (plan.source.name, activations.estimate(largest_micro_batch(plan), recomputed), plan.num_micro_batches)
         for plan in plans
     ]
+    work = Work(
+        flops=_executed_flops(counted, plans, recomputed),
+        passes=(2 + recomputed / counted.useful.num_blocks) * sum(plan.num_micro_batches for plan in plans),
+        sent=itemsize * traffic.elements,
+        messages=traffic.messages,
+    )
     return Prediction(
         sizes.total,
         sizes.trainable,
         peak_memory(sizes, zero, micro_batches),
         host_memory(sizes, zero, cluster.devices_per_node),
-        _seconds(config, counted, plans, zero, cluster, traffic, recomputed),
-        itemsize * traffic.elements,
+        seconds_of_step(config, sizes, zero, cluster, work),
+        work.sent,
         traffic.messages,
         sum(source.batch_size for source in config.data.sources),
         cluster.device,
@@ -161,44 +167,57 @@ def predict(
     )
 
 
-def _seconds(
-    config: FlamingoRunConfig,
-    counted: ModelSizes,
-    plans: Sequence[SourcePlan],
-    zero: Mapping[str, Any],
-    cluster: Cluster,
-    traffic: Traffic,
-    recomputed: int,
-) -> dict[str, float]:
-    """Return the seconds of a step by what they are spent on, as if nothing overlapped."""
-    useful, device = counted.useful, cluster.device
-    itemsize = 2 if config.training.dtype == "bfloat16" else 4
-    flops = sum(
+def _executed_flops(counted: ModelSizes, plans: Sequence[SourcePlan], recomputed: int) -> float:
+    """Return the operations of a device in a step."""
+    return sum(
         plan.num_micro_batches
         * plan.micro_batch_size
         * executed_flops(
-            useful,
+            counted.useful,
             Workload(1, plan.source.max_tokens, most_media(plan.source), plan.source.frames_in_medium),
             recomputed,
         )
         for plan in plans
     )
-    passes = (2 + recomputed / useful.num_blocks) * sum(plan.num_micro_batches for plan in plans)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Hold what a device does in a step.
+
+    Attributes:
+        flops: Operations that it executes.
+        passes: How often it goes through all parameters, forward or backward.
+        sent: Bytes that it sends.
+        messages: Collectives.
+    """
+
+    flops: float
+    passes: float
+    sent: float
+    messages: int
+
+
+def seconds_of_step(
+    config: RunConfig, sizes: Sizes, zero: Mapping[str, Any], cluster: Cluster, work: Work
+) -> dict[str, float]:
+    """Return the seconds of a step by what they are spent on, as if nothing overlapped."""
+    device, itemsize = cluster.device, sizes.itemsize
     from_host = 0.0
     if config.deepspeed.offload_param.device != "none":
-        from_host += passes * itemsize * counted.total / cluster.size
+        from_host += work.passes * itemsize * sizes.total / cluster.size
     optimizer_on_host = config.deepspeed.offload_optimizer.device != "none"
     if optimizer_on_host:
-        from_host += (_GRADIENT_BYTES + itemsize) * counted.trainable / cluster.size
-    sent = itemsize * traffic.elements
+        from_host += (_GRADIENT_BYTES + itemsize) * sizes.trainable / cluster.size
+    sent = work.sent
     if cluster.nodes > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
         sent /= 2  # the backward gathers within the node: ZeRO++ (arXiv:2306.10209), section 3.2
     start, hop = device.message_seconds
-    state = (ADAMW_STATE_BYTES + _GRADIENT_BYTES + itemsize) * counted.trainable / cluster.size
+    state = (ADAMW_STATE_BYTES + _GRADIENT_BYTES + itemsize) * sizes.trainable / cluster.size
     return {
-        "compute": flops / (device.flops or EFFICIENCY * device.tflops * 1e12),
+        "compute": work.flops / (device.flops or EFFICIENCY * device.tflops * 1e12),
         "network": sent / (device.node_link if cluster.nodes == 1 else device.network)
-        + traffic.messages * (start + hop * cluster.size),
+        + work.messages * (start + hop * cluster.size),
         "host link": from_host / device.host_link,
         "optimizer": state
         / (_HOST_BYTES_PER_SECOND if optimizer_on_host else device.optimizer or _DEVICE_BYTES_PER_SECOND),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from trainer.config.batch_sizes import batch_size_problems
-from trainer.config.run_config import FlamingoRunConfig
+from trainer.config.run_config import RunConfig
 from trainer.planning.prediction import Cluster, Prediction
+
+Run = TypeVar("Run", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ class ScalingPoint:
 
 
 def scaling(
-    config: FlamingoRunConfig,
+    config: Run,
     cluster: Cluster,
     sizes: Sequence[int],
-    predict: Callable[[FlamingoRunConfig, Cluster], Prediction],
+    predict: Callable[[Run, Cluster], Prediction],
 ) -> Iterator[ScalingPoint]:
     """Yield a point for each number of devices.
 
@@ -50,7 +53,7 @@ def scaling(
         yield ScalingPoint(at, strong, weak)
 
 
-def _with_batches(config: FlamingoRunConfig, batch_sizes: Sequence[int], size: int) -> FlamingoRunConfig | None:
+def _with_batches(config: Run, batch_sizes: Sequence[int], size: int) -> Run | None:
     """Return the run with other batches and micro-batches that a rank can fill, or None where they do not divide."""
     if any(batch < size for batch in batch_sizes):
         return None

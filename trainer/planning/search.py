@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from trainer.config.batch_sizes import batch_size_problems
-from trainer.config.run_config import DeepSpeedConfig, FlamingoRunConfig
+from trainer.config.run_config import DeepSpeedConfig, RunConfig
 from trainer.planning.prediction import Cluster, Prediction
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)  # of each source, for a process in a step
@@ -23,11 +23,11 @@ _STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 _OFFLOAD: tuple[Literal["none", "cpu"], ...] = ("none", "cpu")
 _STATE_DEVICES = {"adamw": _OFFLOAD, "cpu_adam": _OFFLOAD[1:], "apex_fused_adam": _OFFLOAD[:1]}  # by optimizer.name
 
-Predict = Callable[[FlamingoRunConfig], Prediction]
+Run = TypeVar("Run", bound=RunConfig)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Generic[Run]):
     """Describe one combination of settings.
 
     Attributes:
@@ -38,11 +38,11 @@ class Variant:
 
     group: str
     settings: Mapping[str, Any]
-    config: FlamingoRunConfig
+    config: Run
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Generic[Run]):
     """Hold the best variant of a group.
 
     Attributes:
@@ -50,27 +50,31 @@ class Found:
         prediction: Its prediction.
     """
 
-    variant: Variant
+    variant: Variant[Run]
     prediction: Prediction
 
 
 def search(
-    config: FlamingoRunConfig, num_blocks: int, cluster: Cluster, predict: Predict, fastest_alone: bool = False
-) -> list[Found]:
+    config: Run,
+    num_blocks: int,
+    cluster: Cluster,
+    predict: Callable[[Run], Prediction],
+    fastest_alone: bool = False,
+) -> list[Found[Run]]:
     """Return the best variant of each group: first those that fit, the fastest one first.
 
     Args:
         config: Run to vary.
-        num_blocks: Blocks of its language model.
+        num_blocks: Blocks of its language model, which can be recomputed; 0 for towers.
         cluster: Devices to run on.
         predict: Prediction of a configuration.
         fastest_alone: Whether to leave out groups that cannot hold the fastest variant.
     """
-    groups: dict[str, list[tuple[float, Variant]]] = {}
+    groups: dict[str, list[tuple[float, Variant[Run]]]] = {}
     for variant in variants(config, cluster):
         # Recomputing takes time, so this is the least that the variant can take.
         groups.setdefault(variant.group, []).append((predict(_recomputing(variant, 0).config).step_seconds, variant))
-    found: list[Found] = []
+    found: list[Found[Run]] = []
     for members in sorted(groups.values(), key=lambda group: min(seconds for seconds, _ in group)):
         fitting = [one.prediction.step_seconds for one in found if one.prediction.fits]
         if fastest_alone and fitting and min(seconds for seconds, _ in members) >= min(fitting):
@@ -79,9 +83,11 @@ def search(
     return sorted(found, key=lambda one: (not one.prediction.fits, one.prediction.step_seconds))
 
 
-def _best(members: Iterable[tuple[float, Variant]], num_blocks: int, predict: Predict) -> Found:
+def _best(
+    members: Iterable[tuple[float, Variant[Run]]], num_blocks: int, predict: Callable[[Run], Prediction]
+) -> Found[Run]:
     """Return the best variant of a group, whose members come with the fewest seconds that each can take, in order."""
-    best: Found | None = None
+    best: Found[Run] | None = None
     for least_seconds, variant in members:
         if best is not None and best.prediction.fits and best.prediction.step_seconds <= least_seconds:
             break
@@ -96,7 +102,7 @@ def _rank(prediction: Prediction) -> tuple[bool, float]:
     return not prediction.fits, prediction.step_seconds if prediction.fits else prediction.device_memory
 
 
-def _with_fewest_recomputed(variant: Variant, num_blocks: int, predict: Predict) -> Found:
+def _with_fewest_recomputed(variant: Variant[Run], num_blocks: int, predict: Callable[[Run], Prediction]) -> Found[Run]:
     """Return the variant with the fewest recomputed blocks that make it fit, or with all where that does not do."""
 
     def fits(number: int) -> bool:
@@ -105,18 +111,18 @@ def _with_fewest_recomputed(variant: Variant, num_blocks: int, predict: Predict)
     number = 0 if fits(0) else num_blocks
     if number and fits(num_blocks):
         number = bisect.bisect_left(range(num_blocks), True, lo=1, key=fits)
-    value = {0: False, num_blocks: True}.get(number, number)
+    value = {num_blocks: True, 0: False}.get(number, number)
     chosen = _recomputing(variant, value)
     settings = {**variant.settings, "training.activation_checkpointing": value}
     return Found(replace(chosen, settings=settings), predict(chosen.config))
 
 
-def _recomputing(variant: Variant, number: bool | int) -> Variant:
+def _recomputing(variant: Variant[Run], number: bool | int) -> Variant[Run]:
     training = replace(variant.config.training, activation_checkpointing=number, activation_memory_gib=None)
     return replace(variant, config=replace(variant.config, training=training))
 
 
-def variants(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[Variant]:
+def variants(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
     """Yield every combination of micro-batches, ZeRO stage, hpZ and offload.
 
     Activation checkpointing stays as it is: how much it takes depends on the other settings. Stage 1 sums the gradients
@@ -133,7 +139,7 @@ def variants(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[Variant]:
                     yield from _micro_batches(replace(config, deepspeed=changed), cluster)
 
 
-def _micro_batches(config: FlamingoRunConfig, cluster: Cluster) -> Iterator[Variant]:
+def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
     """Yield the micro-batches that divide the batches of all sources, with the other settings of ``config``."""
     rows = [source.batch_size // cluster.size for source in config.data.sources]
     deepspeed = config.deepspeed

@@ -19,7 +19,7 @@ from model.flops import UsefulFlops
 from model.standardized_convolutions import STANDARDIZED
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
 
-_PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default for stage3_param_persistence_threshold
+PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default for stage3_param_persistence_threshold
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ModelSizes:
         if zero["stage"] < 3:
             reductions = 1 if zero["stage"] == 1 else micro_batches
             return Traffic(share * self.trainable * (2 * reductions + 1), reductions * buckets + 1)
-        threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         persistent = sum(size for size in self._all if size <= threshold)
         gathered = self.total - persistent
         again = self._gathered_again(zero, gathered, threshold, recomputed)

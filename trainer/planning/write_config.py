@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from trainer.config.loader import load_config
+from trainer.config.loader import load_config, schema_of
 from trainer.config.overrides import apply_overrides, parse_overrides
-from trainer.config.run_config import FlamingoRunConfig
 from trainer.config.yaml_file import read_yaml
 
 # What a setting is when a file leaves it out. Defaults are not written.
@@ -43,7 +42,7 @@ def write_config(source: Path, overrides: Sequence[str], settings: Mapping[str, 
         values["training"].pop("activation_memory_gib", None)
     text = yaml.safe_dump(values, sort_keys=False, width=120)
     output.write_text(_first_comments(source) + text, encoding="utf-8")
-    load_config(output, [], FlamingoRunConfig, check_files=False)
+    load_config(output, [], schema_of(values), check_files=False)
 
 
 def _set(values: Any, names: Sequence[str], value: Any, leave_out: bool) -> None:

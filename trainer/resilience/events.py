@@ -1,7 +1,8 @@
 """Log the events of a run other than steps to ``events.jsonl`` of the run folder.
 
-Training writes resumed, settings_changed, step_skipped, spike, rewind, preempted, rank_times, straggler, hung and
-failed; ``trainer.supervise`` writes start, restart, node_lost and gave_up. A resume does not remove earlier events.
+Training writes resumed, settings_changed, step_skipped, spike, rewind, preempted, stopped_early, frozen_model_changed,
+rank_times, straggler, hung and failed; ``trainer.supervise`` writes start, restart, node_lost and gave_up. A resume
+does not remove earlier events.
 Where the file cannot be written, a warning says so, and training goes on.
 """
 

@@ -92,6 +92,11 @@ class RunFolder:
         return self.path / "zero_shot.json"
 
     @property
+    def forgetting(self) -> Path:
+        """How well the language model predicted held-out text before the first step."""
+        return self.path / "forgetting.json"
+
+    @property
     def wandb_id(self) -> Path:
         """Id of the run in Weights & Biases, and the folder that it was made for."""
         return self.path / "wandb_id"

@@ -16,6 +16,7 @@ from trainer.studies.cells import Cell
 
 LOSS = "loss"
 _MOST_POINTS = 200  # of a curve
+_MEASURED = ("zero_shot/", "forgetting/")  # metrics that runs measure now and then
 
 Start = Callable[[Sequence[str]], int]
 
@@ -81,8 +82,10 @@ def _read_result(cell: Cell, config: StudyConfig) -> CellResult:
     points = sorted(steps.items())
     last = [loss for _, loss in points[-config.last_steps :]]
     scores = {LOSS: sum(last) / len(last)}
-    # What the run itself measured at its last step, such as the zero-shot tests of towers.
-    scores |= {name: float(value) for name, value in json.loads(lines[-1]).items() if name.startswith("zero_shot/")}
+    # What the run itself measured last, such as the zero-shot tests of towers.
+    for line in map(json.loads, lines):
+        measured = {name: value for name, value in line.items() if name.startswith(_MEASURED) and value is not None}
+        scores |= {name: float(value) for name, value in measured.items()}
     if config.evaluation is not None:
         report = json.loads((cell.evaluation / "report.json").read_text(encoding="utf-8"))
         scores |= _chosen_scores(report, config.scores)

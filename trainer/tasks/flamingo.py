@@ -12,6 +12,7 @@ from model.flamingo import Flamingo
 from model.flops import UsefulFlops
 from model.parameters import frozen_digests
 from model.pretrained import start_from_export
+from model.trainable_parts import part_of
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.data.batch import BatchFormat
@@ -22,6 +23,7 @@ from trainer.planning.activation_memory import ActivationMemory, recomputed_bloc
 from trainer.planning.workload import largest_micro_batch
 from trainer.runtime.distributed import World
 from trainer.tasks.batch_flops import count_operations, data_sheet_tflops
+from trainer.tasks.kl_penalty import accumulate_with, kl_weights
 from trainer.tasks.language_model_fit import check_language_model
 from trainer.tasks.row_builders import flamingo_builders
 from trainer.tasks.trained_parts import trained_parts_table
@@ -49,7 +51,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
     config = _choose_checkpointing(config, model, world)
     if world.is_main:
         print(trained_parts_table(model, config), flush=True)
-    tower, sizes = model.vision_encoder, count_sizes(model)
+    tower, sizes, penalties = model.vision_encoder, count_sizes(model), kl_weights(config.data)
     recomputed = config.training.activation_checkpointing
     return Task(
         module=model,
@@ -60,6 +62,9 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
         frozen=frozen_digests(model, build.gather),
         operations=None if sizes is None else partial(count_operations, sizes, recomputed),
         peak_tflops=config.logging.peak_tflops or data_sheet_tflops(world.device, config.training.dtype),
+        accumulate=accumulate_with(penalties),
+        penalties=penalties,
+        measured_part=part_of if config.logging.part_grad_norms else None,
     )
 
 

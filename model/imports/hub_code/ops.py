@@ -7,7 +7,7 @@ from torch import Tensor
 from model.ops.reference import masked_cross_attention as reference_cross_attention
 from model.ops.reference import resampler_attention
 
-__all__ = ["masked_cross_attention", "resampler_attention"]
+__all__ = ["find_token_ranges", "masked_cross_attention", "resampler_attention"]
 
 
 def masked_cross_attention(
@@ -18,6 +18,7 @@ def masked_cross_attention(
     gate: Tensor | None = None,
     *,
     first_media: Tensor | None = None,
+    token_ranges: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attend from each text token to the latents of the media that it may see (Flamingo, section 2.4).
@@ -29,8 +30,11 @@ def masked_cross_attention(
         media_index: [T], medium that a token sees; -1 for none, which gives exactly 0.
         gate: [1]; the output is multiplied by ``tanh(gate)``.
         first_media: [T]; a token sees all media ``first_media[t]..media_index[t]``.
+        token_ranges: None; only kernels need it.
         scale: Scale of the scores; None for ``K ** -0.5``.
     """
-    if k.shape[2] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[2], 2) for x in (k, v))
     return reference_cross_attention(q, k, v, media_index, gate, first_media_T=first_media, scale=scale)
+
+
+def find_token_ranges(media_index: Tensor, first_media: Tensor | None, num_media: int, q: Tensor) -> None:
+    """Return None, because plain torch does not need the ranges."""

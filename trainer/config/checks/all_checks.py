@@ -13,6 +13,7 @@ from trainer.config.checks.contrastive_rules import (
 from trainer.config.checks.data_rules import source_problems
 from trainer.config.checks.deepspeed_rules import deepspeed_problems, optimizer_problems
 from trainer.config.checks.evaluation_rules import evaluation_problems, live_evaluation_problems
+from trainer.config.checks.forgetting_rules import forgetting_problems
 from trainer.config.checks.language_model_rules import architecture_problems, language_model_file_problems
 from trainer.config.checks.missing_files import missing_export, missing_files
 from trainer.config.checks.missing_libraries import missing_libraries
@@ -54,6 +55,7 @@ def check_settings(config: object, *, check_files: bool = True) -> list[Problem]
         *trainable_problems(config),
         *architecture_problems(config),
         *live_evaluation_problems(config, check_files=check_files),
+        *forgetting_problems(config, check_files=check_files),
         *raw_problems(config, check_files=check_files),
     ]
     if check_files:

@@ -97,6 +97,8 @@ def live_evaluation_problems(config: RunConfig, *, check_files: bool) -> Iterato
             message = "'rices' is for trainer.evaluate; a training run draws demonstrations at random"
             yield Problem("evaluation.demonstrations", message)
     metric = config.checkpoint.best_metric
+    if config.checkpoint.patience is not None:
+        yield from _patience_problems(config, config.checkpoint.patience, evaluation)
     if metric == "loss":
         return
     known = list(_metric_names(evaluation))
@@ -109,6 +111,23 @@ def live_evaluation_problems(config: RunConfig, *, check_files: bool) -> Iterato
             "compared by scores of earlier steps"
         )
         yield Problem("checkpoint.every", message, related=("evaluation.every",))
+
+
+def _patience_problems(config: RunConfig, patience: int, evaluation: LiveEvaluationConfig) -> Iterator[Problem]:
+    path, steps = "checkpoint.patience", config.training.steps
+    if config.checkpoint.best_metric == "loss":
+        message = (
+            "counts evaluations, but checkpoint.best_metric is loss: set it to eval/TASK/SHOTS of evaluation.tasks"
+        )
+        yield Problem(path, message, related=("checkpoint.best_metric",))
+    elif (patience + 1) * evaluation.every >= steps:
+        message = (
+            f"{patience} never ends a run of {steps} steps with an evaluation every {evaluation.every}: take fewer, or "
+            "leave it out"
+        )
+        yield Problem(path, message, related=("evaluation.every",))
+    if config.checkpoint.keep_best == 0:
+        yield Problem("checkpoint.keep_best", "0 keeps no best checkpoint for checkpoint.patience; set at least 1")
 
 
 def _metric_names(evaluation: LiveEvaluationConfig) -> Iterator[str]:

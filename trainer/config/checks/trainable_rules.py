@@ -25,6 +25,8 @@ def trainable_problems(config: RunConfig) -> Iterator[Problem]:
             message = f"is for a part that trains, but model.trainable.{entry.name} is frozen; leave it out"
             yield Problem(path, message, related=(f"model.trainable.{entry.name}",))
     if not isinstance(config, FlamingoRunConfig) or trainable is None:
+        if config.logging.part_grad_norms:
+            yield Problem("logging.part_grad_norms", "only trainer.train has parts; leave it out")
         return
     adapters = {"language_model": config.model.language_model_lora, "vision": config.model.vision_lora}
     for part, lora in adapters.items():

@@ -60,14 +60,19 @@ class Augmentation:
         """
         if self.brightness == self.contrast == self.saturation == 1 and self.hue == 0:
             return image
-        _, height, width = image.shape
-        mean = image.sum(dim=(1, 2), dtype=torch.int64).numpy() / (height * width)
-        offset = (1 - self.contrast) * self.brightness * float(_LUMA @ mean)
-        red, green, blue = image.float()
-        changed = torch.empty_like(image)
-        for channel, (r, g, b) in enumerate(self._color_matrix().tolist()):
-            changed[channel] = (red * r).add_(green * g).add_(blue * b).add_(offset + 0.5).clamp_(0, 255)
-        return changed
+        flat = image.reshape(3, -1).numpy()
+        mean = flat.sum(1, dtype=np.int64) / flat.shape[1]
+        offset = np.float32((1 - self.contrast) * self.brightness * float(_LUMA @ mean) + 0.5)
+        planes, matrix = flat.astype(np.float32), self._color_matrix().astype(np.float32)
+        changed, total, product = np.empty_like(flat), np.empty_like(planes[0]), np.empty_like(planes[0])
+        # numpy takes half of torch's time on arrays of this size.
+        for channel, factors in enumerate(matrix):
+            np.multiply(planes[0], factors[0], out=total)
+            for plane, factor in zip(planes[1:], factors[1:], strict=True):
+                total += np.multiply(plane, factor, out=product)
+            total += offset
+            changed[channel] = np.clip(total, 0, 255, out=total)
+        return torch.from_numpy(changed).reshape(image.shape)
 
     def _color_matrix(self) -> NDArray[np.float64]:
         """Return the linear part of the map. The hue turns about the gray axis, in YIQ."""

@@ -132,21 +132,48 @@ def read_media(files: Sequence[tuple[str, Path]], processor: ProcessorConfig) ->
         OSError: A file cannot be read.
         ValueError: A file is no image or video, or the tower cannot take all of them together; the error names it.
     """
-    media: list[Tensor] = []
-    decoders: dict[str, ImageDecoder | VideoDecoder] = {}
+    media: list[tuple[str, Tensor]] = []
     for kind, path in files:
-        if kind not in decoders:
-            decoders[kind] = (prompt_image_decoder if kind == "image" else prompt_video_decoder)(processor)
-        decoder = decoders[kind]
         try:
-            data = path.read_bytes()
-            media.append(decoder(data)[None] if isinstance(decoder, ImageDecoder) else decoder(data, 0.0))
+            media.append((kind, decode_medium(kind, path.read_bytes(), processor)))
         except SampleError as error:
             raise ValueError(f"--{kind} {path}: {error}") from error
+    return stack_media(media, processor)
+
+
+def decode_medium(kind: str, data: bytes, processor: ProcessorConfig) -> Tensor:
+    """Decode an image or video to its pixels, uint8 [F, 3, Y, X].
+
+    Args:
+        kind: "image" or "video".
+        data: Encoded image or video.
+        processor: Processor of the model.
+
+    Raises:
+        SampleError: As ``ImageDecoder`` and ``VideoDecoder``.
+        ValueError: The tower takes squares only, but the processor keeps the aspect.
+    """
+    if kind == "image":
+        return prompt_image_decoder(processor)(data)[None]
+    return prompt_video_decoder(processor)(data, 0.0)
+
+
+def stack_media(media: Sequence[tuple[str, Tensor]], processor: ProcessorConfig) -> Media:
+    """Return the model's ``media`` and ``media_grids``; both are None if there are no media.
+
+    Args:
+        media: Kind and pixels of each medium, from ``decode_medium``.
+        processor: Processor of the model.
+
+    Raises:
+        ValueError: The tower cannot take all of them together.
+    """
     if not media:
         return None, None
-    keeps_aspect = any((d if isinstance(d, ImageDecoder) else d.image).budget for d in decoders.values())
-    return prompt_inputs(media, processor.patch_size, keeps_aspect)
+    settings = {"image": processor, "video": processor.video}
+    budgets = [None if (chosen := settings[kind]) is None else chosen.image_tokens for kind, _ in media]
+    keeps_aspect = any(budget is not None for budget in budgets)
+    return prompt_inputs([pixels for _, pixels in media], processor.patch_size, keeps_aspect)
 
 
 def model_media(images: Sequence[Tensor], decoder: ImageDecoder) -> Media:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import deepspeed.comm as dist  # so that trainer.benchmark counts its collectives with DeepSpeed's own
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,20 +91,43 @@ def solve(
         for chunk in _chunks(segment, config.rows_per_chunk):
             own = replace(rows, image_ND=rows.image_ND[chunk], text_ND=rows.text_ND[chunk]).leaves()
             first = world.rank * len(rows.image_ND) + chunk.start
-            masked_NM = None if groups is None else _duplicates(groups, first, len(own.image_ND))
-            loss = _chunk_loss(own, columns[0], columns[1], masked_NM, first, config)
-            found = torch.autograd.grad(
-                loss * scale, [*own.tensors(), *columns], allow_unused=True, materialize_grads=True
-            )
+            loss, found = chunk_gradients(own, columns, groups, first, config, scale)
             targets = [gradients.image_ND[chunk], gradients.text_ND[chunk], *gradients.tensors()[2:], *column_gradients]
             for target, gradient in zip(targets, found, strict=True):
                 target += gradient
-            parts.append(loss.detach())
+            parts.append(loss)
         losses.append(torch.stack(parts).sum())
     _add_over_ranks(gradients, column_gradients, world)
     at_limit = features.logit_scale.detach() > config.max_logit_scale
     scale_gradient = torch.where(at_limit, gradients.logit_scale.clamp(min=0), gradients.logit_scale)
     return Solution(losses, replace(gradients, logit_scale=scale_gradient))
+
+
+def chunk_gradients(
+    own: Features,
+    columns: Sequence[Tensor],
+    groups_M: Tensor | None,
+    first: int,
+    config: ContrastiveLossConfig,
+    scale: float,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss of some rows, and the gradients of ``scale`` times it.
+
+    Args:
+        own: Features of the rows; leaves.
+        columns: Images and captions of all ranks; leaves.
+        groups_M: A number for each caption, equal for equal ones; None leaves no duplicate out.
+        first: Column of the first row's own pair.
+        config: Settings of the loss.
+        scale: Factor of the loss in the gradients.
+
+    Returns:
+        The loss, and the gradients with respect to the fields of ``own`` and to the columns.
+    """
+    masked_NM = None if groups_M is None else _duplicates(groups_M, first, len(own.image_ND))
+    loss = _chunk_loss(own, columns[0], columns[1], masked_NM, first, config)
+    found = torch.autograd.grad(loss * scale, [*own.tensors(), *columns], allow_unused=True, materialize_grads=True)
+    return loss.detach(), found
 
 
 def _add_over_ranks(gradients: Features, column_gradients: Sequence[Tensor], world: World) -> None:

@@ -44,11 +44,12 @@ def build_contrastive_task(config: ContrastiveRunConfig, world: World) -> Task:
         accumulate=ContrastiveStep(
             config.loss, config.mask_duplicate_captions, merged=config.training.combine == "merged"
         ),
-        clip_parts=_clip_parts(config),
+        clip_parts=clip_parts(config),
     )
 
 
-def _clip_parts(config: ContrastiveRunConfig) -> tuple[PartClipping, ...]:
+def clip_parts(config: ContrastiveRunConfig) -> tuple[PartClipping, ...]:
+    """Return how the gradients of each tower are clipped; nothing where both towers are clipped together."""
     image, text = config.clip_towers.image, config.clip_towers.text
     if image == text == type(image)():
         return ()

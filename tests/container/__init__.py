@@ -1,0 +1,1 @@
+"""Check the Dockerfile and the Apptainer definition, and build the Dockerfile's CPU image."""

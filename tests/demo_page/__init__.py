@@ -1,0 +1,1 @@
+"""Test the page of trainer.demo: its logic, its server, and a conversation in a real browser."""

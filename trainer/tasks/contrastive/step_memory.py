@@ -1,0 +1,110 @@
+"""Predict the most memory that a device holds at any moment of a contrastive step.
+
+Beside the moments of any micro-batch (``trainer.planning.peak_memory``), a step has a first pass without a graph, and
+the loss, with the features of all processes. ``tests/tasks/test_contrastive_plan.py`` compares it with DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.activations import Activations
+from trainer.planning.peak_memory import (
+    PeakMemory,
+    Sizes,
+    kept_gradients,
+    moments_of_micro_batch,
+    permanent_parts,
+)
+from trainer.tasks.contrastive.step_counts import TowerMemory
+
+_FLOAT32 = 4
+_Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Describe a contrastive problem of a step on one process.
+
+    Attributes:
+        name: Name of its source.
+        rows: Pairs of this process.
+        columns: Pairs of all processes.
+        dim: Length of a feature.
+        micro_batches: Micro-batches of this process.
+        towers: Memory of the largest of them.
+        loss: Bytes of a chunk of logits and what is made of it.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    dim: int
+    micro_batches: int
+    towers: TowerMemory
+    loss: int
+
+    @property
+    def features(self) -> int:
+        """Numbers in the features of this process, of images and captions."""
+        return 2 * self.rows * self.dim
+
+    @property
+    def all_features(self) -> int:
+        """Numbers in the features of all processes, of images and captions."""
+        return 2 * self.columns * self.dim
+
+
+def contrastive_peak_memory(sizes: Sizes, zero: Mapping[str, Any], problems: Sequence[Problem]) -> PeakMemory:
+    """Return the memory at the moment that needs most.
+
+    Args:
+        sizes: Sizes of the towers.
+        zero: ``zero_optimization`` of DeepSpeed's json.
+        problems: Problems of a step, in their order.
+    """
+    moments = [
+        (f"{moment} of {problem.name}", parts)
+        for number, problem in enumerate(problems)
+        for moment, parts in _moments(sizes, zero, problem, after_another=number > 0)
+    ]
+    name, parts = max(moments, key=lambda moment: sum(moment[1].values()))
+    return PeakMemory(name, permanent_parts(sizes, zero) | parts)
+
+
+def _moments(
+    sizes: Sizes, zero: Mapping[str, Any], problem: Problem, after_another: bool
+) -> Iterator[tuple[str, _Parts]]:
+    """Yield what exists beside the permanent tensors."""
+    towers, several = problem.towers, problem.micro_batches > 1
+    before = _between_micro_batches(sizes, zero) if after_another else {}
+    features = float(sizes.itemsize * problem.features)
+    if several:
+        yield "the first pass", before | {"features": features, "temporaries": towers.without_graph}
+    parts = before | _of_the_loss(sizes, problem)
+    yield "the loss", parts if several else parts | {"saved activations": towers.saved}
+    gradients = {"features": features * several, "gradients of features": float(_FLOAT32 * problem.features)}
+    activations = Activations(towers.saved, towers.peak, (), towers.image_tower)
+    for moment, found in moments_of_micro_batch(sizes, zero, activations, after_another or several):
+        # The loss is known by now: this is the start of the backward.
+        yield ("the backward" if moment == "the loss" else moment), gradients | found
+
+
+def _of_the_loss(sizes: Sizes, problem: Problem) -> _Parts:
+    """Return the tensors of ``losses.solve``: float32 copies, gradients, and the features of all processes."""
+    copies = problem.features * (sizes.itemsize + _FLOAT32 * (sizes.itemsize < _FLOAT32))
+    if problem.micro_batches > 1:
+        copies += problem.features * sizes.itemsize  # of the micro-batches, which are joined
+    return {
+        "features": float(copies),
+        "gradients of features": float(_FLOAT32 * (problem.features + problem.all_features)),
+        "features of all processes": float(_FLOAT32 * problem.all_features),
+        "chunk of logits": float(problem.loss),
+    }
+
+
+def _between_micro_batches(sizes: Sizes, zero: Mapping[str, Any]) -> _Parts:
+    bucket = float(sizes.itemsize * zero["reduce_bucket_size"]) * (zero["stage"] == 1)
+    return {"gradients": kept_gradients(sizes, zero), "reduce bucket": bucket} if zero["stage"] < 3 else {}
