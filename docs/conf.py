@@ -19,7 +19,19 @@ project = "flamingo-trainer"
 html_title = project
 root_doc = "docs/index"
 include_patterns = ["*.md", "csrc/README.md", "docs/**.md"]
-exclude_patterns = [".*", "build", "configs", "data", "launch_scripts", "model", "runs", "tests", "trainer", "wandb"]
+exclude_patterns = [
+    ".*",
+    "AGENTS.md",
+    "build",
+    "configs",
+    "data",
+    "launch_scripts",
+    "model",
+    "runs",
+    "tests",
+    "trainer",
+    "wandb",
+]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3

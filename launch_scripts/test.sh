@@ -44,6 +44,20 @@ system_packages() {
     fi
 }
 
+# Runs one part of the tests. It may have no test, because the arguments may select tests of the other part only.
+selected=0
+part() {
+    local code=0
+    python -m pytest --part "$@" || code=$?
+    if [ "$code" -eq 5 ]; then return 0; fi
+    selected=1
+    return "$code"
+}
+
+# Side by side, with one thread each. Tests that start several processes would slow each other down.
+one_process() { OMP_NUM_THREADS=1 part single --numprocesses auto --maxprocesses 8 --dist worksteal "$@"; }
+several_processes() { part distributed "$@"; }
+
 if [ "${SYSTEM_PACKAGES:-0}" = 1 ]; then stage "system packages" system_packages; fi
 stage "setup" launch_scripts/setup.sh --dev
 if [ ${#failed[@]} -gt 0 ]; then exit 1; fi
@@ -54,7 +68,9 @@ stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "mypy" mypy
 stage "import contracts" lint-imports
-stage "pytest" python -m pytest "$@"
+stage "pytest: one process" one_process "$@"
+stage "pytest: several processes" several_processes "$@"
+if [ "$selected" = 0 ]; then failed+=("pytest selected no test"); fi
 
 echo "== timings"
 printf '%s\n' "${timings[@]}"

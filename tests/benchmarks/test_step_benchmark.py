@@ -18,6 +18,7 @@ from trainer.benchmark import step_memory
 from trainer.benchmark.part_clock import PARTS
 from trainer.config.loader import load_config
 from trainer.config.run_config import FlamingoRunConfig
+from trainer.planning.random_weights import build_on_meta_device
 from trainer.runtime.distributed import World
 
 
@@ -102,10 +103,10 @@ def test_gpu_memory_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(ROOT / "configs" / "flamingo-9b.yaml", [], FlamingoRunConfig, check_files=False)
-    world = World(0, 1, 0, torch.device("cpu"))
+    model, world = build_on_meta_device(config.model), World(0, 1, 0, torch.device("cpu"))
     available = SimpleNamespace(available=8 * 2**30)
     monkeypatch.setattr(step_memory.psutil, "virtual_memory", lambda: available)
     with pytest.raises(ValueError, match=r"41\.\d GiB of the host, and 8\.0 GiB are free"):
-        step_memory.check_memory(config, world)
+        step_memory.check_memory(config, model, world)
     available.available = 64 * 2**30
-    step_memory.check_memory(config, world)
+    step_memory.check_memory(config, model, world)

@@ -148,11 +148,24 @@ def test_the_suite_runs_every_stage_and_fails_if_one_fails(clone: Clone, failing
     for name in ("ruff", "mypy", "lint-imports"):
         clone.stand_in(name, exit_code=int(name == failing))
     done = clone.run(".ci/run", "-m", "not slow")
-    expected = ["ruff check .", "ruff format --check .", "mypy ", "lint-imports ", "python -m pytest -m not slow"]
-    assert clone.called()[2:] == expected  # the first two calls are the setup's
+    expected = ["ruff check .", "ruff format --check .", "mypy ", "lint-imports "]
+    single, several = (f"python -m pytest --part {part}" for part in ("single", "distributed"))
+    *linters, first, second = clone.called()[2:]  # the first two calls are the setup's
+    assert linters == expected
+    assert first.startswith(single) and first.endswith(" -m not slow") and second == f"{several} -m not slow"
     assert done.returncode == (1 if failing else 0)
     assert ("FAILED" in done.stderr) == bool(failing)
     assert "== timings" in done.stdout
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, 5), 0), ((5, 0), 0), ((5, 5), 1), ((1, 0), 1), ((0, 1), 1)])
+def test_one_part_of_the_suite_may_have_no_test(clone: Clone, codes: tuple[int, int], expected: int) -> None:
+    for name in ("ruff", "mypy", "lint-imports"):
+        clone.stand_in(name)
+    single, several = codes
+    body = f'case "$*" in *"--part single"*) exit {single} ;; *"--part distributed"*) exit {several} ;; esac'
+    clone.stand_in("python", body + f'; [ "$2" = pip ] || exec {sys.executable} "$@"')
+    assert clone.run("launch_scripts/test.sh", "tests/model").returncode == expected
 
 
 def test_the_suite_stops_if_the_setup_fails(clone: Clone) -> None:
