@@ -130,6 +130,7 @@ class LanguageModel(nn.Module):
         self.dim, self.num_blocks = read_sizes(lm)
         self.checkpointed = 0
         self._trains, self._dropouts = False, list[nn.Module]()
+        self._is_alone = False
         lm.requires_grad_(False)
         self.train(False)
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -226,6 +227,16 @@ class LanguageModel(nn.Module):
         assert logits.shape[:2] == shape, "this LM does not call its output embedding as a module"
         return logits[0]
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Leave out cross-attention and adapters in this context; of what trained, the added tokens' rows stay."""
+        with adapters_off(self.lm):
+            self._is_alone = True
+            try:
+                yield
+            finally:
+                self._is_alone = False
+
     def own_tokens(self, device: torch.device | str) -> Tensor:
         """Return which columns of the logits the LM has without the added tokens, bool [Z]."""
         is_own_Z = torch.arange(self.vocab_size, device=device) < table_size(self.lm)
@@ -293,7 +304,7 @@ class LanguageModel(nn.Module):
 
     def _block(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
-        before = None if call is None else call.before.get(index)
+        before = None if call is None or self._is_alone else call.before.get(index)
         if before is not None:
             check_hidden(self.lm, args[0] if args else kwargs.get("hidden_states"), self.dim)
         if index < self.checkpointed and torch.is_grad_enabled():

@@ -201,6 +201,10 @@ def test_episodes_of_text_alone_test_the_language_model(tmp_path: Path, export: 
     config = layouts.evaluation(tmp_path, export, [task], shots=[0, 2])
     assert evaluate(config) == 0
     assert all("w5" not in line["answer"] for line in lines(config))
+    (tmp_path / "alone").mkdir()
+    alone = layouts.evaluation(tmp_path / "alone", export, [{**task, "controls": ["language_model_alone"]}], shots=[2])
+    assert evaluate(alone) == 0
+    assert {line["control"] for line in lines(alone)} == {"none", "language_model_alone"}
     with pytest.raises(ConfigError, match="its queries have no images"):
         evaluate(layouts.evaluation(tmp_path, export, [{**task, "controls": ["no_images"]}]))
 

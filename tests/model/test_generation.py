@@ -146,6 +146,18 @@ def test_keys_and_values_are_computed_once() -> None:
     assert calls == ["vision", "key_value"]
 
 
+def test_the_language_model_alone_writes_as_if_nothing_was_trained() -> None:
+    opened, shut = tiny_flamingo(gates=1.0, seed=1), tiny_flamingo(gates=1.0, seed=1)
+    for block in shut.cross_attention:
+        for gate in (block.attention_gate, block.feed_forward_gate):
+            torch.nn.init.zeros_(gate)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": [EOS], "blind": True}
+    with opened.language_model.alone():
+        alone = generate(opened, PROMPTS, None, [0] * len(PROMPTS), **settings)
+    assert alone == generate(shut, PROMPTS, None, [0] * len(PROMPTS), **settings)
+    assert alone != generate(opened, PROMPTS, None, [0] * len(PROMPTS), **settings)
+
+
 @pytest.mark.parametrize("attend", ["one", "all"])
 def test_only_attend_all_reads_earlier_media_of_the_prompt(attend: str) -> None:
     """Check that with "one" the tokens after the second image do not read the keys of the first."""

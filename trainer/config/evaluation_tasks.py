@@ -23,6 +23,7 @@ Control = Literal[
     "shuffled_query",
     "blank",
     "no_images",
+    "language_model_alone",
 ]
 Shots = Annotated[int, Ge(0), Le(256)]
 

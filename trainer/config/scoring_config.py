@@ -20,7 +20,7 @@ class ScoringConfig:
         controls: Controls beside the real prompts. "shuffled_demonstrations" permutes the images of a prompt's
             demonstrations, "exchanged_demonstrations" as the episodes say, "replaced_demonstrations" takes them from
             another query's prompt, "shuffled_query" gives the query another query's image, "blank" a uniform image,
-            "no_images" shows no image at all.
+            "no_images" shows no image at all, "language_model_alone" also leaves cross-attention and adapters out.
         seed: Seed of demonstrations, subsets and controls. They depend on it and on the query's id alone.
         prompt_style: Texts of the prompts: "paper", "openflamingo", or "plain" without any words.
         zero_shot_examples: Text-only examples of an open-ended prompt without demonstrations (the paper: 2).

@@ -13,6 +13,7 @@ from model.media_cache import MediaCache
 from model.processor import TextLayout
 from model.ranking import Candidate, rank
 from trainer.data.samples.prompt_media import Media
+from trainer.evaluation.controls import WITHOUT_IMAGES
 from trainer.evaluation.media import MediaDecoder
 from trainer.evaluation.predictions import Prediction
 from trainer.evaluation.prepared_task import Cell, PreparedTask, answer_ids
@@ -49,12 +50,14 @@ class Answerer:
             ValueError: A medium cannot be decoded, or the model cannot continue the prompts.
         """
         prompts = [task.prompts(cell, query) for query in queries]
-        return (self._rank if task.is_ranked else self._generate)(task, cell, queries, prompts)
+        answer = self._rank if task.is_ranked else self._generate
+        with self.model.language_model.alone() if cell.control == "language_model_alone" else nullcontext():
+            return answer(task, cell, queries, prompts)
 
     def _generate(
         self, task: PreparedTask, cell: Cell, queries: Sequence[Query], prompts: list[list[Prompt]]
     ) -> list[Prediction]:
-        blind = cell.control == "no_images"
+        blind = cell.control in WITHOUT_IMAGES
         first = [versions[0] for versions in prompts]
         media, media_grids = self._decode([] if blind else [one for prompt in first for one in prompt.media])
         found = generate(
@@ -80,7 +83,7 @@ class Answerer:
     def _rank(
         self, task: PreparedTask, cell: Cell, queries: Sequence[Query], prompts: list[list[Prompt]]
     ) -> list[Prediction]:
-        blind = cell.control == "no_images"
+        blind = cell.control in WITHOUT_IMAGES
         rows = [(query, prompt) for query, versions in zip(queries, prompts, strict=True) for prompt in versions]
         media, media_grids = self._decode([] if blind else [one for _, prompt in rows for one in prompt.media])
         ids = {text: answer_ids(self.layout, task.texts, text) for query in queries for text in query.candidates or ()}

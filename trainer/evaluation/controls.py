@@ -12,6 +12,7 @@ from trainer.evaluation.query import BlankMedium, Medium, Query
 OF_DEMONSTRATIONS: frozenset[Control] = frozenset(
     {"shuffled_demonstrations", "exchanged_demonstrations", "replaced_demonstrations"}
 )
+WITHOUT_IMAGES: frozenset[Control] = frozenset({"no_images", "language_model_alone"})
 
 
 def donors(queries: Sequence[Query], seed: int) -> dict[str, Query]:

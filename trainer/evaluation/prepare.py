@@ -102,7 +102,7 @@ def _task_problems(task: PreparedTask, path: str) -> Iterator[Problem]:
 
 def _unsuitable(task: PreparedTask, control: Control) -> str:
     """Return why a control cannot be applied to a task; "" if it can."""
-    if control == "none":
+    if control in ("none", "language_model_alone"):
         return ""
     if all(query.medium is None for query in task.queries) and control not in OF_DEMONSTRATIONS:
         return "its queries have no images"
