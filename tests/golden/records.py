@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from model.ops import library
 from tests.golden.recipes import Line, Trained
 
 FOLDER = Path(__file__).parent
@@ -31,7 +32,7 @@ def path_of(name: str) -> Path:
 
 
 def this_machine() -> dict[str, str]:
-    """Return what decides how sums are rounded: processor, instruction set, torch and its neighbors."""
+    """Return what decides how sums are rounded: processor, instruction set, kernels, torch and its neighbors."""
     found = {"processor": platform.machine()}
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -40,6 +41,7 @@ def this_machine() -> dict[str, str]:
         model = [values.get(key, "?") for key in ("vendor_id", "cpu family", "model")]
         found["processor"] += f" {' '.join(model)}"
     found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
+    found["kernels"] = "fused" if library.load_errors()["cpu"] is None else "plain torch"
     return found | {name: version(name) for name in ("torch", "deepspeed", "transformers", "numpy", "pillow")}
 
 
