@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,12 @@ def main() -> int:
             if step == 4 and os.environ["RANK"] == "1":
                 raise ValueError("a bug at step 4")
 
-    loop.train = partial(loop.train, observers=[Bug()])
+    loop.train = partial(_train_with, Bug(), loop.train)
     return train.main()
+
+
+def _train_with(bug: Any, train: Any, task: Any, config: Any, world: Any, observers: Sequence[Any] = ()) -> None:
+    train(task, config, world, [*observers, bug])
 
 
 if __name__ == "__main__":
