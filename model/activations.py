@@ -109,9 +109,7 @@ class _Step(nn.Module):
         self.peak = self.vision = 0
 
     def forward(self, inputs: dict[str, Any]) -> None:
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # an engine takes each gradient away at once
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        drop_gradients(self.model)
         with AllocatedMemory() as memory:
             tower = self.model.vision_encoder
             hook = tower.register_forward_hook(lambda *_: setattr(self, "vision", memory.peak))
@@ -120,6 +118,13 @@ class _Step(nn.Module):
             hook.remove()
             loss.backward()
         self.peak = memory.peak
+
+
+def drop_gradients(module: nn.Module) -> None:
+    """Take each gradient of a module away as soon as it is made, as an engine does."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

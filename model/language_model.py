@@ -56,6 +56,7 @@ class Call:
 
 
 _CALL: ContextVar[Call | None] = ContextVar("flamingo_language_model_call", default=None)
+_ALONE: ContextVar[bool] = ContextVar("flamingo_language_model_alone", default=False)
 
 
 @contextmanager
@@ -130,7 +131,6 @@ class LanguageModel(nn.Module):
         self.dim, self.num_blocks = read_sizes(lm)
         self.checkpointed = 0
         self._trains, self._dropouts = False, list[nn.Module]()
-        self._is_alone = False
         lm.requires_grad_(False)
         self.train(False)
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -230,12 +230,12 @@ class LanguageModel(nn.Module):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Leave out cross-attention and adapters in this context; of what trained, the added tokens' rows stay."""
-        with adapters_off(self.lm):
-            self._is_alone = True
-            try:
+        token = _ALONE.set(True)
+        try:
+            with adapters_off(self.lm):
                 yield
-            finally:
-                self._is_alone = False
+        finally:
+            _ALONE.reset(token)
 
     def own_tokens(self, device: torch.device | str) -> Tensor:
         """Return which columns of the logits the LM has without the added tokens, bool [Z]."""
@@ -260,9 +260,8 @@ class LanguageModel(nn.Module):
             position_ids: As for ``forward``.
             call: Settings of a call of ``forward``, of which the positions count.
         """
-        alone = replace(call or Call(), before={}, targets=None)
-        with adapters_off(self.lm):
-            return self.forward(input_ids_BL, attention_mask, position_ids, alone)
+        with self.alone():
+            return self.forward(input_ids_BL, attention_mask, position_ids, replace(call or Call(), targets=None))
 
     def _embed(self, original: Callable[[Tensor], Tensor], input_ids_BL: Tensor) -> Tensor:
         embedded_BLE = self._look_up(original, input_ids_BL)
@@ -304,7 +303,7 @@ class LanguageModel(nn.Module):
 
     def _block(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
-        before = None if call is None or self._is_alone else call.before.get(index)
+        before = None if call is None or _ALONE.get() else call.before.get(index)
         if before is not None:
             check_hidden(self.lm, args[0] if args else kwargs.get("hidden_states"), self.dim)
         if index < self.checkpointed and torch.is_grad_enabled():

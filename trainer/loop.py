@@ -57,17 +57,28 @@ _log = logging.getLogger(__name__)
 # Runs forward and backward of a step's micro-batches, each source's loss times its factor, and returns this rank's
 # summed loss of each source that the step has, and its summed divergence (step_losses.PENALTY) if it has a penalty.
 Accumulate = Callable[[Engine, Sequence[Batch], Mapping[str, float]], dict[str, Tensor]]
+# Runs forward and backward of a micro-batch of a source; the last argument says whether it is the last one of the step.
+MicroStep = Callable[[str, dict[str, Tensor], bool], dict[str, Tensor]]
 
 
 def accumulate_micro_batches(
     engine: Engine, batches: Sequence[Batch], factors: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Add the gradient of one micro-batch after the other: the loss of a row depends on no other row."""
+
+    def micro_step(source: str, inputs: dict[str, Tensor], is_last: bool) -> dict[str, Tensor]:
+        return {source: engine.forward_backward(inputs, factors[source], is_last=is_last)}
+
+    return sum_micro_steps(engine, batches, micro_step)
+
+
+def sum_micro_steps(engine: Engine, batches: Sequence[Batch], micro_step: MicroStep) -> dict[str, Tensor]:
+    """Run one micro-step after the other, and return the sums of what they return, by name."""
     summed: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, start=1):
-        inputs, is_last = batch.to(engine.world.device).inputs, number == len(batches)
-        loss = engine.forward_backward(inputs, factors[batch.source], is_last=is_last)
-        summed[batch.source] = summed[batch.source] + loss if batch.source in summed else loss
+        found = micro_step(batch.source, batch.to(engine.world.device).inputs, number == len(batches))
+        for name, value in found.items():
+            summed[name] = summed[name] + value if name in summed else value
     return summed
 
 

@@ -60,7 +60,9 @@ def forked(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         process = start_fork(_call_main, module, arguments, folder)
         process.join(timeout=180)
-        assert process.exitcode is not None, f"{module} takes too long"
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{module} takes too long")
         output, errors = ((Path(folder) / name).read_text() for name in ("output", "errors"))
         return subprocess.CompletedProcess([module, *arguments], process.exitcode, output, errors)
 

@@ -31,9 +31,9 @@ def random_engine(config: ContrastiveRunConfig, world: World) -> Engine:
     return Engine(towers, config.optimizer, settings, world, threads, clip_parts(config))
 
 
-def synthetic_steps(config: ContrastiveRunConfig, world: World) -> Iterator[list[Batch]]:
+def synthetic_steps(config: ContrastiveRunConfig, towers: ContrastiveTowers, world: World) -> Iterator[list[Batch]]:
     """Yield the micro-batches of a step on this rank, without end; those of one source where sources take turns."""
-    batches = _synthetic_batches(config, random_towers(config, "meta"), world)
+    batches = _synthetic_batches(config, towers, world)
     if config.training.combine != "round_robin":
         return repeat(batches)
     turns = [[batch for batch in batches if batch.source == source.name] for source in config.data.sources]
@@ -73,9 +73,11 @@ def accumulation(config: ContrastiveRunConfig) -> Callable[[Engine, list[Batch]]
     return accumulate
 
 
-def contents(config: ContrastiveRunConfig, world: World) -> Callable[[list[Batch]], Counter[str]]:
+def contents(
+    config: ContrastiveRunConfig, towers: ContrastiveTowers, world: World
+) -> Callable[[list[Batch]], Counter[str]]:
     """Return a function that counts what a step on this rank holds, and the operations that it takes."""
-    predictor = ContrastivePredictor(config, random_towers(config, "meta"))
+    predictor = ContrastivePredictor(config, towers)
     return partial(_contents, predictor, config.training.combine == "merged", world.size)
 
 

@@ -200,13 +200,14 @@ def _prepared_flamingo(config: FlamingoRunConfig, world: World, options: argpars
 
 
 def _prepared_towers(config: ContrastiveRunConfig, world: World, options: argparse.Namespace) -> _Prepared:
+    towers = random_towers(config, "meta")
     if options.data == "real":
         engine, batches = _real(build_contrastive_task(config, world), config, world, options)
     else:
-        check_memory(config, random_towers(config, "meta"), world)
+        check_memory(config, towers, world)
         engine = contrastive_step.random_engine(config, world)
-        batches = contrastive_step.synthetic_steps(config, world)
-    contents, accumulate = contrastive_step.contents(config, world), contrastive_step.accumulation(config)
+        batches = contrastive_step.synthetic_steps(config, towers, world)
+    contents, accumulate = contrastive_step.contents(config, towers, world), contrastive_step.accumulation(config)
     return _Prepared(engine, batches, contents, accumulate)
 
 

@@ -133,29 +133,28 @@ def moments_of_micro_batch(
     yield from moments(sizes, zero, activations, after_another)
 
 
-def kept_gradients(sizes: Sizes, zero: Mapping[str, Any]) -> float:
-    """Return the bytes of gradients that ZeRO-1 or 2 keeps between micro-batches; ZeRO-3's are permanent."""
+def between_micro_batches(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
+    """Return what the micro-batches of a step leave for the next one; under ZeRO-3 all of it is permanent.
+
+    ZeRO-1 keeps whole gradients and its bucket until the step, ZeRO-2 a partition of the gradients.
+    """
     if zero["stage"] == 3:
-        return 0.0
+        return {}
     if zero["stage"] == 1:
-        return float(sizes.itemsize * sizes.trainable)
-    return _FLOAT32 * sizes.trainable / sizes.ranks
+        bucket = float(sizes.itemsize * zero["reduce_bucket_size"])
+        return {"gradients": float(sizes.itemsize * sizes.trainable), "reduce bucket": bucket}
+    return {"gradients": _FLOAT32 * sizes.trainable / sizes.ranks}
 
 
 def _moments_of_zero_1_and_2(
     sizes: Sizes, zero: Mapping[str, Any], activations: Activations, after_another: bool
 ) -> Iterator[tuple[str, Parts]]:
-    """Yield what exists beside the permanent tensors.
-
-    ZeRO-1 keeps whole gradients and its bucket until the step. ZeRO-2 keeps a partition of the gradients and reduces
-    them at every micro-batch.
-    """
-    first_stage = zero["stage"] == 1
+    """Yield what exists beside the permanent tensors; ZeRO-2 reduces gradients at every micro-batch."""
     bucket = float(sizes.itemsize * zero["reduce_bucket_size"])
-    kept = kept_gradients(sizes, zero)
-    copied = 0.0 if first_stage else float(sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"]))
-    before = {"gradients": kept, "reduce bucket": bucket * first_stage} if after_another else {}
-    yield "the loss", before | _at_the_loss(activations)
+    left = between_micro_batches(sizes, zero)
+    kept = left["gradients"]
+    copied = 0.0 if zero["stage"] == 1 else float(sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"]))
+    yield "the loss", (left if after_another else {}) | _at_the_loss(activations)
     at_backward = {"gradients": kept * after_another, "reduce bucket": bucket}
     yield "the backward", at_backward | {"saved activations": activations.saved}
     yield "the reduction", {"gradients": kept, "reduce bucket": bucket, "reduced copy": copied}

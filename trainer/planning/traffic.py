@@ -35,6 +35,22 @@ class Traffic:
     messages: int
 
 
+def whole_parameters_traffic(trainable: int, zero: Mapping[str, Any], ranks: int, micro_batches: int) -> Traffic:
+    """Return what each device sends in a step of stage 1 or 2, where every device holds all parameters.
+
+    Stage 1 reduces gradients once a step and gathers the stepped parameters; stage 2 reduces at every micro-batch.
+
+    Args:
+        trainable: Parameters that train.
+        zero: ``zero_optimization`` of DeepSpeed's json.
+        ranks: Number of devices.
+        micro_batches: Micro-batches of a device in a step.
+    """
+    reductions = 1 if zero["stage"] == 1 else micro_batches
+    messages = reductions * math.ceil(trainable / zero["reduce_bucket_size"]) + 1
+    return Traffic((ranks - 1) / ranks * trainable * (2 * reductions + 1), messages)
+
+
 class ModelSizes:
     """Count the parameters of a model once, for many predictions.
 
@@ -74,7 +90,6 @@ class ModelSizes:
     def traffic(self, zero: Mapping[str, Any], ranks: int, micro_batches: int, recomputed: int = 0) -> Traffic:
         """Return what each device sends in a step.
 
-        Stage 1 reduces gradients once a step and gathers the stepped parameters; stage 2 reduces at every micro-batch.
         Stage 3 gathers every parameter above the persistence threshold for each forward, and again for each backward
         what was released in between. It gathers the other parameters, frozen ones included, once a step.
 
@@ -86,11 +101,10 @@ class ModelSizes:
         """
         if ranks == 1:
             return Traffic(0.0, 0)
+        if zero["stage"] < 3:
+            return whole_parameters_traffic(self.trainable, zero, ranks, micro_batches)
         share = (ranks - 1) / ranks
         buckets = math.ceil(self.trainable / zero["reduce_bucket_size"])
-        if zero["stage"] < 3:
-            reductions = 1 if zero["stage"] == 1 else micro_batches
-            return Traffic(share * self.trainable * (2 * reductions + 1), reductions * buckets + 1)
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         persistent = sum(size for size in self._all if size <= threshold)
         gathered = self.total - persistent

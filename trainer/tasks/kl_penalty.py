@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.config.data_config import DataConfig, TextSource
 from trainer.data.batch import Batch
 from trainer.deepspeed_engine.engine import Engine
-from trainer.loop import Accumulate, accumulate_micro_batches
+from trainer.loop import Accumulate, accumulate_micro_batches, sum_micro_steps
 from trainer.step_losses import PENALTY
 
 
@@ -31,19 +31,14 @@ def accumulate_with(weights: Mapping[str, float]) -> Accumulate:
         return accumulate_micro_batches
 
     def accumulate(engine: Engine, batches: Sequence[Batch], factors: Mapping[str, float]) -> dict[str, Tensor]:
-        summed: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
-            inputs, is_last = batch.to(engine.world.device).inputs, number == len(batches)
-            penalty, factor = weights.get(batch.source), factors[batch.source]
-            if penalty is None:
-                found = {batch.source: engine.forward_backward(inputs, factor, is_last=is_last)}
-            else:
-                output = engine.forward({**inputs, "diverges": True})
-                loss = output.loss + penalty * output.divergence
-                engine.backward(loss * (factor * engine.world.size), is_last=is_last)
-                found = {batch.source: output.loss.detach(), PENALTY + batch.source: output.divergence.detach()}
-            for name, value in found.items():
-                summed[name] = summed[name] + value if name in summed else value
-        return summed
+        def micro_step(source: str, inputs: dict[str, Tensor], is_last: bool) -> dict[str, Tensor]:
+            if source not in weights:
+                return {source: engine.forward_backward(inputs, factors[source], is_last=is_last)}
+            output = engine.forward({**inputs, "diverges": True})
+            loss = output.loss + weights[source] * output.divergence
+            engine.backward(loss * (factors[source] * engine.world.size), is_last=is_last)
+            return {source: output.loss.detach(), PENALTY + source: output.divergence.detach()}
+
+        return sum_micro_steps(engine, batches, micro_step)
 
     return accumulate

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.activations import AllocatedMemory, Linear, replaced_linear
+from model.activations import AllocatedMemory, Linear, drop_gradients, replaced_linear
 from model.internals import FakeTensorMode
 from model.parameters import full_shape
 from trainer.config.contrastive_config import ContrastiveLossConfig
@@ -142,9 +142,7 @@ class _ForwardAndBackward(nn.Module):
         self.saved = self.peak = self.image_tower = 0
 
     def forward(self, captions: Tensor, media: Tensor) -> None:
-        for parameter in self.towers.parameters():
-            if parameter.requires_grad:  # an engine takes each gradient away at once
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        drop_gradients(self.towers)
         with AllocatedMemory() as memory:
             note: Callable[..., None] = lambda *_: setattr(self, "image_tower", memory.peak)  # noqa: E731
             hook = self.towers.clip.visual.register_forward_hook(note)
@@ -155,7 +153,3 @@ class _ForwardAndBackward(nn.Module):
             before = memory.current - self.saved  # gradients that the loss has made; they count there
             surrogate(features, gradients, with_scale=True).backward()
         self.peak = memory.peak - before
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

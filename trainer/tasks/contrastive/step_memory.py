@@ -12,16 +12,16 @@ from typing import Any
 
 from model.activations import Activations
 from trainer.planning.peak_memory import (
+    Parts,
     PeakMemory,
     Sizes,
-    kept_gradients,
+    between_micro_batches,
     moments_of_micro_batch,
     permanent_parts,
 )
 from trainer.tasks.contrastive.step_counts import TowerMemory
 
 _FLOAT32 = 4
-_Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def contrastive_peak_memory(sizes: Sizes, zero: Mapping[str, Any], problems: Seq
 
 def _moments(
     sizes: Sizes, zero: Mapping[str, Any], problem: Problem, after_another: bool
-) -> Iterator[tuple[str, _Parts]]:
+) -> Iterator[tuple[str, Parts]]:
     """Yield what exists beside the permanent tensors."""
     towers, several = problem.towers, problem.micro_batches > 1
-    before = _between_micro_batches(sizes, zero) if after_another else {}
+    before = between_micro_batches(sizes, zero) if after_another else {}
     features = float(sizes.itemsize * problem.features)
     if several:
         yield "the first pass", before | {"features": features, "temporaries": towers.without_graph}
@@ -92,7 +92,7 @@ def _moments(
         yield ("the backward" if moment == "the loss" else moment), gradients | found
 
 
-def _of_the_loss(sizes: Sizes, problem: Problem) -> _Parts:
+def _of_the_loss(sizes: Sizes, problem: Problem) -> Parts:
     """Return the tensors of ``losses.solve``: float32 copies, gradients, and the features of all processes."""
     copies = problem.features * (sizes.itemsize + _FLOAT32 * (sizes.itemsize < _FLOAT32))
     if problem.micro_batches > 1:
@@ -103,8 +103,3 @@ def _of_the_loss(sizes: Sizes, problem: Problem) -> _Parts:
         "features of all processes": float(_FLOAT32 * problem.all_features),
         "chunk of logits": float(problem.loss),
     }
-
-
-def _between_micro_batches(sizes: Sizes, zero: Mapping[str, Any]) -> _Parts:
-    bucket = float(sizes.itemsize * zero["reduce_bucket_size"]) * (zero["stage"] == 1)
-    return {"gradients": kept_gradients(sizes, zero), "reduce bucket": bucket} if zero["stage"] < 3 else {}

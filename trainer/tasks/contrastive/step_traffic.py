@@ -12,7 +12,7 @@ from torch import nn
 from trainer.config.contrastive_config import ClipConfig
 from trainer.config.run_config import ContrastiveRunConfig
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
-from trainer.planning.traffic import PERSISTENCE_THRESHOLD
+from trainer.planning.traffic import PERSISTENCE_THRESHOLD, whole_parameters_traffic
 from trainer.tasks.contrastive.step_memory import Problem
 from trainer.tasks.contrastive.towers import IMAGE_TOWER
 
@@ -68,10 +68,10 @@ class TowerSizes:
             micro_batches: Micro-batches of a device in each problem.
         """
         share, count = (ranks - 1) / ranks, sum(micro_batches)
-        buckets = math.ceil(self.total / zero["reduce_bucket_size"])
         if zero["stage"] < 3:
-            reductions = 1 if zero["stage"] == 1 else count
-            return SentBytes(itemsize * share * self.total * (2 * reductions + 1), reductions * buckets + 1)
+            whole = whole_parameters_traffic(self.total, zero, ranks, count)
+            return SentBytes(itemsize * whole.elements, whole.messages)
+        buckets = math.ceil(self.total / zero["reduce_bucket_size"])
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         gathered = [size for size in self._all if size > threshold]
         passes = passes_over_parameters(micro_batches)
