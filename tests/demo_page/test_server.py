@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +22,7 @@ import gradio as gr
 from gradio_client import Client, exceptions, handle_file
 
 from trainer import demo
-from trainer.demo_page.limits import Limits
+from trainer.demo_page.limits import MOST_BODY_BYTES, Limits
 from trainer.demo_page.page import build_page
 from trainer.demo_page.server import check_address, start
 from trainer.prompting.exported_model import ExportedModel
@@ -104,6 +106,19 @@ def test_a_large_upload_is_refused(client: Client, tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(bytes(20_000))
     with pytest.raises(Exception, match=r"(?i)size|413"):
         ask(client, "add_files", [handle_file(tmp_path / "big.png")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [("Content-Length", str(MOST_BODY_BYTES + 1), 413), ("Transfer-Encoding", "chunked", 411)],
+)
+def test_a_large_request_is_refused_before_it_is_read(address: str, name: str, value: str, code: int) -> None:
+    place = urllib.parse.urlsplit(address)
+    connection = http.client.HTTPConnection(place.netloc, timeout=20)
+    connection.putrequest("POST", f"{place.path}gradio_api/call/add_text")
+    connection.putheader(name, value)
+    connection.endheaders()  # the body is never sent
+    assert connection.getresponse().status == code
 
 
 def test_other_mistakes_are_messages(client: Client) -> None:

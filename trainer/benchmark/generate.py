@@ -1,7 +1,8 @@
 """``python -m trainer.benchmark generate``: measure few-shot answers against a plain loop over the same model.
 
-Queries have 8 demonstrations, each an image with a caption, as in the few-shot evaluation. Ours answers them as a
-batch: media that queries share are encoded once (``model.media_cache``), keys and values of text and media are kept.
+Queries have 8 demonstrations, each an image with a caption, as in the few-shot evaluation. An answer is as long as a
+caption. Ours answers the queries as a batch: media that queries share are encoded once (``model.media_cache``), keys
+and values of text and media are kept.
 
 The baseline has no caches: for each new token it computes the whole prompt again, the media included, one query after
 the other. "one query at a time" is Hugging Face's generation with its cache, where each query encodes its own
@@ -29,7 +30,7 @@ from trainer.benchmark.result_file import Measurement
 
 BENCHMARK, PLAIN_LOOP, ONE_BY_ONE = "generate", "plain loop without caches", "one query at a time"
 SHOTS, TARGET = 8, 5.0
-_CAPTION, _QUESTION = 8, 4  # tokens of a demonstration's caption, and of the text after the query's image
+_CAPTION, _QUESTION = 8, 4  # tokens of a caption, and of the text after the query's image
 _MOST_DIFFERENT = 0.25  # share of answers that rounding may change where two tokens are nearly equally likely
 
 Answers = list[list[int]]
@@ -144,7 +145,7 @@ def _generate(
     )
 
 
-def run(device: str, num_queries: int = 4, new_tokens: int = 6) -> list[Measurement]:
+def run(device: str, num_queries: int = 4, new_tokens: int = _CAPTION) -> list[Measurement]:
     """Return all measurements.
 
     Raises:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MOST_PIECES = 200  # of a prompt or an example
 MOST_EXAMPLES = 100
 MOST_CHARACTERS = 20_000  # of one text
+MOST_BODY_BYTES = 8 * 2**20  # of a request that uploads no file
 
 
 class UserError(ValueError):

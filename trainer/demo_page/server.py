@@ -6,10 +6,12 @@ import socket
 from typing import Any
 
 import gradio as gr
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trainer.demo_page.limits import Limits
+from trainer.demo_page.limits import MOST_BODY_BYTES, Limits
 from trainer.demo_page.markup import STYLE
 
 _SESSIONS = 100  # whose state is kept at the same time
@@ -40,6 +42,31 @@ class OwnHostOnly:
             await send(message)
 
         await self._app(scope, receive, with_policy)
+
+
+class BoundedBodies:
+    """Refuse large requests before they are read; gradio itself bounds uploaded files."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        refusal = _refusal(scope) if scope["type"] == "http" else None
+        await (self._app(scope, receive, send) if refusal is None else refusal(scope, receive, send))
+
+
+def _refusal(scope: Scope) -> PlainTextResponse | None:
+    """Return the answer to a request whose body is too large or of unknown size; None takes the request."""
+    if scope["method"] not in ("POST", "PUT", "PATCH") or scope["path"].rstrip("/").endswith("/upload"):
+        return None
+    length = Headers(scope=scope).get("content-length", "")
+    if not length.isdecimal():
+        return PlainTextResponse("the request does not say its size (Content-Length)", 411)
+    if int(length) > MOST_BODY_BYTES:
+        return PlainTextResponse(f"the request has {length} bytes; at most {MOST_BODY_BYTES} are taken", 413)
+    return None
 
 
 def check_address(host: str, port: int) -> None:
@@ -76,7 +103,7 @@ def start(page: gr.Blocks, host: str, port: int, limits: Limits) -> str:
         "theme": gr.themes.Default(font=_FONT, font_mono=_MONO_FONT),
         "css": STYLE,
         "footer_links": [],
-        "app_kwargs": {"middleware": [Middleware(OwnHostOnly)]},
+        "app_kwargs": {"middleware": [Middleware(OwnHostOnly), Middleware(BoundedBodies)]},
     }
     _, address, _ = page.launch(
         server_name=host,
