@@ -40,13 +40,12 @@ from trainer.resilience.restarts import RestartPolicy, choose_hosts, read_events
 from trainer.resilience.ssh import unreachable_hosts
 from trainer.runtime.console import lasting_console
 from trainer.runtime.run_folder import RunFolder
-from trainer.runtime.stop_signals import EXIT_STOPPED, handling
+from trainer.runtime.stop_signals import EXIT_STOPPED, CtrlC, handling
 
 _WAIT_FOR_NODES_SECONDS = 30.0
 _ROOT = Path(__file__).parents[1]
 _IMPATIENT_SSH = "-o ConnectTimeout=3 -o ServerAliveInterval=3 -o ServerAliveCountMax=2".split()
 _POLL_SECONDS, _PROBE_SECONDS, _PROBE_TIMEOUT_SECONDS = 0.5, 5.0, 5.0
-_SAME_CTRL_C_SECONDS = 1.0  # a wrapper passes on what the terminal has sent already
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +126,7 @@ class Supervisor:
         self._folder = RunFolder(config.run_dir)
         self._events = EventLog(self._folder)
         self._requests: list[int] = []  # signals that asked to stop
-        self._interrupted_at: float | None = None
+        self._ctrl_c = CtrlC()
         self._ends = False  # whether the job is to end without saving
         self._lost: frozenset[str] = frozenset()  # nodes that the current job, or the last one, lost
         self._trained: set[str] = set()  # nodes on which the last job trained
@@ -240,13 +239,7 @@ class Supervisor:
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note a signal that asks to stop; ``run`` passes it on to the job."""
         self._requests.append(number)
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now - self._interrupted_at > _SAME_CTRL_C_SECONDS:
-            self._ends = True
+        self._ends |= self._ctrl_c.is_second(number)
 
     def _ask_to_end(self) -> None:
         assert self._job is not None

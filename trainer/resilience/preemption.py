@@ -7,7 +7,6 @@ save the same checkpoint together. A second Ctrl-C ends the process at once.
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,10 +14,7 @@ from types import FrameType
 from trainer.errors import TrainerError
 from trainer.resilience.starters import Starters
 from trainer.runtime.distributed import World
-from trainer.runtime.stop_signals import EXIT_STOPPED, handling, write_to_terminal
-
-# Programs such as ``uv run`` pass on a Ctrl-C that the terminal has sent to this process already.
-_SAME_CTRL_C_SECONDS = 1.0
+from trainer.runtime.stop_signals import EXIT_STOPPED, CtrlC, handling, write_to_terminal
 
 
 class PreemptedError(TrainerError):
@@ -34,7 +30,7 @@ class Preemption:
         self._world = world
         self._starters = Starters()
         self._signaled = False
-        self._interrupted_at: float | None = None
+        self._ctrl_c = CtrlC()
 
     @property
     def requested(self) -> bool:
@@ -46,12 +42,7 @@ class Preemption:
             again = "; press Ctrl-C again to end without saving" if number == signal.SIGINT else ""
             write_to_terminal(f"{signal.Signals(number).name}: saving at the end of this step{again}")
         self._signaled = True
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now - self._interrupted_at > _SAME_CTRL_C_SECONDS:
+        if self._ctrl_c.is_second(number):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
 

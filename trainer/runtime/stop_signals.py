@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -17,12 +18,31 @@ from typing import NoReturn
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+# Programs such as ``uv run`` pass on a Ctrl-C that the terminal has sent to this process already.
+_SAME_CTRL_C_SECONDS = 1.0
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 class StoppedError(BaseException):
     """Unwind a process that was asked to stop while it had nothing to save; like SystemExit, no library catches it."""
+
+
+class CtrlC:
+    """Tell a second Ctrl-C from a first one that arrives twice."""
+
+    def __init__(self) -> None:
+        """Begin without a Ctrl-C."""
+        self._first: float | None = None
+
+    def is_second(self, number: int) -> bool:
+        """Note a signal, and return whether it is a Ctrl-C after the first one."""
+        if number != signal.SIGINT:
+            return False
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return now - self._first > _SAME_CTRL_C_SECONDS
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
