@@ -1,4 +1,4 @@
-"""Configure Sphinx, which builds the site from the Markdown of the repository (launch_scripts/docs.sh).
+"""Configure Sphinx, which builds the site from the Markdown and notebooks of the repository (launch_scripts/docs.sh).
 
 The root of the sources is the repository, so that links between docs/, README.md and csrc/README.md hold in the site
 as they do in the repository.
@@ -18,7 +18,7 @@ import generate  # noqa: E402  found through the path above
 project = "flamingo-trainer"
 html_title = project
 root_doc = "docs/index"
-include_patterns = ["*.md", "csrc/README.md", "docs/**.md"]
+include_patterns = ["*.md", "csrc/README.md", "docs/**.md", "docs/notebooks/*.ipynb"]
 exclude_patterns = [
     ".*",
     "AGENTS.md",
@@ -33,8 +33,9 @@ exclude_patterns = [
     "wandb",
 ]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the outputs are committed: docs/run_notebooks.py
 napoleon_google_docstring, napoleon_numpy_docstring, napoleon_use_ivar = True, False, True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}

@@ -50,7 +50,7 @@ def navigation(index: str) -> str:
     """Return the site's navigation: each list of links under a heading of the index becomes a part of it."""
     parts, listed = [], set()
     for section in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
-        links = re.findall(r"^- \[(.+?)\]\((?!http)([^)#]+)\.md(?:#\S*)?\)", section, flags=re.MULTILINE)
+        links = re.findall(r"^- \[(.+?)\]\((?!http)([^)#]+)\.(?:md|ipynb)(?:#\S*)?\)", section, flags=re.MULTILINE)
         entries = [f"{title} <{page}>" for title, page in links if page not in listed]
         listed |= {page for _, page in links}
         if entries:

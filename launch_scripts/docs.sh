@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 case "${1:-}" in -*) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 python="${VENV:-.venv}/bin/python"
-if ! "$python" -c 'import furo, myst_parser, sphinx' 2>/dev/null; then
+if ! "$python" -c 'import furo, myst_nb, sphinx' 2>/dev/null; then
     echo "docs: Sphinx is missing; run launch_scripts/setup.sh --dev" >&2
     exit 1
 fi

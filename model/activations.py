@@ -87,7 +87,9 @@ def _count(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linea
     device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), replaced_linear(linear):
         state = {
-            name: torch.empty(full_shape(p), dtype=dtype, device=device).requires_grad_(p.requires_grad)
+            name: torch.empty(
+                full_shape(p), dtype=dtype if p.is_floating_point() else p.dtype, device=device
+            ).requires_grad_(p.requires_grad)
             for name, p in model.named_parameters()
         }
         state |= {

@@ -155,6 +155,8 @@ class LanguageModelConfig:
             in another order than stages 1 and 2, so an export of such a run fits only a run with the same stage.
         tokenizer: Repository or folder of the tokenizer; None takes ``name``.
         attention: Hugging Face's ``attn_implementation``; None leaves the choice to transformers.
+        quantization: "int8" keeps the linear layers of the frozen blocks in 8 bits, with a scale for every 128 numbers
+            of a row (``model.quantization``). "none" loads them as they are.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -164,6 +166,7 @@ class LanguageModelConfig:
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
     attention: str | None = None
+    quantization: Literal["none", "int8"] = "none"
 
 
 @dataclass(frozen=True)

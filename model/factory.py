@@ -19,6 +19,7 @@ from model.loading_errors import explain_loading
 from model.lora import add_adapters
 from model.parameters import Gather, no_gather
 from model.perceiver_resampler import build_resampler
+from model.quantization import quantize_language_model
 from model.tokens import FlamingoTokenizer, SpecialTokenIds, load_tokenizer
 from model.trainable_parts import set_trainable
 from model.vision_encoder import VisionEncoder, build_tower
@@ -69,6 +70,11 @@ def build_flamingo(
         ValueError: A setting does not fit; the message names it.
     """
     dtype, trainable = torch_dtype(dtype), config.trainable
+    if config.language_model.quantization != "none" and trainable.language_model != "frozen":
+        raise ValueError(
+            f"model.language_model.quantization {config.language_model.quantization} is for a frozen language model, "
+            f"not model.trainable.language_model {trainable.language_model}"
+        )
     with _seeded(seed, 0):
         vision_encoder = VisionEncoder(build_tower(config.vision).to(dtype), config.vision)
     with _seeded(seed, 1):
@@ -76,6 +82,9 @@ def build_flamingo(
     tokens.require_table(table_size(lm))
     input_start, output_start = _end_of_sequence_rows(lm, tokens.eos_id, gather)
     dim, num_blocks = read_sizes(lm)
+    error = None
+    if config.language_model.quantization != "none":
+        error = quantize_language_model(lm, find_decoder_blocks(lm), gather, partition)
     with _seeded(seed, 2), _default_dtype(dtype), partition():
         resampler = build_resampler(config.resampler, vision_encoder.dim)
         cross_attention = nn.ModuleList(
@@ -93,6 +102,7 @@ def build_flamingo(
         if trainable.vision == "lora":
             add_adapters(vision_encoder.tower, [vision_encoder.tower], config.vision_lora, "model.vision_lora")
     language_model = LanguageModel(lm, input_rows, output_rows)
+    language_model.quantization_error = error
     model = Flamingo(config, tokens, vision_encoder, resampler, cross_attention, language_model)
     set_trainable(model, trainable)
     return model

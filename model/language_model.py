@@ -32,6 +32,7 @@ from model.lora import adapter_dropouts, adapters_off
 from model.loss import head_cross_entropy
 from model.media_index import find_documents
 from model.parameters import full_shape
+from model.quantization import QuantizationError
 
 BeforeBlock = Callable[[Tensor], Tensor]
 
@@ -109,6 +110,7 @@ class LanguageModel(nn.Module):
         vocab_size: Columns of the logits.
         checkpointed: Number of blocks, from the first on, that the backward recomputes.
         fuses_loss: Whether a call with targets returns the loss, because the LM leaves its logits unchanged.
+        quantization_error: What quantizing the blocks changed; None where they were not.
     """
 
     def __init__(self, lm: Any, input_rows: list[InputRow], output_rows: list[OutputRow]) -> None:
@@ -130,6 +132,7 @@ class LanguageModel(nn.Module):
         text_config = lm.config.get_text_config()
         self.dim, self.num_blocks = read_sizes(lm)
         self.checkpointed = 0
+        self.quantization_error: QuantizationError | None = None
         self._trains, self._dropouts = False, list[nn.Module]()
         lm.requires_grad_(False)
         self.train(False)

@@ -348,9 +348,10 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the type of all parameters. ``model.to`` would also round the LM's rotary frequencies."""
+    """Change the type of all parameters but codes. ``model.to`` would also round the LM's rotary frequencies."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _map_paths(config: FlamingoConfig, change: Callable[[str], str]) -> FlamingoConfig:

@@ -106,7 +106,7 @@ def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], 
         check_world_size(config, world.size)
         with distributed.failing_together(world):
             config.run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, world), _failures_recorded(folder, world):
+        with _locked(config, folder, world), _failures_recorded(folder, world):
             _train_and_export(config, world, recipe())
     except ConfigError as error:
         if world.is_main:
@@ -127,15 +127,17 @@ def _run(schema: type[Config], argv: Sequence[str] | None, recipe: Callable[[], 
 
 
 @contextmanager
-def _locked(folder: RunFolder, world: World) -> Iterator[None]:
-    """Hold the lock of the run folder; all ranks fail together when another job holds it."""
+def _locked(config: RunConfig, folder: RunFolder, world: World) -> Iterator[None]:
+    """Hold the locks of the run folder and of folders for offloaded tensors; all ranks fail together."""
     from trainer.resilience.run_lock import run_lock
+    from trainer.resilience.swap_folders import swap_folders
     from trainer.runtime.distributed import failing_together
 
     with ExitStack() as stack:
         with failing_together(world):
             if world.is_main:
                 stack.enter_context(run_lock(folder))
+            stack.enter_context(swap_folders(config.deepspeed, world.rank))
         yield
 
 

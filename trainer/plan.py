@@ -98,6 +98,7 @@ def _plan(config: RunConfig, options: argparse.Namespace, overrides: Sequence[st
     from trainer.planning.prediction import Cluster
     from trainer.planning.scaling import scaling
     from trainer.planning.search import search
+    from trainer.planning.streaming import print_streaming, smallest_hidden_micro_batches
     from trainer.planning.write_config import write_config
 
     planned = _planned(config)
@@ -105,6 +106,8 @@ def _plan(config: RunConfig, options: argparse.Namespace, overrides: Sequence[st
     found = planned.predict_exactly(config, cluster)
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print_prediction(found)
+    for hidden in smallest_hidden_micro_batches(config, cluster, planned.predict):
+        print_streaming(hidden)
     if options.measured is not None:
         print(comparison_table(found, config, cluster.size, options.measured))
     if options.scale:

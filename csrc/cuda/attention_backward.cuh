@@ -24,17 +24,25 @@ constexpr int backward_shared_bytes() {
   return (6 * Tile<kWidth>::kSize + 2 * Tile<64>::kSize) * static_cast<int>(sizeof(uint16_t));
 }
 
+// Returns how many blocks shall fit on a multiprocessor, which limits the registers. `alone`: whether this kernel is the
+// whole backward. The other kernels would spill with 168 registers.
+template <int kWidth>
+constexpr int backward_blocks(bool alone) {
+  return kWidth == 64 && alone ? 3 : 2;
+}
+
 // Turns scores into weights and dP into dS, in place. Scores of unseen keys are minus infinity, so their weights are 0.
 FLAMINGO_DEVICE void weights_and_gradients(float (&s)[8][4], float (&dp)[8][4], const RowStatistics& statistics,
                                            float scale) {
   constexpr float kLog2E = 1.4426950408889634f;
+  const float log2_scale = scale * kLog2E;
+  const float shift_first = statistics.lse_first * kLog2E, shift_second = statistics.lse_second * kLog2E;
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float lse = i < 2 ? statistics.lse_first : statistics.lse_second;
       const float delta = i < 2 ? statistics.delta_first : statistics.delta_second;
-      s[n][i] = power_of_two((s[n][i] * scale - lse) * kLog2E);
+      s[n][i] = power_of_two(s[n][i] * log2_scale - (i < 2 ? shift_first : shift_second));
       dp[n][i] = s[n][i] * (dp[n][i] - delta);
     }
 }
@@ -96,7 +104,7 @@ FLAMINGO_DEVICE void store_partial(float* partial, float delta) {
 }
 
 template <Type kType, int kWidth, class Problem, bool kWritesKeys>
-FLAMINGO_KERNEL(kThreads)
+FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(kWritesKeys))
 backward_rows(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   uint16_t* grads = queries + Tile<kWidth>::kSize;
@@ -104,11 +112,11 @@ backward_rows(const typename Problem::Params p) {
   uint16_t* weights = stages + 4 * Tile<kWidth>::kSize;  // P, then dS
   const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
+  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  copy_tile<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
   const Range blocks = Problem::blocks_of_tile(p, rows);
   const Visible visible = Problem::visible(p, rows);
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
-  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-  copy_tile<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
 
   const auto scores = [&](float (&s)[8][4], float (&dp)[8][4], int block, const uint16_t* keys) {
     multiply_transposed<kType, kWidth>(s, queries, keys);
@@ -214,6 +222,7 @@ template <Type kType, int kWidth, class Problem, bool kWritesRows>
 FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block,
                                        int key_head, const Range& range) {
   constexpr int kSize = Tile<kWidth>::kSize;
+  constexpr bool kForget = kWidth == 128 && !kWritesRows;  // 28 bytes would be spilled otherwise
   uint16_t* k = shared_memory();
   uint16_t* v = k + kSize;
   uint16_t* stages = v + kSize;  // two times queries and gradients
@@ -264,10 +273,10 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
                                 sees_first, sees_second);
     }
     barrier();  // the weights of all rows are written
-    accumulate_keys<kType, kWidth>(dv, weights, grads);
-    accumulate_keys<kType, kWidth>(dk, weights + Tile<64>::kSize, queries);
+    accumulate_keys<kType, kWidth, kForget>(dv, weights, grads);
+    accumulate_keys<kType, kWidth, kForget>(dk, weights + Tile<64>::kSize, queries);
   }
-  const Keys out = Problem::keys(p, some_rows, forget(block), key_head);
+  const Keys out = Problem::keys(p, {forget(some_rows.first), some_rows.valid}, forget(block), forget(key_head));
   const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
   const float factor = out_factor(p), scaled = factor * p.scale;
   const int64_t key_stride = static_cast<int64_t>(Problem::key_heads(p)) * kWidth;

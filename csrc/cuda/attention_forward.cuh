@@ -61,12 +61,13 @@ FLAMINGO_DEVICE void update_softmax(Softmax& state, float (&s)[8][4], float (&su
     sum[n][2] *= rescale_second;
     sum[n][3] *= rescale_second;
   }
+  const float shift_first = base_first * log2_scale, shift_second = base_second * log2_scale;
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      s[n][i] = power_of_two((s[n][i] - base_first) * log2_scale);
-      s[n][i + 2] = power_of_two((s[n][i + 2] - base_second) * log2_scale);
+      s[n][i] = power_of_two(s[n][i] * log2_scale - shift_first);  // one instruction before the power
+      s[n][i + 2] = power_of_two(s[n][i + 2] * log2_scale - shift_second);
       state.sum_first += s[n][i];
       state.sum_second += s[n][i + 2];
     }
@@ -99,13 +100,20 @@ FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Row
   }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with 4 blocks
+#else
+constexpr int kResamplerBlocks = 4;
+#endif
+
 template <Type kType, int kWidth, class Problem>
-FLAMINGO_KERNEL(kThreads)
+FLAMINGO_KERNEL(kThreads, kWidth != 64 ? 2 : Problem::kSavesStatistics ? kResamplerBlocks : 4)
 attention_forward(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
   const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
+  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   const Range blocks = Problem::blocks_of_tile(p, rows);
   const Visible visible = Problem::visible(p, rows);
   const float log2_scale = p.scale * 1.4426950408889634f;
@@ -113,7 +121,6 @@ attention_forward(const typename Problem::Params p) {
   Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
   float sum[kWidth / 8][4];
   clear(sum);
-  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   for_each_block<kWidth, Problem>(p, rows, blocks, key_head, stages, [&](int block, const uint16_t* keys) {
     const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
     if (!any_lane(sees_first || sees_second)) return;

@@ -9,7 +9,7 @@ constexpr int kPlanThreads = 256;
 
 // Starts the ranges of `plan_rows` as empty.
 template <class Params>
-FLAMINGO_KERNEL(kPlanThreads)
+FLAMINGO_KERNEL(kPlanThreads, 1)
 empty_ranges(const Params p) {
   const int medium = block_x() * kPlanThreads + thread_number();
   if (medium >= p.media) return;
@@ -21,7 +21,7 @@ empty_ranges(const Params p) {
 // the largest row number are kept, so the result does not depend on the order of the threads. The ranges depend on the
 // index alone, so one launch serves the backwards of all layers.
 template <class Params>
-FLAMINGO_KERNEL(kPlanThreads)
+FLAMINGO_KERNEL(kPlanThreads, 1)
 plan_rows(const Params p) {
   const int row = block_x() * kPlanThreads + thread_number();
   if (row >= p.rows) return;
@@ -43,7 +43,7 @@ plan_rows(const Params p) {
 // Clears the gradients of rows that see no medium, which no block of keys would write. A thread block has 64 rows of
 // all heads: usually none is blind, and then it only reads 64 indices.
 template <int kWidth>
-FLAMINGO_KERNEL(kThreads)
+FLAMINGO_KERNEL(kThreads, 1)
 clear_blind_rows(const CrossAttentionParams p) {
   const Rows rows = CrossAttention<kWidth>::row_tile(p, block_x());
   const int chunks = p.heads * (kWidth / 8);
@@ -57,7 +57,7 @@ clear_blind_rows(const CrossAttentionParams p) {
 
 // Gives one block of keys to a thread block. With kWritesRows it also writes dQ of the rows that see the block.
 template <Type kType, int kWidth, bool kWritesRows>
-FLAMINGO_KERNEL(kThreads)
+FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(kWritesRows))
 cross_attention_backward_keys(const CrossAttentionParams p) {
   using Problem = CrossAttention<kWidth>;
   backward_of_block<kType, kWidth, Problem, kWritesRows>(p, {0, 0}, block_x(), block_y(),

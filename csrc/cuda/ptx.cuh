@@ -15,7 +15,8 @@
 #include <cuda_runtime.h>
 
 #define FLAMINGO_DEVICE __device__ __forceinline__
-#define FLAMINGO_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks`: how many blocks shall fit on a multiprocessor, which limits the registers.
+#define FLAMINGO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FLAMINGO_ASSERT(condition) assert(condition)
 
 namespace flamingo {

@@ -7,7 +7,7 @@ namespace cuda {
 
 // Computes the gradients of the keys after backward_rows, where a medium has more than 64 latents.
 template <Type kType, int kWidth>
-FLAMINGO_KERNEL(kThreads)
+FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(false))
 resampler_backward_keys(const ResamplerParams p) {
   using Problem = ResamplerAttention<kWidth>;
   const Slot slot = find_slot(p, block_x());

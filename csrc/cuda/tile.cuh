@@ -22,15 +22,31 @@ struct Tile {
   static FLAMINGO_DEVICE int offset(int row, int chunk) { return row * kPitch + ((chunk ^ (row & 7)) * 8); }
 };
 
+// Starts copying columns [8 kFirst, 8 (kFirst + kChunks)) of `valid` rows of a matrix; the other rows become zero. A
+// thread copies the same column of every kStep-th row. kStep is a multiple of eight, so the permutation of the chunks
+// is the same in all of them, and both addresses advance by constants.
+template <int kWidth, int kFirst, int kChunks>
+FLAMINGO_DEVICE void copy_columns(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
+  constexpr int kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kStep % 8 == 0, "");
+  const int chunk = kFirst + thread_number() % kChunks, first = thread_number() / kChunks;
+  const uint16_t* source = matrix + first * stride + chunk * 8;
+  uint16_t* target = tile + Tile<kWidth>::offset(first, chunk);
+#pragma unroll
+  for (int row = 0; row < kTile; row += kStep) {
+    copy_16_async(target + row * Tile<kWidth>::kPitch, source, first + row < valid);
+    source += kStep * stride;
+  }
+}
+
 // Starts copying `valid` rows of a matrix; the other rows of the tile become zero.
 template <int kWidth>
 FLAMINGO_DEVICE void copy_tile(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
-  constexpr int kChunks = kWidth / 8;
-#pragma unroll 1  // more copies at a time would take registers from the accumulators
-  for (int i = thread_number(); i < kTile * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const uint16_t* source = matrix + (row < valid ? row : 0) * stride + chunk * 8;
-    copy_16_async(tile + Tile<kWidth>::offset(row, chunk), source, row < valid);
+  if constexpr (kWidth == 96) {  // twelve chunks a row do not divide the threads
+    copy_columns<kWidth, 0, 8>(tile, matrix, stride, valid);
+    copy_columns<kWidth, 8, 4>(tile, matrix, stride, valid);
+  } else {
+    copy_columns<kWidth, 0, kWidth / 8>(tile, matrix, stride, valid);
   }
 }
 
@@ -92,10 +108,11 @@ FLAMINGO_DEVICE void store_weights(uint16_t* tile, const float (&w)[8][4]) {
   }
 }
 
-// Computes sum [16 keys, kWidth] += w^T b for this warp's sixteen columns of w [64, 64]; b is [64, kWidth].
-template <Type kType, int kWidth>
+// Computes sum [16 keys, kWidth] += w^T b for this warp's sixteen columns of w [64, 64]; b is [64, kWidth]. With kForget
+// no register keeps the addresses between two calls.
+template <Type kType, int kWidth, bool kForget = false>
 FLAMINGO_DEVICE void accumulate_keys(float (&sum)[kWidth / 8][4], const uint16_t* w, const uint16_t* b) {
-  const int lane = lane_number();
+  const int lane = kForget ? forget(lane_number()) : lane_number();
 #pragma unroll 2
   for (int k = 0; k < 4; ++k) {
     uint32_t left[4];

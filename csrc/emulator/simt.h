@@ -18,7 +18,7 @@
 #include <vector>
 
 #define FLAMINGO_DEVICE inline
-#define FLAMINGO_KERNEL(threads) void
+#define FLAMINGO_KERNEL(threads, blocks) void
 #define FLAMINGO_ASSERT(condition) \
   if (!(condition)) flamingo::simt::fail("device assertion: " #condition)
 

@@ -84,3 +84,13 @@ def test_clipping_that_is_off_is_off_in_deepspeed(write_yaml: WriteYaml, given: 
     values = contrastive_values(optimizer={"clip_grad_norm": given})
     config = load_config(write_yaml(values), [], ContrastiveRunConfig, check_files=False)
     assert deepspeed_json(config)["gradient_clipping"] == expected
+
+
+def test_only_the_vision_stage_augments_on_the_device(write_yaml: WriteYaml) -> None:
+    values = run_values()
+    values["data"]["augmentation"] = "device"
+    (problem,) = problems_of(write_yaml(values))
+    assert problem.path == "data.augmentation" and "trainer.pretrain_vision only" in problem.message
+    values = contrastive_values()
+    values["data"]["augmentation"] = "device"
+    load_config(write_yaml(values), [], ContrastiveRunConfig, check_files=False)

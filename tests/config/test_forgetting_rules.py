@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def debug_with_text(tmp_path: Path, kl_weight: float = 0.5) -> Path:
         (["--forgetting.every=5"], "forgetting.manifest: is needed by the other settings"),
         (["--forgetting.manifest=a.npz", "--forgetting.max_tokens=1"], "forgetting.max_tokens: 1 predicts nothing"),
         (["--forgetting.manifest=data/quickstart/train/pairs/manifest.npz"], "is trained on (data.sources.0.manifest)"),
+        (["--forgetting.manifest=a.npz", "--forgetting.task_limit=3"], "3 has no effect without forgetting.tasks"),
         (["--checkpoint.patience=3"], "counts evaluations, but checkpoint.best_metric is loss"),
         ([*EVALUATED, "--checkpoint.patience=3"], "checkpoint.keep_best: 0 keeps no best checkpoint"),
         ([*EVALUATED, "--checkpoint.keep_best=1", "--checkpoint.patience=9"], "9 never ends a run of 20 steps"),
@@ -46,6 +48,16 @@ def debug_with_text(tmp_path: Path, kl_weight: float = 0.5) -> Path:
 )
 def test_bad_settings_are_refused(overrides: list[str], message: str) -> None:
     assert message in problems(DEBUG, overrides, FlamingoRunConfig)
+
+
+def test_tasks_need_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
+    overrides = ["--forgetting.manifest=a.npz", '--forgetting.tasks=["a"]', f"--forgetting.task_folder={tmp_path}/none"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEBUG, overrides, FlamingoRunConfig)
+    assert "forgetting.tasks: needs lm_eval, which is not installed" in str(caught.value)
+    assert "forgetting.task_folder: no such folder" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_all_settings_that_are_paths_are_known() -> None:
         "deepspeed.offload_param.path",
         "deepspeed.offload_optimizer.path",
         "forgetting.manifest",
+        "forgetting.task_folder",
     }
     assert {"data.cache_dir", "data.sources.0.manifest"} <= set(path_settings(FlamingoRunConfig))
     assert "tokenizer" in set(path_settings(ContrastiveRunConfig))

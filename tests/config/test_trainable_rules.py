@@ -24,6 +24,14 @@ DEBUG = ROOT / "configs" / "debug.yaml"
         (["--model.language_model_lora.rank=4"], "is for model.trainable.language_model: lora, not frozen"),
         (["--model.trainable.vision=lora", "--model.vision_lora.rank=0"], "vision_lora.rank: must be 1 or more, not 0"),
         (["--model.trainable.vision=lora", "--model.vision_lora.dropout=1"], "below 1, not 1"),
+        (
+            ["--model.language_model.quantization=int8", "--model.trainable.language_model=full"],
+            "model.language_model.quantization: int8 is for a language model that is frozen, not full",
+        ),
+        (
+            ["--model.language_model.quantization=int8", "--deepspeed.offload_param.device=nvme"],
+            "int8 cannot lie on a drive",
+        ),
         (["--schedule.decay=exponential"], "schedule.final_lr_ratio: an exponential never reaches 0"),
     ],
 )
@@ -44,6 +52,9 @@ def test_quantized_weights_train_only_with_adapters(tmp_path: Path) -> None:
     load("lora")
     with pytest.raises(ConfigError, match=r"quantized \(gptq\) and cannot train"):
         load("full")
+    named.append("--model.language_model.quantization=int8")
+    with pytest.raises(ConfigError, match=r"quantized already \(gptq\)"):
+        load("frozen")
 
 
 def test_only_a_flamingo_has_parts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,18 @@ from trainer.tasks.flamingo import build_flamingo_task
 
 pytestmark = pytest.mark.distributed
 STEPS = 3
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {assets}/words.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [w3, w4]
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
 LORA = {"language_model": "lora"}
 
 
@@ -80,9 +93,14 @@ def settings_of(assets: Path, folder: Path, name: str, **changes: Any) -> dict[s
 
 
 def held_out(assets: Path) -> dict[str, Any]:
-    """Return settings that measure forgetting at every step."""
+    """Return settings that measure forgetting at every step, with a task where lm_eval is installed."""
     manifest = str(assets / "data" / "held_out" / "manifest.npz")
-    return {"manifest": manifest, "num_documents": 7, "every": 1, "max_tokens": 4, "batch_size": 2}
+    settings = {"manifest": manifest, "num_documents": 7, "every": 1, "max_tokens": 4, "batch_size": 2}
+    if HAS_LM_EVAL:
+        (assets / "words.jsonl").write_text("".join(f'{{"text": "w{i}", "gold": {i % 2}}}\n' for i in range(5)))
+        (assets / "words.yaml").write_text(TASK.format(assets=assets))
+        settings |= {"tasks": ["words"], "task_folder": str(assets)}
+    return settings
 
 
 def one_process(world: World, assets: Path, folder: Path) -> dict[str, Any]:
@@ -158,6 +176,20 @@ def test_forgetting_is_measured_from_the_start_of_the_run(found: tuple[Path, dic
     assert lines[1]["forgetting/difference"] != 0
     assert [line["forgetting/bits_per_byte"] for line in lines] == pytest.approx(
         [line["forgetting/bits_per_byte"] for line in read_metrics(folder / "two")], rel=1e-4
+    )
+
+
+@pytest.mark.skipif(not HAS_LM_EVAL, reason="the extra lm_eval is not installed")
+@pytest.mark.parametrize("run_name", ["measured", "two", "frozen"])
+def test_a_task_of_lm_eval_is_scored_in_the_run(found: tuple[Path, dict[str, Any]], run_name: str) -> None:
+    folder, _ = found
+    lines = read_metrics(folder / run_name)
+    scores = [line["forgetting/words/acc"] for line in lines]
+    assert all(score in (0, 0.2, 0.4, 0.6, 0.8, 1) for score in scores)
+    starts = [line["forgetting/words/acc"] - line["forgetting/words/acc_difference"] for line in lines]
+    assert max(starts) - min(starts) < 1e-12
+    assert scores == pytest.approx(
+        [line["forgetting/words/acc"] for line in read_metrics(folder / "two")][: len(scores)]
     )
 
 

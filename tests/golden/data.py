@@ -55,7 +55,7 @@ def _own() -> int:
 
 
 def _zero_shot() -> int:
-    """Unpack images for zero-shot classification, as configs/vision/tiny.yaml says."""
+    """Unpack images for zero-shot classification, as launch_scripts/combine_vision.sh does."""
     write, digits = partial(_zero_shot_folder), "data/quickstart/test/held_out/00000.tar"
     return write("digits", digits) or write("shapes", "data/easy_vqa/validation")
 

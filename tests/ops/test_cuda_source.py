@@ -1,51 +1,37 @@
-"""Check the machine code of the CUDA kernels for both architectures: no spills and no local memory.
+"""Check the machine code of the CUDA kernels for both architectures: no spills, no local memory, budgets kept.
 
 The tests need nvcc and a disassembler, but no GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.ops.sass_budgets import ARCHITECTURES, INSTANTIATIONS, assert_within_budget
+from trainer.benchmark import sass
+
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-INSTANTIATIONS = sorted(path.stem for path in CUDA.glob("*_*_*_[bf]*16.cu"))
-ARCHITECTURES = ["sm_80", "sm_90a"]
 
 
 def find_nvcc() -> str:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    nvcc = shutil.which("nvcc") or str(home / "bin" / "nvcc")
-    if not os.access(nvcc, os.X_OK):
-        pytest.skip("no nvcc: set CUDA_HOME to a CUDA toolkit to compile the kernels")
-    return nvcc
-
-
-def find_disassembler() -> str:
-    """Return nvdisasm of the toolkit, or the one inside triton."""
-    found = shutil.which("nvdisasm")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        candidate = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        found = str(candidate) if candidate.exists() else None
-    if found is None:
-        pytest.skip("no nvdisasm: neither the CUDA toolkit nor triton has one")
-    return found
+    try:
+        return sass.find_nvcc()
+    except sass.ToolMissingError as error:
+        pytest.skip(str(error))
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[str, Path]:
-    """Return the report of ptxas, and the machine code."""
+    """Return the report of ptxas, and the machine code; skip the test where a tool is missing."""
     code = folder / "kernels.cubin"
-    command = [find_nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas=-v"]
-    result = subprocess.run([*command, "-o", str(code), str(source)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stderr, code
+    try:
+        sass.find_disassembler()
+        return sass.compile_source(source, architecture, code), code
+    except sass.ToolMissingError as error:
+        pytest.skip(str(error))
 
 
 def spilled_bytes(report: str) -> list[int]:
@@ -54,10 +40,9 @@ def spilled_bytes(report: str) -> list[int]:
     return [int(number) for kernel in re.findall(pattern, report) for number in kernel]
 
 
-def instructions(code: Path) -> set[str]:
-    """Return the names of the instructions in machine code, without modifiers: LDSM, HMMA, ..."""
-    text = subprocess.run([find_disassembler(), "-c", str(code)], capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text))
+def instructions(kernels: Sequence[sass.Kernel]) -> set[str]:
+    """Return the names of the instructions of kernels, without modifiers: LDSM, HMMA, ..."""
+    return {instruction.name for kernel in kernels for instruction in kernel.code}
 
 
 def test_every_op_head_dim_and_type_is_instantiated() -> None:
@@ -68,14 +53,16 @@ def test_every_op_head_dim_and_type_is_instantiated() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", INSTANTIATIONS)
-def test_no_spills_and_no_local_memory(name: str, architecture: str, tmp_path: Path) -> None:
+def test_no_spills_no_local_memory_and_budgets_kept(name: str, architecture: str, tmp_path: Path) -> None:
     report, code = compile_kernels(CUDA / f"{name}.cu", architecture, tmp_path)
     numbers = spilled_bytes(report)
     assert len(numbers) >= 3 * 4, "ptxas reports on at least four kernels"
     assert set(numbers) == {0}, report
-    used = instructions(code)
+    kernels = sass.read_kernels(report, code)
+    used = instructions(kernels)
     assert {"HMMA", "LDSM", "LDGSTS"} <= used, "tensor cores, matrix loads and asynchronous copies are used"
     assert not {name for name in used if name.startswith(("LDL", "STL"))}
+    assert_within_budget(name, architecture, kernels)
 
 
 def test_a_kernel_with_local_memory_is_noticed(tmp_path: Path) -> None:
@@ -89,7 +76,7 @@ def test_a_kernel_with_local_memory_is_noticed(tmp_path: Path) -> None:
     )
     report, code = compile_kernels(source, ARCHITECTURES[0], tmp_path)
     assert set(spilled_bytes(report)) != {0}
-    assert {"LDL", "STL"} <= instructions(code)
+    assert {"LDL", "STL"} <= instructions(sass.read_kernels(report, code))
 
 
 def test_kernel_headers_do_not_include_torch() -> None:

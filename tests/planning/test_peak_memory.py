@@ -66,7 +66,9 @@ def predicted_and_measured(world: Any, overrides: list[str]) -> tuple[str, float
     from trainer.planning.random_weights import build_on_meta_device
 
     config = load_config(DEBUG, overrides, FlamingoRunConfig, check_files=False)
-    predicted = predict(config, build_on_meta_device(config.model), Cluster(DEVICES["h100"], 1, world.size))
+    predicted = predict(
+        config, build_on_meta_device(config.model, config.training.dtype), Cluster(DEVICES["h100"], 1, world.size)
+    )
     before = tensor_memory().current  # left by earlier cases in this process
     model, json_settings = random_model(config, world)
     engine = Engine(model, config.optimizer, json_settings, world)

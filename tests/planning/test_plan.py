@@ -42,7 +42,9 @@ def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float
     from trainer.planning.random_weights import build_on_meta_device
 
     config = debug_config(overrides)
-    planned = predict(config, build_on_meta_device(config.model), Cluster(DEVICES["h100"], 1, world.size)).sent
+    planned = predict(
+        config, build_on_meta_device(config.model, config.training.dtype), Cluster(DEVICES["h100"], 1, world.size)
+    ).sent
     model, settings = random_model(config, world)
     engine = Engine(model, config.optimizer, settings, world)
     made = synthetic_step(config, model, world)

@@ -18,8 +18,8 @@ import pytest
 from tests.project.commands import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = "checkpoints cluster data_layouts data_order first_cluster_run kernels packing zero".split()
-SPHINX = ("furo", "myst_parser", "sphinx")
+PAGES = "checkpoints cluster data_layouts data_order first_cluster_run kernels large_models packing zero".split()
+SPHINX = ("furo", "myst_nb", "sphinx")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -35,9 +35,9 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_index_leads_to_every_page() -> None:
-    linked = set(re.findall(r"\]\(([\w/]+)\.md", (DOCS / "index.md").read_text(encoding="utf-8")))
-    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
-    assert pages - linked == {"index"}
+    linked = set(re.findall(r"\]\(([\w/]+\.(?:md|ipynb))", (DOCS / "index.md").read_text(encoding="utf-8")))
+    pages = {path.relative_to(DOCS).as_posix() for kind in ("*.md", "*.ipynb") for path in DOCS.rglob(kind)}
+    assert pages - linked == {"index.md"}
 
 
 def test_the_pictures_are_those_that_the_script_draws() -> None:
@@ -89,9 +89,11 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     settings = (tmp_path / "site/docs/reference/settings.html").read_text(encoding="utf-8")
     commands = (tmp_path / "site/docs/reference/commands.html").read_text(encoding="utf-8")
     api = (tmp_path / "site/docs/reference/api.html").read_text(encoding="utf-8")
+    notebook = (tmp_path / "site/docs/notebooks/first_steps.html").read_text(encoding="utf-8")
     assert "data.sources.0.space_prefix_probability" in settings
     assert "--allow-rejected" in commands
     assert 'id="model.ops.masked_cross_attention"' in api
+    assert notebook.count("data:image/png;base64,") > 20
 
 
 class Links(HTMLParser):

@@ -4,7 +4,8 @@
 launcher: ``[deepspeed ... --module] trainer.benchmark step CONFIG``.
 
 The command prints one line per measurement. ``--json`` writes them as a list after a header with hardware, versions
-and commit. The exit code is 0, 1 where ``--check`` finds a missed target, or 2 where an argument is wrong.
+and commit. ``kernels --device model`` estimates the kernels' times on an H100 instead of measuring any. The exit code
+is 0, 1 where ``--check`` finds a missed target, or 2 where an argument is wrong or a tool is missing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.benchmark.sass import ToolMissingError
 from trainer.config.command_line import without_local_rank
 
 SUBCOMMANDS = {
@@ -47,13 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no CUDA device here; use --device cpu", file=sys.stderr)
         return 2
-    rows = importlib.import_module(f"trainer.benchmark.{options.name}").run(device)
+    if device == "model" and options.name != "kernels":
+        print(f"--device model: {options.name} has no model of a GPU, only kernels has one", file=sys.stderr)
+        return 2
+    try:
+        rows = importlib.import_module(f"trainer.benchmark.{options.name}").run(device)
+    except ToolMissingError as error:
+        print(f"--device {device}: {error}", file=sys.stderr)
+        return 2
     for row in rows:
         verdict = "" if row.met is None else f"   target {row.target:g}: {'met' if row.met else 'MISSED'}"
         baseline = f"   {row.baseline} {row.baseline_value:.4g}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
         print(f"{row.case:44s} {row.measure:24s} {row.value:10.4g} {row.unit:5s}{baseline}{verdict}")
     if options.json is not None:
-        write_result(options.json, device, {"benchmark": options.name}, rows)
+        modeled = {"modeled": "an H100, from machine code; nothing was measured"} if device == "model" else {}
+        write_result(options.json, device, {"benchmark": options.name} | modeled, rows)
     missed = [row for row in rows if row.met is False]
     return 1 if options.check and missed else 0
 
@@ -65,7 +75,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("name", choices=sorted(SUBCOMMANDS), metavar="NAME", help="what to measure, see below")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where to measure (default: cuda if there is a device)"
+        "--device",
+        choices=("cpu", "cuda", "model"),
+        help="where to measure (default: cuda if there is a device); model, of kernels alone: estimate for an H100",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the measurements to")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")

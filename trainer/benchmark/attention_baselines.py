@@ -41,6 +41,21 @@ class CrossShape:
     uneven: bool = False
     num_kv_heads: int | None = None
 
+    @property
+    def kind(self) -> str:
+        """Media and heads in words."""
+        heads = f"{self.num_heads}x{self.head_dim}"
+        heads += "" if self.num_kv_heads is None else f" with {self.num_kv_heads} of keys"
+        latents = "" if self.num_latents == CrossShape.num_latents else f" of {self.num_latents}"
+        return f"{self.num_media} {'uneven ' if self.uneven else ''}media{latents}, {heads}"
+
+    def min_bytes(self, element_size: int) -> tuple[int, int]:
+        """Return the bytes that forward and backward read and write at least."""
+        q = element_size * self.rows * self.length * self.num_heads * self.head_dim
+        keys = self.rows * self.num_media * self.num_latents * (self.num_kv_heads or self.num_heads)
+        k_and_v = 2 * element_size * keys * self.head_dim
+        return 2 * q + k_and_v, 3 * q + 2 * k_and_v
+
     def within_row(self, device: str) -> Tensor:
         """Return int64 [length]: the medium of its row that a token sees, or -1."""
         leading = int(self.leading_text)
@@ -199,6 +214,12 @@ class ResamplerShape:
     num_heads: int
     head_dim: int
     num_latents: int = 64
+
+    def min_bytes(self, element_size: int) -> tuple[int, int]:
+        """Return the bytes that forward and backward read and write at least."""
+        row = element_size * self.num_media * self.num_heads * self.head_dim
+        q, k_and_v = row * self.num_latents, 2 * row * (self.num_features + self.num_latents)
+        return 2 * q + k_and_v, 3 * q + 2 * k_and_v
 
 
 def resampler_baselines(shape: ResamplerShape, device: str) -> dict[str, Attention]:

@@ -189,7 +189,7 @@ def _prepared_flamingo(config: FlamingoRunConfig, world: World, options: argpars
     if options.data == "real":
         engine, batches = _real(build_flamingo_task(config, world), config, world, options)
     else:
-        check_memory(config, build_on_meta_device(config.model), world)
+        check_memory(config, build_on_meta_device(config.model, config.training.dtype), world)
         model, settings = random_model(config, world)
         engine = Engine(model, config.optimizer, settings, world, config.training.cpu_matmul)
         batches = repeat(synthetic_step(config, model, world))

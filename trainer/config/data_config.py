@@ -266,6 +266,9 @@ class DataConfig:
         image_fit: How an image becomes the tower's square where ``image_tokens`` is not set. "pad" keeps the aspect
             and pads with the mean color (the paper), "crop" resizes the short side and crops the center (open_clip),
             "stretch" ignores the aspect.
+        augmentation: Where flips and changes of colors are made (``augment`` of the sources): by the "loader", or on
+            the "device", which takes that work off the loader's cores; trainer.pretrain_vision only. Crops are cut by
+            the loader before it resizes. The draws of a sample are the same in both places.
         max_pixels: Most pixels of an image or video frame, by its header; larger ones are replaced before they are
             decoded. Decoding takes up to 24 bytes a pixel for an image, and 32 for a video, whose decoder keeps frames.
         ledger: Write ``ledger/rank-N.jsonl``, one line for each sample that an applied step consumed.
@@ -291,6 +294,7 @@ class DataConfig:
     num_workers: NonNegative = 0
     prefetch: Positive = 2
     image_fit: Literal["pad", "crop", "stretch"] = "pad"
+    augmentation: Literal["loader", "device"] = "loader"
     max_pixels: Positive = 178_956_970
     ledger: bool = False
     max_bad_fraction: Probability = 0.1

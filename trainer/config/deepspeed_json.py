@@ -72,6 +72,9 @@ def _generate(config: RunConfig) -> dict[str, Any]:
     for name, offload in (("offload_param", settings.offload_param), ("offload_optimizer", settings.offload_optimizer)):
         if offload.device != "none":
             zero[name] = offload_section(offload)
+    if settings.offload_param.device == "nvme":
+        # Each parameter that stays gathered for its next use holds a buffer for the drive, and there are few of them.
+        zero["stage3_max_reuse_distance"] = 0
     bf16 = config.training.dtype == "bfloat16"
     result: dict[str, Any] = {
         # Micro-batches of the sources differ in size, and DeepSpeed never sees their sizes. ``Engine`` marks the last

@@ -18,6 +18,11 @@ class ForgettingConfig:
         every: Steps between two measurements. There is one before the first step, and one after the last.
         max_tokens: Tokens that the model sees together. Longer documents are measured in pieces.
         batch_size: Pieces of each rank in one forward pass.
+        tasks: Tasks of lm_eval that score the language model alone, without cross-attention, at the same steps:
+            ``forgetting/TASK/METRIC``. They need the extra ``lm_eval``.
+        task_folder: Folder with YAML files of tasks, as lm_eval's ``--include_path``, the only ones known then; None
+            knows lm_eval's own tasks, most of which read their data from the hub.
+        task_limit: Most documents of a task, the first ones; None takes all.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN_KEYS
@@ -27,3 +32,6 @@ class ForgettingConfig:
     every: Positive = 1000
     max_tokens: Positive = 256
     batch_size: Positive = 4
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    task_limit: Positive | None = None

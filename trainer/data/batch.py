@@ -18,6 +18,7 @@ from model.loss import find_target_positions
 from model.media_index import find_documents
 from model.media_inputs import from_patches, media_inputs
 from model.tower_patches import Grid, PatchLayout
+from trainer.data.device_augmentation import augment_media
 
 IGNORED_LABEL = -100
 _MODEL_INPUTS = (
@@ -73,6 +74,7 @@ class Row:
         samples: Samples that the row was made of.
         position_ids: int64 [L] of a packed row, restarting at 0 with each document; None where the row is one document.
         dropped_images: Images that documents of the row lost: unusable ones, and those beyond ``max_images``.
+        device_changes: What the device changes in each medium, float64 [15] each; empty if the loader changed them.
     """
 
     input_ids: Tensor
@@ -82,6 +84,7 @@ class Row:
     samples: tuple[SampleId, ...]
     position_ids: Tensor | None = None
     dropped_images: tuple[RejectedSample, ...] = ()
+    device_changes: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Batch:
         patch_layout: Layout of ``media_grids``.
         document_offsets: ``model.media_index.find_documents`` of packed rows.
         longest_document: Tokens of the longest document of packed rows.
+        device_changes: What the device changes in each medium, float64 [M, 15]; None once that is done, or if the
+            loader did it.
     """
 
     source: str
@@ -149,6 +154,7 @@ class Batch:
     patch_layout: PatchLayout | None = None
     document_offsets: Tensor | None = None
     longest_document: int | None = None
+    device_changes: Tensor | None = None
 
     @property
     def num_media(self) -> int:
@@ -189,8 +195,11 @@ class Batch:
         return from_patches(self.media.split(sizes)[index], self.media_grids[index])
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device; a pinned batch is copied asynchronously."""
-        return self._map_tensors("to", device, non_blocking=True)
+        """Return the batch on a device, with augmented media; a pinned batch is copied asynchronously."""
+        moved = self._map_tensors("to", device, non_blocking=True)
+        if moved.device_changes is None:
+            return moved
+        return replace(moved, media=augment_media(moved.media, moved.device_changes), device_changes=None)
 
     def pin_memory(self) -> Batch:
         """Return the batch in pinned host memory. torch's DataLoader calls this."""
@@ -241,6 +250,7 @@ def collate(
             position_ids[number, length:] = torch.arange(shape[1] - length)
     if not media:
         media = [batch_format.dummy_medium(num_frames, keeps_aspect)]
+    changes = [one for row in rows for one in row.device_changes]
     pixels, media_grids = media_inputs(media, batch_format.patch_size if keeps_aspect else None)
     document_offsets = longest_document = None
     if position_ids is not None:
@@ -263,4 +273,5 @@ def collate(
         patch_layout=None if media_grids is None else PatchLayout.of(media_grids),
         document_offsets=document_offsets,
         longest_document=longest_document,
+        device_changes=torch.stack(changes) if changes else None,
     )

@@ -39,6 +39,7 @@ from trainer.deepspeed_engine.optimizer import (
 from trainer.deepspeed_engine.part_clipping import PartClipper, PartClipping
 from trainer.deepspeed_engine.part_norms import PartNorms
 from trainer.deepspeed_engine.shard_layout import shard_layout
+from trainer.deepspeed_engine.swap_internals import shared_parameter_swapper
 from trainer.runtime.cpu_matmul import CpuMatmul, use_cpu_matmul
 from trainer.runtime.distributed import World
 
@@ -74,7 +75,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[PartitionedBuild]:
     # transformers partitions while an HfDeepSpeedConfig is alive, so this reference must not be dropped.
     alive = HfDeepSpeedConfig(settings)
     try:
-        with shared_hpz_group():
+        with shared_hpz_group(), shared_parameter_swapper():
             yield PartitionedBuild(
                 gathered_parameters, lambda: deepspeed.zero.Init(config_dict_or_path=settings), overwritten_parameters
             )

@@ -14,22 +14,24 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from model.factory import build_tokenizer
 from model.flamingo import Flamingo
+from model.tokens import FlamingoTokenizer
 from trainer.config.run_config import FlamingoRunConfig
 from trainer.deepspeed_engine.engine import Engine
 from trainer.errors import ConfigError, Problem
 from trainer.evaluation.held_out_text import HeldOutText, read_held_out_text
 from trainer.evaluation.live import undisturbed
 from trainer.evaluation.models import language_model_positions
+from trainer.evaluation.text_scores import TextScorer
 from trainer.observers.step_observer import StepObserver
 from trainer.resilience.events import EventLog
-from trainer.runtime.distributed import World, any_rank, broadcast, failing_together, gather_objects
+from trainer.runtime.distributed import World, any_rank, broadcast, failing_together
 from trainer.runtime.files import write_json
 from trainer.runtime.run_folder import RunFolder
 from trainer.tasks.row_builders import flamingo_encoding
@@ -39,6 +41,11 @@ _log = logging.getLogger(__name__)
 PREFIX = "forgetting/"
 ALONE, WHOLE = "bits_per_byte", "whole_model_bits_per_byte"
 DIFFERENCES = {ALONE: "difference", WHOLE: "whole_model_difference"}
+
+
+def difference_name(name: str) -> str:
+    """Return the name of the difference of a value to the one at the start."""
+    return DIFFERENCES.get(name, f"{name}_difference")
 
 
 def forgetting_observers(config: FlamingoRunConfig, world: World) -> list[StepObserver]:
@@ -58,25 +65,26 @@ def forgetting_observers(config: FlamingoRunConfig, world: World) -> list[StepOb
             f"{settings.max_tokens} is more than the {positions} positions of the language model; set at most that"
         )
         raise ConfigError([Problem("forgetting.max_tokens", message)])
-    encoding = flamingo_encoding(build_tokenizer(config.model))
+    tokenizer = build_tokenizer(config.model)
+    encoding = flamingo_encoding(tokenizer)
     text = read_held_out_text(settings.manifest, encoding, settings.num_documents, settings.max_tokens)
-    return [Forgetting(config, text, encoding.pad_id, world)]
+    return [Forgetting(config, text, tokenizer, world)]
 
 
 class Forgetting(StepObserver):
     """Measure before the first step, every so many steps, and after the last one.
 
-    Every rank predicts a part of the text, in equally many forwards, because ZeRO-3 makes each a collective.
-
     Args:
         config: Settings of the run.
         text: Text to predict.
-        pad_id: Token that fills rows up.
+        tokenizer: Tokenizer of the run.
         world: Processes of the run.
     """
 
-    def __init__(self, config: FlamingoRunConfig, text: HeldOutText, pad_id: int, world: World) -> None:
-        self._config, self._text, self._pad_id, self._world = config, text, pad_id, world
+    def __init__(
+        self, config: FlamingoRunConfig, text: HeldOutText, tokenizer: FlamingoTokenizer, world: World
+    ) -> None:
+        self._config, self._text, self._tokenizer, self._world = config, text, tokenizer, world
         self._folder = RunFolder(config.run_dir)
         self._start: Mapping[str, float] | None = None
         self._logits_at_first: str | None = None
@@ -111,7 +119,7 @@ class Forgetting(StepObserver):
         start = self._start or found
         values: dict[str, float] = {}
         for name, value in found.items():
-            values |= {PREFIX + name: value, PREFIX + DIFFERENCES[name]: value - start[name]}
+            values |= {PREFIX + name: value, PREFIX + difference_name(name): value - start[name]}
         return values
 
     def _measure(self, step: int, engine: Engine) -> dict[str, float]:
@@ -122,38 +130,37 @@ class Forgetting(StepObserver):
             found = {ALONE: self._bits_per_byte(model, model.language_model)}
             if self._whole_differs:
                 found[WHOLE] = self._bits_per_byte(model, lambda ids: model(ids).logits)
-        return found
+            return found | self._task_scores(model)
+
+    def _task_scores(self, model: Flamingo) -> dict[str, float]:
+        """Return the scores of the language model alone in lm_eval's tasks."""
+        settings = self._config.forgetting
+        if not settings.tasks:
+            return {}
+        from trainer.evaluation.lm_eval_model import LanguageModelForLmEval, task_scores  # needs the extra lm_eval
+
+        scored = LanguageModelForLmEval.of_model(
+            model,
+            self._tokenizer,
+            max_tokens=settings.max_tokens,
+            batch_size=settings.batch_size,
+            world=self._world,
+        )
+        return task_scores(scored, settings.tasks, settings.task_folder, settings.task_limit)
 
     def _bits_per_byte(self, model: Flamingo, logits_of: Callable[[Tensor], Tensor]) -> float:
-        counts_Z = model.language_model.own_tokens(self._world.device)
-        nats: dict[int, float] = {}
-        for numbers in self._batches():
-            ids_BL = self._padded(numbers)
-            with torch.no_grad():
-                logits_BLZ = logits_of(ids_BL)
-            for number, ids_L, logits_LZ in zip(numbers, ids_BL, logits_BLZ, strict=True):
-                nats[number] = _nats(logits_LZ, ids_L[: len(self._text.pieces[number])], counts_Z)
-        together: dict[int, float] = {}
-        for own in gather_objects(nats, self._world):
-            together |= own  # a piece that fills up a rank's last batch is there more than once, and counts once
-        return math.fsum(together[number] for number in sorted(together)) / math.log(2) / self._text.num_bytes
+        scores = self._scorer(model, logits_of).scores(self._text.pieces)
+        return math.fsum(score.nats for score in scores) / math.log(2) / self._text.num_bytes
 
-    def _batches(self) -> Iterator[Sequence[int]]:
-        """Yield the numbers of this rank's pieces, batch by batch; all ranks have equally many batches."""
-        size, total = self._world.size, len(self._text.pieces)
-        own = [(index * size + self._world.rank) % total for index in range(math.ceil(total / size))]
-        for start in range(0, len(own), self._config.forgetting.batch_size):
-            yield own[start : start + self._config.forgetting.batch_size]
-
-    def _padded(self, numbers: Sequence[int]) -> Tensor:
-        pieces = [self._text.pieces[number] for number in numbers]
-        longest = max(map(len, pieces))
-        rows = [[*piece, *[self._pad_id] * (longest - len(piece))] for piece in pieces]
-        return torch.tensor(rows, device=self._world.device)
+    def _scorer(self, model: Flamingo, logits_of: Callable[[Tensor], Tensor]) -> TextScorer:
+        settings, counts_Z = self._config.forgetting, model.language_model.own_tokens(self._world.device)
+        return TextScorer(logits_of, counts_Z, self._tokenizer.pad_id, settings.batch_size, self._world)
 
     def _check(self, step: int, model: Flamingo) -> None:
         """Compare the logits of a frozen language model with those of the first check of this process."""
-        ids_BL = self._padded(next(self._batches()))
+        scorer = self._scorer(model, model.language_model)
+        numbers = next(scorer.batches(len(self._text.pieces)))
+        ids_BL = scorer.padded([self._text.pieces[number] for number in numbers])
         with torch.no_grad():
             alone = _own_logits(model.language_model(ids_BL), model)
             whole = alone if self._whole_differs else _own_logits(model(ids_BL).logits, model)
@@ -184,7 +191,11 @@ class Forgetting(StepObserver):
         names = [ALONE, WHOLE] if self._whole_differs else [ALONE]
         if not isinstance(saved, dict) or saved.get("text") != self._text.digest or not set(names) <= saved.keys():
             return None
-        return {name: float(saved[name]) for name in names}
+        tasks = self._config.forgetting.tasks
+        of_tasks = [name for name in saved if name.partition("/")[0] in tasks]
+        if {name.partition("/")[0] for name in of_tasks} != set(tasks):
+            return None
+        return {name: float(saved[name]) for name in [*names, *of_tasks]}
 
 
 def _model_of(engine: Engine) -> Flamingo:
@@ -196,11 +207,3 @@ def _model_of(engine: Engine) -> Flamingo:
 def _own_logits(logits_BLZ: Tensor, model: Flamingo) -> Tensor:
     """Return the logits without the columns of the added tokens, which train."""
     return logits_BLZ[..., model.language_model.own_tokens(logits_BLZ.device)]
-
-
-def _nats(logits_LZ: Tensor, ids_L: Tensor, counts_Z: Tensor) -> float:
-    """Return -log p of all ids but the first, over the tokens that count."""
-    wide = torch.promote_types(logits_LZ.dtype, torch.float32)
-    logits_LZ = logits_LZ[: len(ids_L) - 1].to(wide).masked_fill(~counts_Z, -torch.inf)
-    log_p_L = logits_LZ.log_softmax(-1).gather(-1, ids_L[1:, None])
-    return -float(log_p_L.sum(dtype=torch.float64))

@@ -28,7 +28,7 @@ class Sizes:
     """Describe a partitioned model.
 
     Attributes:
-        total: Parameters of the model.
+        total: Parameters of the model; a quantized one counts by its bytes.
         trainable: Parameters that train.
         vision: Parameters of the vision tower.
         itemsize: Bytes of one parameter.
@@ -37,12 +37,12 @@ class Sizes:
         standardized: Weights of a frozen NFNet that are kept standardized, whole on every device.
     """
 
-    total: int
+    total: float
     trainable: int
     vision: int
     itemsize: int
     ranks: int
-    largest_block: int = 0
+    largest_block: float = 0
     standardized: int = 0
 
 

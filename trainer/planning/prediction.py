@@ -140,7 +140,7 @@ def predict(
     recomputed = recomputed_blocks(config, activations, plans)
     zero = deepspeed_json(config)["zero_optimization"]
     itemsize = 2 if config.training.dtype == "bfloat16" else 4
-    parameters = (counted.total, counted.trainable, counted.vision)
+    parameters = (counted.held, counted.trainable, counted.vision)
     sizes = Sizes(*parameters, itemsize, cluster.size, counted.largest_block, counted.standardized)
     traffic = counted.traffic(zero, cluster.size, sum(plan.num_micro_batches for plan in plans), recomputed)
     micro_batches = [
@@ -154,7 +154,7 @@ def predict(
         messages=traffic.messages,
     )
     return Prediction(
-        sizes.total,
+        counted.total,
         sizes.trainable,
         peak_memory(sizes, zero, micro_batches),
         host_memory(sizes, zero, cluster.devices_per_node),

@@ -56,9 +56,10 @@ class ModelSizes:
 
     Attributes:
         total: Parameters of the model.
+        held: Their bytes, divided by those of a trained parameter: less than ``total`` where some are quantized.
         trainable: Parameters that train.
         vision: Parameters of the vision tower.
-        largest_block: Parameters of the largest frozen block.
+        largest_block: Parameters of the largest frozen block, counted as ``held``.
         standardized: Weights of the tower that ``model.standardized_convolutions`` keeps.
         useful: Sizes that decide the useful work.
     """
@@ -67,17 +68,19 @@ class ModelSizes:
         """Count the parameters of a model, which may be on the meta device."""
         self.total = _count(model.parameters())
         self.trainable = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self._itemsize = next(p.element_size() for p in model.parameters() if p.requires_grad)
+        self.held = sum(self._held(parameter) for parameter in model.parameters())
         self.vision = _count(model.vision_encoder.parameters())
         frozen = (block for block in model.blocks() if not any(p.requires_grad for p in block.parameters()))
-        self.largest_block = max((_count(block.parameters()) for block in frozen), default=0)
+        self.largest_block = max((sum(map(self._held, block.parameters())) for block in frozen), default=0.0)
         tower = [module for module in model.vision_encoder.modules() if isinstance(module, STANDARDIZED)]
         self.standardized = _count(module.weight for module in tower if not module.weight.requires_grad)
         self.useful = UsefulFlops.of(model)
-        self._all = [parameter.numel() for parameter in model.parameters()]
-        self._vision = [parameter.numel() for parameter in model.vision_encoder.parameters()]
+        self._all = list(model.parameters())
+        self._vision = list(model.vision_encoder.parameters())
         crossings = model.blocks_with_cross_attention()
         self._blocks = [
-            [p.numel() for part in (block, crossings.get(index)) if part is not None for p in part.parameters()]
+            [parameter for part in (block, crossings.get(index)) if part is not None for parameter in part.parameters()]
             for index, block in enumerate(model.language_model.decoder_blocks())
         ]
         lm = model.language_model.lm
@@ -106,24 +109,31 @@ class ModelSizes:
         share = (ranks - 1) / ranks
         buckets = math.ceil(self.trainable / zero["reduce_bucket_size"])
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
-        persistent = sum(size for size in self._all if size <= threshold)
-        gathered = self.total - persistent
+        gathered = self._above(threshold, self._all)
+        persistent = self.held - gathered
         again = self._gathered_again(zero, gathered, threshold, recomputed)
         elements = share * (micro_batches * (gathered + again + self.trainable) + persistent)
         passes = 1 + again / gathered if gathered else 1
         return Traffic(elements, round(micro_batches * (passes * self._units + buckets)) + 1)
 
-    def _gathered_again(self, zero: Mapping[str, Any], gathered: int, threshold: int, recomputed: int) -> int:
+    def _held(self, parameter: nn.Parameter) -> float:
+        return parameter.numel() * parameter.element_size() / self._itemsize
+
+    def _above(self, threshold: int, parameters: Iterable[nn.Parameter]) -> float:
+        """Return how much of some parameters is gathered at each use: those of more than ``threshold`` numbers."""
+        return sum(self._held(parameter) for parameter in parameters if parameter.numel() > threshold)
+
+    def _gathered_again(self, zero: Mapping[str, Any], gathered: float, threshold: int, recomputed: int) -> float:
         """Return how many parameters the backward of a micro-batch gathers again."""
-        behind_tower = gathered - sum(size for size in self._vision if size > threshold)
+        behind_tower = gathered - self._above(threshold, self._vision)
         reuse = zero.get("stage3_max_reuse_distance", DEFAULT_LIVE_PARAMETERS)
         # Between a block's forward and its backward, all parameters behind it are used twice.
-        again = max(0, behind_tower - reuse // 2)
+        again = max(0.0, behind_tower - reuse // 2)
         if not again:
-            return 0
+            return 0.0
         if self._table > threshold:
             again += self._table * (3 if self._is_tied else 1)
-        return again + sum(size for block in self._blocks[:recomputed] for size in block if size > threshold)
+        return again + sum(self._above(threshold, block) for block in self._blocks[:recomputed])
 
 
 def _longest_stack(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Lock a run folder for one job; the kernel releases the lock however the process ends."""
+"""Lock a folder for one job; the kernel releases the lock however the process ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from trainer.errors import TrainerError
 from trainer.runtime.run_folder import RunFolder
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunLockedError(TrainerError):
-    """Report that another job trains in the same run folder."""
+    """Report that another job uses the same folder."""
 
 
 @contextmanager
@@ -31,14 +32,31 @@ def run_lock(run_folder: RunFolder) -> Iterator[None]:
         RunLockedError: Another process holds the lock; the message names it.
         OSError: The folder cannot be written.
     """
-    descriptor = os.open(run_folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    with hold_lock(run_folder.lock, run_folder.path, "choose another run_dir"):
+        yield
+
+
+@contextmanager
+def hold_lock(lock: Path, folder: Path, advice: str) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Args:
+        lock: File of the lock; it is made where it is missing, and stays.
+        folder: Folder that the lock is for.
+        advice: What else a user can do than wait for the other job or end it.
+
+    Raises:
+        RunLockedError: Another process holds the lock; the message names it.
+        OSError: The file cannot be written.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise RunLockedError(
-                f"{run_folder.path} is in use by another job ({holder}); wait for it, end it, or choose another run_dir"
+                f"{folder} is in use by another job ({holder}); wait for it, end it, or {advice}"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -46,7 +64,7 @@ def run_lock(run_folder: RunFolder) -> Iterator[None]:
             _log.warning(
                 "the file system of %s has no file locks (%s), so nothing keeps a second job out of this run folder: "
                 "start one job only, or enable locks (Lustre: mount with -o flock; NFS: run its lock service)",
-                run_folder.path,
+                folder,
                 error,
             )
         with suppress(OSError):  # a full disk: only the other job's message would lack this

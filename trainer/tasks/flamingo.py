@@ -26,6 +26,7 @@ from trainer.tasks.batch_flops import count_operations, data_sheet_tflops
 from trainer.tasks.kl_penalty import accumulate_with, kl_weights
 from trainer.tasks.language_model_fit import check_language_model
 from trainer.tasks.row_builders import flamingo_builders
+from trainer.tasks.storage_check import prepare_offload
 from trainer.tasks.trained_parts import trained_parts_table
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
     ops.set_backend(config.training.ops)
     tokenizer = build_tokenizer(config.model)
     settings = deepspeed_json(config)
+    prepare_offload(config, settings, world)
     with partitioned_loading(settings) as build:
         model = build_flamingo(
             config.model,
@@ -51,6 +53,8 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
     config = _choose_checkpointing(config, model, world)
     if world.is_main:
         print(trained_parts_table(model, config), flush=True)
+        if model.language_model.quantization_error is not None:
+            print(model.language_model.quantization_error, flush=True)
     tower, sizes, penalties = model.vision_encoder, count_sizes(model), kl_weights(config.data)
     recomputed = config.training.activation_checkpointing
     return Task(

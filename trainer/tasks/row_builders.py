@@ -90,6 +90,7 @@ def contrastive_builders(
                 max_pixels=data.max_pixels,
                 augment=source.augment,
             ),
+            augments_on_device=data.augmentation == "device",
         )
         for source in data.sources
         if isinstance(source, ImageTextSource)

@@ -32,6 +32,8 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
         if isinstance(source, PairSource) and source.train_on == "all" and source.answer_prefix != " ":
             message = "stands between a prompt and an answer; set train_on: answer, or leave it out"
             yield Problem(f"{path}.answer_prefix", message, related=(f"{path}.train_on",))
+    if config.data.augmentation == "device" and not isinstance(config, ContrastiveRunConfig):
+        yield Problem("data.augmentation", "device is for trainer.pretrain_vision only; take loader")
     yield from batch_size_problems(config.data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from trainer.config.checks.missing_files import missing_manifest
@@ -29,6 +30,7 @@ def forgetting_problems(config: RunConfig, *, check_files: bool) -> Iterator[Pro
         return
     if config.forgetting.max_tokens < 2:
         yield Problem("forgetting.max_tokens", f"{config.forgetting.max_tokens} predicts nothing; set at least 2")
+    yield from _task_problems(config.forgetting, check_files)
     if check_files:
         yield from missing_manifest("forgetting.manifest", manifest)
     for index, source in enumerate(config.data.sources):
@@ -36,6 +38,19 @@ def forgetting_problems(config: RunConfig, *, check_files: bool) -> Iterator[Pro
             path = f"data.sources.{index}.manifest"
             message = f"{manifest} is trained on ({path}); name text that is held out"
             yield Problem("forgetting.manifest", message, related=(path,))
+
+
+def _task_problems(settings: ForgettingConfig, check_files: bool) -> Iterator[Problem]:
+    if not settings.tasks:
+        for name, value in (("task_folder", settings.task_folder), ("task_limit", settings.task_limit)):
+            if value is not None:
+                yield Problem(f"forgetting.{name}", f"{value} has no effect without forgetting.tasks; leave it out")
+        return
+    if check_files and importlib.util.find_spec("lm_eval") is None:
+        message = "needs lm_eval, which is not installed: pip install 'flamingo-trainer[lm_eval]', or leave this out"
+        yield Problem("forgetting.tasks", message)
+    if check_files and settings.task_folder is not None and not settings.task_folder.is_dir():
+        yield Problem("forgetting.task_folder", f"no such folder: {settings.task_folder}")
 
 
 def _penalty_problems(path: str, config: RunConfig) -> Iterator[Problem]:

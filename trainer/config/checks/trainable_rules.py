@@ -37,9 +37,26 @@ def trainable_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{path}.rank", f"must be 1 or more, not {lora.rank}")
         if not 0 <= lora.dropout < 1:
             yield Problem(f"{path}.dropout", f"must be at least 0 and below 1, not {lora.dropout}")
+    yield from _quantization_problems(config)
     if trainable.language_model in ("full", "from_random") and (method := _quantization(config)) is not None:
         message = f"the weights are quantized ({method}) and cannot train; take lora, or weights that are not quantized"
         yield Problem("model.trainable.language_model", message, related=("model.language_model.name",))
+
+
+def _quantization_problems(config: FlamingoRunConfig) -> Iterator[Problem]:
+    setting, value = "model.language_model.quantization", config.model.language_model.quantization
+    if value == "none":
+        return
+    mode = config.model.trainable.language_model
+    if mode != "frozen":
+        message = f"{value} is for a language model that is frozen, not {mode}; set it to none"
+        yield Problem(setting, message, related=("model.trainable.language_model",))
+    if (method := _quantization(config)) is not None:
+        message = f"{value}: the weights are quantized already ({method}); set it to none"
+        yield Problem(setting, message, related=("model.language_model.name",))
+    if config.deepspeed.offload_param.device == "nvme":
+        message = f"{value} cannot lie on a drive: DeepSpeed's buffers hold one type of numbers; offload to cpu or none"
+        yield Problem(setting, message, related=("deepspeed.offload_param.device",))
 
 
 def _quantization(config: FlamingoRunConfig) -> str | None:

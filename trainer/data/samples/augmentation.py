@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.data_config import AugmentConfig
+from trainer.data.device_augmentation import NUM_CHANGES
 
 _NUM_DRAWS = 9
 _LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, whose sum is 1
@@ -43,6 +44,11 @@ class Augmentation:
 
     def change_geometry(self, image: Tensor) -> Tensor:
         """Crop and flip uint8 [3, height, width] before it is resized; the result is never larger."""
+        image = self.cut(image)
+        return image.flip(-1) if self.flip else image
+
+    def cut(self, image: Tensor) -> Tensor:
+        """Crop uint8 [3, height, width]."""
         if self.crop is not None:
             area, aspect, down, right = self.crop
             _, height, width = image.shape
@@ -50,7 +56,22 @@ class Augmentation:
             columns = min(width, max(1, round(width * math.sqrt(area * aspect))))
             top, left = round(down * (height - rows)), round(right * (width - columns))
             image = image[:, top : top + rows, left : left + columns]
-        return image.flip(-1) if self.flip else image
+        return image
+
+    def device_changes(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """Return what ``augment_media`` has to do with an image that is cropped already, float64 [15].
+
+        Args:
+            top: First row of the image in its square; the rest is padding.
+            left: First column.
+            height: Rows of the image.
+            width: Columns of the image.
+        """
+        matrix = self._color_matrix().flatten().tolist()
+        share_of_mean = (1 - self.contrast) * self.brightness
+        changes = [*matrix, share_of_mean, float(self.flip), top, left, height, width]
+        assert len(changes) == NUM_CHANGES
+        return torch.tensor(changes, dtype=torch.float64)
 
     def change_colors(self, image: Tensor) -> Tensor:
         """Change the colors of the resized image, uint8 [3, height, width], before it is padded.

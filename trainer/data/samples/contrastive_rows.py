@@ -25,11 +25,13 @@ class ContrastiveBuilder:
         source: Settings of the pairs.
         tokenize: Caption -> int64 [context length], padded and with the text tower's own special tokens.
         decoder: Decoder of the images.
+        augments_on_device: Whether flips and colors are left to the device.
     """
 
     source: ImageTextSource
     tokenize: Callable[[str], Tensor]
     decoder: ImageDecoder
+    augments_on_device: bool = False
 
     def __call__(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> Row:
         """Build the row.
@@ -38,9 +40,11 @@ class ContrastiveBuilder:
             SampleError: From the image, the text or the filters.
         """
         input_ids = self._encode(members)
-        medium = self.decoder.medium(members, rng)
-        labels = torch.full_like(input_ids, IGNORED_LABEL)
-        return Row(input_ids, labels, torch.full_like(input_ids, -1), (medium,), (sample,))
+        labels, media_index = torch.full_like(input_ids, IGNORED_LABEL), torch.full_like(input_ids, -1)
+        if self.augments_on_device:
+            medium, changes = self.decoder.without_colors(members, rng)
+            return Row(input_ids, labels, media_index, (medium,), (sample,), device_changes=(changes,))
+        return Row(input_ids, labels, media_index, (self.decoder.medium(members, rng),), (sample,))
 
     def length(self, members: Mapping[str, bytes], sample: SampleId, rng: np.random.Generator) -> int:
         """Return the context length.

@@ -42,6 +42,23 @@ class ImageDecoder(ImageGeometry):
         array = decode_image(data, self.check_pixels)
         return self.fit_pixels(torch.from_numpy(array).permute(2, 0, 1), self.draw_augmentation(rng))
 
+    def without_colors(self, members: Mapping[str, bytes], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Decode the only image of a sample, but leave flips and colors to the device (``data.augmentation``).
+
+        Returns:
+            The medium, uint8 [1, 3, height, width], and what ``augment_media`` has to do with it.
+
+        Raises:
+            SampleError: As for ``medium``.
+        """
+        array = decode_image(image_member(members), self.check_pixels)
+        augmentation = self.draw_augmentation(rng) or Augmentation()
+        image = self.resize(augmentation.cut(torch.from_numpy(array).permute(2, 0, 1)))
+        padded = self.pad(image)
+        height, width = image.shape[1:]
+        top, left = ((whole - part) // 2 for whole, part in zip(padded.shape[1:], (height, width), strict=True))
+        return padded[None], augmentation.device_changes(top, left, height, width)
+
     def medium(self, members: Mapping[str, bytes], rng: np.random.Generator) -> Tensor:
         """Decode the only image of a sample to a medium of one frame, uint8 [1, 3, height, width].
 

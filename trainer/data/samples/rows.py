@@ -113,4 +113,5 @@ def _concatenate(rows: Sequence[Row]) -> Row:
         tuple(medium for row in rows for medium in row.media),
         tuple(sample for row in rows for sample in row.samples),
         dropped_images=tuple(image for row in rows for image in row.dropped_images),
+        device_changes=tuple(changes for row in rows for changes in row.device_changes),
     )

@@ -1,0 +1,33 @@
+"""Test the budgets of the kernels' machine code: complete, the same in csrc/README.md, and with enough blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ops.sass_budgets import ARCHITECTURES, INSTANTIATIONS, read, short_name, table, table_in_readme
+from trainer.benchmark.sass import Kernel
+
+BUDGETS = read()[1]
+
+
+def test_every_instantiation_has_budgets_for_every_architecture() -> None:
+    assert set(BUDGETS) == {f"{name} {architecture}" for name in INSTANTIATIONS for architecture in ARCHITECTURES}
+    assert all("attention_forward" in kernels and len(kernels) == 4 for kernels in BUDGETS.values())
+
+
+def test_the_table_of_the_readme_is_that_of_the_budgets() -> None:
+    assert table_in_readme() == table(BUDGETS), "run python -m tests.ops.sass_budgets"
+
+
+@pytest.mark.parametrize("name", [name for name in INSTANTIATIONS if "_64_" in name])
+def test_head_dim_64_leaves_room_for_more_blocks(name: str) -> None:
+    registers, blocks, *_ = BUDGETS[f"{name} sm_90a"]["attention_forward"]
+    assert registers <= 128 and blocks == 4
+    for kernel, (registers, blocks, *_) in BUDGETS[f"{name} sm_90a"].items():
+        if "alone" in kernel:
+            assert registers <= 168 and blocks == 3
+
+
+def test_short_names() -> None:
+    kernels = ("_ZN13backward_rowsILi64ELb1EEEv", "_ZN29cross_attention_backward_keysILi64ELb0EEEv")
+    assert [short_name(Kernel(name, 1, 0, ())) for name in kernels] == ["backward_rows alone", "backward_keys"]
