@@ -64,17 +64,17 @@ class QuantizedLinear(nn.Module):
         out_features: Size of the output.
     """
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantize a weight, and copy the bias."""
         super().__init__()
-        self.out_features, self.in_features = weight_OI.shape
-        codes_OI, scales = quantize(weight_OI)
-        self.codes = nn.Parameter(codes_OI, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        codes, scales = quantize(weight)
+        self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        """Return ``input @ weight.T + bias``, [..., O]."""
+        """Return ``input @ weight.T + bias``, [..., outputs]."""
         output: Tensor = _QuantizedProduct.apply(input, self.codes, self.scales)
         return output if self.bias is None else output + self.bias
 
@@ -83,35 +83,35 @@ class _QuantizedProduct(torch.autograd.Function):
     """Multiply by a quantized weight. It keeps the parameters alone, which ZeRO-3 may partition until the backward."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, codes_OI: Tensor, scales: Tensor) -> Tensor:  # noqa: A002
-        ctx.save_for_backward(codes_OI, scales)
-        return F.linear(input, dequantize(codes_OI, scales, input.dtype))
+    def forward(ctx: Any, input: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # noqa: A002
+        ctx.save_for_backward(codes, scales)
+        return F.linear(input, dequantize(codes, scales, input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        codes_OI, scales = ctx.saved_tensors
+        codes, scales = ctx.saved_tensors
         [gradient] = gradients
-        return gradient @ dequantize(codes_OI, scales, gradient.dtype), None, None
+        return gradient @ dequantize(codes, scales, gradient.dtype), None, None
 
 
-def quantize(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes of a weight, int8 [O, I], and a scale for each block of each row, flat, in the weight's type."""
-    rows, columns = weight_OI.shape
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes of a weight [outputs, inputs], int8, and a scale for each block of each row, flat, in its type."""
+    rows, columns = weight.shape
     blocks = -(-columns // BLOCK)
-    padded = F.pad(weight_OI.detach(), (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
-    scales = (padded.abs().amax(-1, keepdim=True).float() / _LARGEST).to(weight_OI.dtype)
+    padded = F.pad(weight.detach(), (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
+    scales = (padded.abs().amax(-1, keepdim=True).float() / _LARGEST).to(weight.dtype)
     divisors = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
     codes = (padded.float() / divisors).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
     return codes.view(rows, -1)[:, :columns].contiguous(), scales.flatten()
 
 
-def dequantize(codes_OI: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight [O, I] that ``quantize`` stored."""
-    rows, columns = codes_OI.shape
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [outputs, inputs] that ``quantize`` stored."""
+    rows, columns = codes.shape
     if columns % BLOCK == 0:
-        return (codes_OI.view(rows, -1, BLOCK).to(dtype) * scales.to(dtype).view(rows, -1, 1)).view(rows, columns)
+        return (codes.view(rows, -1, BLOCK).to(dtype) * scales.to(dtype).view(rows, -1, 1)).view(rows, columns)
     by_column = scales.to(dtype).view(rows, -1).repeat_interleave(BLOCK, 1)[:, :columns]
-    return codes_OI.to(dtype) * by_column
+    return codes.to(dtype) * by_column
 
 
 def quantize_language_model(
