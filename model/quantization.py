@@ -95,7 +95,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes of a weight [outputs, inputs], int8, and a scale for each block of each row, flat, in its type."""
+    """Return a weight [outputs, inputs] as int8 codes, and a scale for each block of each row, flat, in its type."""
     rows, columns = weight.shape
     blocks = -(-columns // BLOCK)
     padded = F.pad(weight.detach(), (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
