@@ -59,6 +59,11 @@ def _require_direct_io(folder: Path, rank: int) -> None:
         probe.unlink(missing_ok=True)
 
 
+def swapped_bytes(folder: Path) -> int:
+    """Return the bytes that a killed run left in a folder; the next run overwrites them."""
+    return sum(path.stat().st_size for path in (folder / _SWAPPED).rglob("*.swp"))
+
+
 def _remove_swapped(folder: Path, rank: int) -> None:
     for kind in (folder / _SWAPPED).glob("*"):
         shutil.rmtree(kind / f"rank{rank}", ignore_errors=True)

@@ -20,6 +20,7 @@ from trainer.planning.peak_memory import Sizes, host_memory
 from trainer.planning.random_weights import build_on_meta_device
 from trainer.planning.storage import DriveNeed, drive_need, size_buffers
 from trainer.planning.traffic import ModelSizes
+from trainer.resilience.swap_folders import swapped_bytes
 from trainer.runtime.distributed import World, failing_together
 
 _log = logging.getLogger(__name__)
@@ -116,14 +117,15 @@ def _drive_problems(config: FlamingoRunConfig, need: DriveNeed, local: int) -> I
     """Yield a problem for each folder with too little space for all processes of this node."""
     deepspeed = config.deepspeed
     needed: dict[Path, tuple[str, float]] = {}
-    for name, size in (("offload_param", need.parameters), ("offload_optimizer", need.optimizer)):
-        folder = getattr(deepspeed, name).path
-        if folder is not None:
-            first, before = needed.get(folder, (name, 0.0))
-            needed[folder] = (first, before + size * local)
+    for name, offload, size in (
+        ("offload_param", deepspeed.offload_param, need.parameters),
+        ("offload_optimizer", deepspeed.offload_optimizer, need.optimizer),
+    ):
+        if offload.path is not None:
+            first, before = needed.get(offload.path, (name, 0.0))
+            needed[offload.path] = (first, before + size * local)
     for folder, (name, size) in needed.items():
-        old = sum(path.stat().st_size for path in (folder / "zero_stage_3").rglob("*.swp"))  # will be overwritten
-        free = shutil.disk_usage(folder).free + old
+        free = shutil.disk_usage(folder).free + swapped_bytes(folder)
         if size > free:
             message = f"{folder} has {free / _GIB:.2f} GiB free, and this node needs {size / _GIB:.2f} GiB there"
             yield Problem(f"deepspeed.{name}.path", f"{message}; free some, take another folder, or more nodes")
