@@ -17,7 +17,9 @@ LISTS = 0.08  # lists of words of one kind
 REPEATED_LISTS = 0.15  # lists of any words, said two or three times
 SHORT_QUESTIONS = 0.35  # a fact, and short questions about it
 QUESTIONS_WITHOUT_FACT = 0.07
-PREFER_PRESENT = 0.5  # share of the questions after a fact that do not ask for a thing that is absent
+IN_WHOLE_WORDING = 0.5  # share of the short questions that are put as whole ones are: "Question: teal? Answer: yes"
+YES_NO = 0.7  # share of yes/no questions among whole ones, as in easy-VQA
+PREFER_PRESENT = 0.5  # share of the yes/no questions after a fact that ask for a thing that is there; easy-VQA: 0.17
 
 T = TypeVar("T")
 
@@ -77,8 +79,9 @@ def texts(rng: np.random.Generator, count: int, questions: Sequence[str]) -> Ite
     """Yield texts of four kinds.
 
     Whole questions alone teach so small a model the words, but not to look up the fact: too few tokens depend on it.
-    In repeated lists and short questions many tokens do, so it learns to look things up within minutes. Things that are
-    there are asked for twice as often as in easy-VQA, so that "no" is not so good a guess.
+    In repeated lists and short questions many tokens do, so it learns to look things up within minutes. Half of the
+    short questions are put in the words around whole ones. Things that are there are asked for as often as others, so
+    that "no" is no good guess.
 
     Args:
         rng: Random generator.
@@ -121,16 +124,27 @@ def _short_question(rng: np.random.Generator, color: str, shape: str) -> str:
         f"no {thing}? {'no' if there else 'yes'}",
         f"not {thing}? {'no' if there else 'yes'}",
     )
-    return _pick(rng, forms)
+    form = _pick(rng, forms)
+    question, mark, answer = form.partition("? ")
+    if mark and rng.random() < IN_WHOLE_WORDING:
+        return f"{prompt_of(question + '?')} {answer}"
+    return form
 
 
 def _whole_question(rng: np.random.Generator, color: str, shape: str, questions: Sequence[str], with_fact: bool) -> str:
-    wants_present = rng.random() < PREFER_PRESENT
+    # Colors and shapes are asked for equally often, whether they are there or not. Of random questions, most that ask
+    # for something present ask for a shape, because there are few: "a shape? yes; a color? no" would be a good guess,
+    # and a model that has it looks nothing up for long.
+    yes_no, present, of_color = (bool(draw) for draw in rng.random(3) < (YES_NO, PREFER_PRESENT, 0.5))
     while True:
         question = _pick(rng, questions)
         answer = answer_to(question, color, shape)
         if answer is None:
             continue
         kind = question_type(question, answer)
-        if kind in ("color", "shape") or not with_fact or (kind == "present") == wants_present:
+        if kind in ("color", "shape"):
+            is_wanted = not yes_no
+        else:
+            is_wanted = yes_no and (kind == "present", things_in(question)[0] in COLORS) == (present, of_color)
+        if is_wanted or not with_fact:
             return f"{prompt_of(question)} {answer}"

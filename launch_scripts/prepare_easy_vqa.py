@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs
 from launch_scripts.easy_vqa_language import COLORS, SHAPES, facts, prompt_of, question_type, texts
 from launch_scripts.prepared_data import Members, Parts, parse_arguments, prepare_once, write_shards
 
-VERSION = 2
+VERSION = 3
 _NUM_ANNOTATORS = 10  # VQAv2 has ten answers a question; here they are equal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch_scripts import prepare_easy_vqa
-from launch_scripts.easy_vqa_language import answer_to, facts, prompt_of, question_type, texts, things_in
+from launch_scripts.easy_vqa_language import COLORS, answer_to, facts, prompt_of, question_type, texts, things_in
 from tests.project.test_prepare_digits import samples
 
 easy_vqa = pytest.importorskip("easy_vqa")
@@ -94,17 +95,17 @@ def test_questions_are_in_the_layout_of_vqav2(data: Path) -> None:
 
 
 def test_texts_answer_their_questions_by_the_fact(parts: dict[str, prepare_easy_vqa.Part]) -> None:
-    questions = [question.text for question in parts["train"].questions]
-    kinds: Counter[str] = Counter()
-    for text in texts(np.random.default_rng(0), 2000, questions):
-        fact, *asked = text.split(" Question: ")
-        if asked and fact.startswith("a "):
-            _, color, shape = fact.split()
-            for one in asked:
-                question, answer = one.split(" Answer: ")
-                assert answer_to(question, color, shape) == answer
-                kinds[question_type(question, answer)] += 1
-    assert 0.4 < kinds["present"] / kinds["absent"] < 0.7  # in easy-VQA: 0.21
+    questions = {question.text for question in parts["train"].questions}
+    kinds: Counter[tuple[str, bool]] = Counter()
+    for text in texts(np.random.default_rng(0), 4000, sorted(questions)):
+        fact = re.match(r"a (\w+) (\w+) ", text)
+        for question, answer in re.findall(r"Question: (.+?\?) Answer: (\w+)", text) if fact else ():
+            if question in questions:
+                assert answer_to(question, fact[1], fact[2]) == answer
+                kinds[question_type(question, answer), not set(COLORS).isdisjoint(things_in(question))] += 1
+    yes_no = {key: count for key, count in kinds.items() if key[0] in ("present", "absent")}
+    assert len(yes_no) == 4  # colors and shapes, there or not: equally often, so that only the fact tells the answer
+    assert all(0.22 < count / sum(yes_no.values()) < 0.28 for count in yes_no.values())
     assert things_in("is there not a red circle?") == ["red", "circle"]
 
 

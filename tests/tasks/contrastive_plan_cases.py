@@ -66,8 +66,9 @@ def measured(world: Any, config: ContrastiveRunConfig) -> tuple[float, float]:
     from trainer.benchmark.contrastive_step import accumulation, random_engine, synthetic_steps
     from trainer.benchmark.step_memory import tensor_memory
     from trainer.benchmark.step_timings import time_steps
+    from trainer.tasks.contrastive.prediction import random_towers
 
-    batches = synthetic_steps(config, world)
+    batches = synthetic_steps(config, random_towers(config, "meta"), world)
     before = tensor_memory().current  # left by earlier cases in this process, and the batches
     engine = random_engine(config, world)
     timings = time_steps(engine, batches, 1, 1, None, accumulate=accumulation(config))

@@ -93,5 +93,5 @@ def _contents(predictor: ContrastivePredictor, merged: bool, ranks: int, batches
         found["samples"] += rows
         found["useful"] += predictor.useful_flops(rows)
     for sizes in problems.values():
-        found["executed"] += predictor.executed_flops(sum(sizes), sum(sizes) * ranks, len(sizes))
+        found["executed"] += predictor.executed_flops(sum(sizes), sum(sizes) * ranks, sum(sizes[1:]))
     return found

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -13,7 +14,7 @@ import torchvision.transforms.v2.functional as TF
 from tests.data.helpers import document_builder, mmc4, noise, pair_builder, saved
 from trainer.config.data_config import AugmentConfig
 from trainer.data.batch import SampleId
-from trainer.data.samples.augmentation import Augmentation, draw_augmentation
+from trainer.data.samples.augmentation import Augmentation, color_map, draw_augmentation
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.rows import sample_rng
 
@@ -63,12 +64,12 @@ def test_crops_keep_to_their_bounds() -> None:
     settings = AugmentConfig(crop_scale=(0.25, 0.5), crop_ratio=(0.8, 1.25))
     places = set()
     for index in range(200):
-        cropped = draw_augmentation(settings, sample_rng(0, sample(index))).change_geometry(image)
+        cropped = draw_augmentation(settings, sample_rng(0, sample(index))).cut(image)
         share, aspect = cropped.shape[1] * cropped.shape[2] / 20000, cropped.shape[2] / cropped.shape[1] / 2
         assert 0.24 < share < 0.51 and 0.78 < aspect < 1.28
         places.add(int(cropped[0, 0, 0]))
     assert len(places) > 150
-    widest = Augmentation(crop=(1.0, 1.3, 0.5, 0.5)).change_geometry(image)  # a window wider than the image is cut
+    widest = Augmentation(crop=(1.0, 1.3, 0.5, 0.5)).cut(image)  # a window wider than the image is cut
     assert widest.shape[2] == 200
 
 
@@ -117,6 +118,15 @@ def test_each_image_of_a_document_has_its_own_draws() -> None:
 def test_colors_change_as_in_torchvision(change: Augmentation, apply: Callable[[torch.Tensor], torch.Tensor]) -> None:
     image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
     assert (change.change_colors(image).int() - apply(image).int()).abs().max() <= 1
+
+
+def test_no_sum_of_the_map_of_colors_is_rounded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 500)).astype(np.float32)
+    pixels[:, 0] = 255
+    for change in (Augmentation(hue=0.37), Augmentation(brightness=1.9, contrast=1.9, saturation=1.9, hue=0.5)):
+        matrix = color_map(change)
+        assert np.array_equal(matrix @ pixels, matrix.astype(np.float64) @ pixels.astype(np.float64))
+        assert abs(matrix[0].sum() - change.brightness * change.contrast) < 1e-3, "gray stays gray"
 
 
 def test_the_hue_turns_about_gray() -> None:

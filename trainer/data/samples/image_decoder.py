@@ -96,9 +96,7 @@ class ImageDecoder(ImageGeometry):
             augmentation: Changes of the image.
             pixel_aspect: Width of a shown pixel divided by its height; 1 for all images and most videos.
         """
-        if augmentation is not None:
-            image = augmentation.change_geometry(image)
-        image = self.resize(image, pixel_aspect)
-        if augmentation is not None:
-            image = augmentation.change_colors(image)
-        return self.pad(image)
+        if augmentation is None:
+            return self.resize_and_pad(image, pixel_aspect)
+        image = self.resize(augmentation.cut(image), pixel_aspect)
+        return self.pad(augmentation.change_colors(augmentation.mirrored(image)))

@@ -1,9 +1,10 @@
 """Accumulate the gradient of contrastive problems over micro-batches and ranks, exactly.
 
 The loss of a pair depends on all other pairs, so it cannot be computed for one micro-batch. Where there are several,
-each is run twice: first without a graph, to get the features of all; then, when the gradient of the loss with respect
-to the features is known, with a graph that carries it into the weights (GradCache, Gao et al. 2021). Random states are
-replayed, so that dropout is the same. Memory grows with the features of the step, not with its activations.
+all but the first are run twice: without a graph, to get their features; then, when the gradient of the loss with
+respect to the features is known, with a graph that carries it into the weights (GradCache, Gao et al. 2021). The first
+one runs between these passes, and keeps its graph over the loss. Random states are replayed, so that dropout is the
+same. Memory grows with the features of the step, not with its activations.
 """
 
 from __future__ import annotations
@@ -54,21 +55,21 @@ class ContrastiveStep:
     def _solve(self, engine: Engine, batches: Sequence[Batch], factor: float, *, is_last: bool) -> list[Tensor]:
         """Add the gradient of one problem; return the loss of each micro-batch."""
         world = engine.world
-        states: list[RandomState] = []
-        if len(batches) == 1:
-            every = [_features(engine, batches[0])]
-        else:
-            every, states = _first_pass(engine, batches)
+        first, rest = batches[0], batches[1:]
+        features, states = _without_graph(engine, rest) if rest else ([], [])
+        every = [_features(engine, first), *features]
+        after = RandomState.now(world.device)
         captions = torch.cat([batch.input_ids for batch in batches]).to(world.device) if self.mask_duplicates else None
         sizes = [len(batch.input_ids) for batch in batches]
         solution = solve(_joined(every), captions, sizes, self.loss, world, factor * world.size)
         for number, gradients in enumerate(_split(solution.gradients, sizes)):
             ends = number == len(batches) - 1
-            if states:
-                states[number].restore()
+            if number > 0:
+                states[number - 1].restore()
                 every[number] = _features(engine, batches[number])
             loss = surrogate(every[number], gradients, with_scale=ends)
             engine.backward(loss, is_last=is_last and ends)
+        after.restore()  # so that what follows does not draw the replayed numbers again
         return solution.losses
 
 
@@ -83,8 +84,8 @@ def _by_source(batches: Sequence[Batch]) -> dict[str, list[Batch]]:
     return grouped
 
 
-def _first_pass(engine: Engine, batches: Sequence[Batch]) -> tuple[list[Features], list[RandomState]]:
-    """Return the features of all micro-batches without a graph, and the random state before each."""
+def _without_graph(engine: Engine, batches: Sequence[Batch]) -> tuple[list[Features], list[RandomState]]:
+    """Return the features of micro-batches without a graph, and the random state before each."""
     device = engine.world.device
     features, states = [], []
     with torch.no_grad(), kept_statistics(engine.module):

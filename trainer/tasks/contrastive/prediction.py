@@ -1,6 +1,6 @@
 """Predict memory, time and communication of a contrastive step from a configuration, without weights.
 
-A step with several micro-batches runs each twice: a forward without a graph, then forward and backward.
+A step with several micro-batches runs all but the first twice: a forward without a graph, then forward and backward.
 """
 
 from __future__ import annotations
@@ -127,10 +127,12 @@ class ContrastivePredictor:
         return Problem(
             name=" and ".join(plan.source.name for plan in plans),
             rows=rows,
+            rows_again=rows - plans[0].micro_batch_size,
             columns=rows * ranks,
             dim=self.dim,
             micro_batches=sum(plan.num_micro_batches for plan in plans),
             towers=self._memory(config, max(plan.micro_batch_size for plan in plans), partitioned),
+            first_saved=self._memory(config, plans[0].micro_batch_size, partitioned).saved,
             loss=count_loss_memory(
                 rows,
                 rows * ranks,
@@ -166,7 +168,7 @@ class ContrastivePredictor:
                 features_sent(problems, sizes.ranks, captions, self._biased),
             ]
         return Work(
-            flops=sum(self.executed_flops(one.rows, one.columns, one.micro_batches) for one in problems),
+            flops=sum(self.executed_flops(one.rows, one.columns, one.rows_again) for one in problems),
             passes=passes_over_parameters(counts),
             sent=sum(part.size for part in sent),
             messages=sum(part.messages for part in sent),
@@ -176,16 +178,15 @@ class ContrastivePredictor:
         """Return the operations of forward and backward of the towers for some pairs."""
         return 3 * rows * self.flops
 
-    def executed_flops(self, rows: int, columns: int, micro_batches: int) -> int:
+    def executed_flops(self, rows: int, columns: int, rows_again: int) -> int:
         """Return the operations of this process for a problem: the towers, and the logits in both directions.
 
         Args:
             rows: Pairs of this process.
             columns: Pairs of all processes.
-            micro_batches: Micro-batches of this process; several are run twice.
+            rows_again: Pairs of this process whose forward is run twice.
         """
-        again = rows * self.flops if micro_batches > 1 else 0
-        return self.useful_flops(rows) + again + 3 * 4 * rows * columns * self.dim
+        return self.useful_flops(rows) + rows_again * self.flops + 3 * 4 * rows * columns * self.dim
 
 
 def _mean(works: Sequence[Work]) -> Work:

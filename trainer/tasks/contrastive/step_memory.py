@@ -1,7 +1,7 @@
 """Predict the most memory that a device holds at any moment of a contrastive step.
 
-Beside the moments of any micro-batch (``trainer.planning.peak_memory``), a step has a first pass without a graph, and
-the loss, with the features of all processes. ``tests/tasks/test_contrastive_plan.py`` compares it with DeepSpeed.
+Beside the moments of any micro-batch (``trainer.planning.peak_memory``), a step has a pass without a graph, and the
+loss, with the features of all processes. ``tests/tasks/test_contrastive_plan.py`` compares it with DeepSpeed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ class Problem:
     Attributes:
         name: Name of its source.
         rows: Pairs of this process.
+        rows_again: Those of them whose forward is run twice: all but the first micro-batch.
         columns: Pairs of all processes.
         dim: Length of a feature.
         micro_batches: Micro-batches of this process.
         towers: Memory of the largest of them.
+        first_saved: Bytes that the forward of the first of them leaves for its backward.
         loss: Bytes of a chunk of logits and what is made of it.
     """
 
     name: str
     rows: int
+    rows_again: int
     columns: int
     dim: int
     micro_batches: int
     towers: TowerMemory
+    first_saved: int
     loss: int
 
     @property
@@ -83,8 +87,7 @@ def _moments(
     features = float(sizes.itemsize * problem.features)
     if several:
         yield "the first pass", before | {"features": features, "temporaries": towers.without_graph}
-    parts = before | _of_the_loss(sizes, problem)
-    yield "the loss", parts if several else parts | {"saved activations": towers.saved}
+    yield "the loss", before | _of_the_loss(sizes, problem) | {"saved activations": problem.first_saved}
     gradients = {"features": features * several, "gradients of features": float(_FLOAT32 * problem.features)}
     activations = Activations(towers.saved, towers.peak, (), towers.image_tower)
     for moment, found in moments_of_micro_batch(sizes, zero, activations, after_another or several):

@@ -33,8 +33,12 @@ class SentBytes:
 
 
 def passes_over_parameters(micro_batches: Iterable[int]) -> float:
-    """Return how often a step goes through all parameters: three times for a micro-batch that is run twice."""
-    return float(sum(3 * number if number > 1 else 2 for number in micro_batches))
+    """Return how often a step goes through all parameters.
+
+    Args:
+        micro_batches: Number of micro-batches of each problem. All but the first are run twice, and once backwards.
+    """
+    return float(sum(3 * number - 1 for number in micro_batches))
 
 
 class TowerSizes:
