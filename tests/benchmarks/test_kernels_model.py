@@ -82,6 +82,19 @@ def test_more_resident_blocks_hide_latency_and_misses_cost(kernel: sass.Kernel) 
     assert multiprocessor_model.seconds(kernel, blocks[:12], 1, 0.0) == pytest.approx(alone / 2, rel=0.05)
 
 
+def test_a_store_of_one_word_a_lane_sends_a_quarter_of_the_bytes() -> None:
+    def with_store(modifiers: str) -> sass.Kernel:
+        text = "\n    ".join([f"STG.E{modifiers} desc[UR4][R2.64], R4"] * 50)
+        code = CODE.replace("STG.E.128 desc[UR4][R2.64], R4", text)
+        return sass.Kernel("kernel", 64, 0, sass._parse(disassembly(code))["kernel"])
+
+    whole, half, word = (
+        multiprocessor_model.seconds(kernel, [sass_paths.issued(kernel, 64, 1)] * 24, 1, 0.0)
+        for kernel in map(with_store, (".128", ".64", ""))
+    )
+    assert whole > 1.5 * half > 2 * word
+
+
 def test_registers_and_shared_memory_limit_the_blocks(kernel: sass.Kernel) -> None:
     assert multiprocessor_model.resident_blocks(kernel, 40 * 1024, "sm_80") == 4
     assert multiprocessor_model.resident_blocks(kernel, 40 * 1024, "sm_90a") == 5

@@ -52,6 +52,13 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "drive"}
             "required with device: nvme",
         ),
         ("deepspeed", {"offload_param": {"path": "x"}}, "deepspeed.offload_param.path", "is for device: nvme"),
+        ("deepspeed", {"frozen": "partitioned", "zero_stage": 2}, "deepspeed.frozen", "set it to replicated"),
+        ("deepspeed", {"frozen": "replicated", "offload_param": CPU}, "deepspeed.frozen", "but that is cpu"),
+        ("deepspeed", {"frozen": "partitioned", "offload_param": CPU}, "deepspeed.frozen", "but that is cpu"),
+        ("deepspeed", {"frozen": "nvme", "offload_param": CPU}, "deepspeed.frozen", "device nvme, but that is cpu"),
+        ("deepspeed", {"frozen": "nvme"}, "deepspeed.offload_param.path", "required with device: nvme"),
+        ("deepspeed", {"frozen": "host", "zero_stage": 1}, "deepspeed.offload_param.device", "zero_stage 3"),
+        ("deepspeed", {"frozen": "replicated", "hpz_partition_size": 8}, "deepspeed.frozen", "hpz_partition_size to 1"),
         ("model", {}, "model.language_model.name", "is required"),
         (
             "model",

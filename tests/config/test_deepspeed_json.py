@@ -70,6 +70,22 @@ def test_every_section_reaches_the_json(write_yaml: WriteYaml) -> None:
     json.dumps(values)
 
 
+@pytest.mark.parametrize(("frozen", "device", "more"), [("host", "cpu", {}), ("nvme", "nvme", {"path": "drive"})])
+def test_frozen_weights_elsewhere_are_an_offload(
+    write_yaml: WriteYaml, frozen: str, device: str, more: dict[str, Any]
+) -> None:
+    named = configure(write_yaml, deepspeed={"frozen": frozen, "offload_param": more})
+    offloaded = configure(write_yaml, deepspeed={"offload_param": {"device": device, **more}})
+    assert deepspeed_json(named) == deepspeed_json(offloaded)
+    assert named.deepspeed.offload_param == offloaded.deepspeed.offload_param
+
+
+def test_replicated_and_partitioned_change_no_key(write_yaml: WriteYaml) -> None:
+    expected = deepspeed_json(configure(write_yaml))
+    for frozen in ("replicated", "partitioned"):
+        assert deepspeed_json(configure(write_yaml, deepspeed={"frozen": frozen})) == expected
+
+
 @pytest.mark.parametrize(("name", "forced"), [("adamw", False), ("cpu_adam", None)])
 def test_torchs_adamw_may_step_offloaded_state(write_yaml: WriteYaml, name: str, forced: bool | None) -> None:
     config = configure(write_yaml, optimizer={"name": name}, deepspeed={"offload_optimizer": {"device": "cpu"}})

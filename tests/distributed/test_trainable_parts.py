@@ -23,6 +23,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "2": {"stage": 2},
     "3": {"stage": 3, "stage3_param_persistence_threshold": 0, **OFFLOADED},
 }
+ON_DEVICE = {"stage": 3, "stage3_param_persistence_threshold": 0}
 STEPS = 4
 
 
@@ -36,7 +37,11 @@ def all_rows(world: Any) -> dict[str, list[float]]:
 
 
 def losses(
-    world: Any, config: FlamingoConfig, stage: str, look: Callable[[Flamingo], None] = lambda model: None
+    world: Any,
+    config: FlamingoConfig,
+    stage: str,
+    look: Callable[[Flamingo], None] = lambda model: None,
+    replicate_frozen: bool = False,
 ) -> list[float]:
     """Return the losses of some steps, after ``look`` has seen the model; frozen weights must not change."""
     from model.factory import build_flamingo
@@ -50,13 +55,13 @@ def losses(
         "gradient_clipping": 1.0,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": STAGES[stage],
+        "zero_optimization": ON_DEVICE if replicate_frozen else STAGES[stage],
     }
     with partitioned_loading(settings) as build:
         model = build_flamingo(config, BEYOND, gather=build.gather, partition=build.partition)
     look(model)
     frozen = frozen_digests(model, gathered_parameters)
-    engine = Engine(model, OptimizerConfig(lr=1e-3), settings, world)
+    engine = Engine(model, OptimizerConfig(lr=1e-3), settings, world, replicate_frozen=replicate_frozen)
     model.train()
     model.set_activation_checkpointing(2)
     ids, media = text_with_media()

@@ -71,7 +71,8 @@ def predicted_and_measured(world: Any, overrides: list[str]) -> tuple[str, float
     )
     before = tensor_memory().current  # left by earlier cases in this process
     model, json_settings = random_model(config, world)
-    engine = Engine(model, config.optimizer, json_settings, world)
+    replicated = config.deepspeed.frozen == "replicated"
+    engine = Engine(model, config.optimizer, json_settings, world, replicate_frozen=replicated)
     made = synthetic_step(config, model, world)
     timings = time_steps(engine, iter(lambda: made, None), steps=1, warmup=1, trace=None)
     return predicted.memory.moment, predicted.total_memory, timings.device_memory - before

@@ -46,7 +46,8 @@ def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float
         config, build_on_meta_device(config.model, config.training.dtype), Cluster(DEVICES["h100"], 1, world.size)
     ).sent
     model, settings = random_model(config, world)
-    engine = Engine(model, config.optimizer, settings, world)
+    replicated = config.deepspeed.frozen == "replicated"
+    engine = Engine(model, config.optimizer, settings, world, replicate_frozen=replicated)
     made = synthetic_step(config, model, world)
     timings = time_steps(engine, iter(lambda: made, None), steps=3, warmup=1, trace=None)
     return sum(timings.sent.values()), planned
@@ -66,6 +67,10 @@ CASES = {
     "stage 3, gathered once a micro-batch": raw(stage3_param_persistence_threshold=0),
     "stage 3, gathered for the backward again": [*raw(**NO_REUSE), "--training.dtype", "bfloat16"],
     "stage 3, hpZ": [*raw(**NO_REUSE), "--deepspeed.hpz_partition_size", "2"],
+    "stage 3, frozen weights replicated": [
+        *raw(stage3_param_persistence_threshold=0),
+        *("--deepspeed.frozen", "replicated"),
+    ],
     "stage 2": ["--deepspeed.zero_stage", "2", "--training.dtype", "bfloat16"],
     "stage 1": ["--deepspeed.zero_stage", "1"],
 }

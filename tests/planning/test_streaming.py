@@ -113,6 +113,17 @@ def test_more_than_the_hosts_memory_is_refused_with_numbers(monkeypatch: pytest.
         storage_check.prepare_offload(config, settings, World(0, 1, 0, torch.device("cpu")))
 
 
+def test_replicas_larger_than_a_device_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with("--deepspeed.frozen", "replicated", "--model.preset", "debug")
+    monkeypatch.setattr(storage_check, "failing_together", lambda world: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(storage_check, "host_memory_limit", lambda: 2.0**40)
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    storage_check.prepare_offload(config, settings, World(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(storage_check, "host_memory_limit", lambda: 1e5)
+    with pytest.raises(ConfigError, match=r"frozen: replicated: the frozen weights take 0\.00 GiB of each device"):
+        storage_check.prepare_offload(config, settings, World(0, 1, 0, torch.device("cpu")))
+
+
 def test_the_memory_of_a_cgroup_is_a_limit() -> None:
     import psutil
 

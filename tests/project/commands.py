@@ -82,8 +82,12 @@ def check_script(program: str, arguments: list[str]) -> None:
 
 
 def check_python(arguments: list[str]) -> None:
-    """Check ``python -m MODULE``: its help shows every option, and its configuration loads."""
-    assert arguments[0] == "-m", f"documents run python only with -m: {arguments}"
+    """Check ``python -m MODULE`` or ``python docs/FILE.py``: its help shows every option, its configuration loads."""
+    if arguments[0].startswith("docs/"):
+        text = help_of(arguments[0])
+        assert [word for word in arguments[1:] if word.startswith("--") and word not in text] == []
+        return
+    assert arguments[0] == "-m", f"documents run python only with -m, apart from docs/: {arguments}"
     module, rest = arguments[1], arguments[2:]
     if module == "pytest":
         check_pytest(rest)
@@ -109,9 +113,10 @@ def check_run(module: str, arguments: list[str]) -> None:
 
 @cache
 def help_of(module: str, *subcommand: str) -> str:
-    """Return the output of ``python -m MODULE [SUBCOMMAND] --help``, which must exit with 0."""
+    """Return the output of ``python -m MODULE [SUBCOMMAND] --help``, which must exit with 0; of a file likewise."""
+    program = [module] if module.endswith(".py") else ["-m", module]
     done = subprocess.run(
-        [sys.executable, "-m", module, *subcommand, "--help"],
+        [sys.executable, *program, *subcommand, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -119,7 +124,7 @@ def help_of(module: str, *subcommand: str) -> str:
         check=False,
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )
-    assert done.returncode == 0, f"python -m {module} --help: {done.stderr[-2000:]}"
+    assert done.returncode == 0, f"python {' '.join(program)} --help: {done.stderr[-2000:]}"
     return done.stdout
 
 

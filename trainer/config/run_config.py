@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +127,9 @@ class OffloadConfig:
     pin_memory: bool = True
 
 
+FROZEN_DEVICES: dict[str, Literal["cpu", "nvme"]] = {"host": "cpu", "nvme": "nvme"}  # of offload_param
+
+
 @dataclass(frozen=True)
 class DeepSpeedConfig:
     """Configure ZeRO. The other sections determine all other keys of DeepSpeed's JSON.
@@ -140,6 +143,10 @@ class DeepSpeedConfig:
             ``raw`` has precedence.
         prefetch_bucket_size: Parameter elements that ZeRO-3 gathers ahead of their use. A value in ``raw`` has
             precedence.
+        frozen: Where frozen weights live. "partitioned" divides them among all processes (ZeRO-3). "replicated" keeps
+            them whole on every process, where no use gathers them; what trains stays under ``zero_stage``. "host" and
+            "nvme" are ``offload_param`` with the device cpu or nvme, which also takes the parameters that train. None
+            leaves it to ``zero_stage`` and ``offload_param``.
         offload_param: Offload of the partitioned parameters (ZeRO-3).
         offload_optimizer: Offload of the optimizer state.
         raw: DeepSpeed JSON, as a file or a mapping, merged over the generated one. Keys that contradict another section
@@ -153,10 +160,17 @@ class DeepSpeedConfig:
     hpz_partition_size: Positive = 1
     reduce_bucket_size: Positive = 50_000_000
     prefetch_bucket_size: NonNegative = 50_000_000
+    frozen: Literal["partitioned", "replicated", "host", "nvme"] | None = None
     offload_param: OffloadConfig = field(default_factory=OffloadConfig)
     offload_optimizer: OffloadConfig = field(default_factory=OffloadConfig)
     raw: dict[str, Any] | Path | None = None
     timeout_seconds: PositiveFloat = 1800.0
+
+    def __post_init__(self) -> None:
+        """Let ``frozen`` choose the device of ``offload_param``, which may name no other."""
+        if self.frozen in FROZEN_DEVICES and self.offload_param.device == "none":
+            offload = replace(self.offload_param, device=FROZEN_DEVICES[self.frozen])
+            object.__setattr__(self, "offload_param", offload)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from trainer.deepspeed_engine.checkpoint_internals import (
     write_checkpoints_with,
 )
 from trainer.deepspeed_engine.frozen_blocks import gather_frozen_blocks_together
-from trainer.deepspeed_engine.internals import is_partitioned, omit_recovery_scripts, shared_hpz_group
+from trainer.deepspeed_engine.internals import is_partitioned, omit_recovery_scripts, replicate, shared_hpz_group
 from trainer.deepspeed_engine.optimizer import (
     build_optimizer,
     parameter_groups,
@@ -122,6 +122,7 @@ class Engine:
         cpu_matmul: ``training.cpu_matmul``; has no effect on other devices.
         clip_parts: Parts whose gradients are clipped by themselves; DeepSpeed's JSON then has no clipping of its own.
         measured_part: Returns the part of a parameter, by its name, for ``StepResult.part_squares``; None: none.
+        replicate_frozen: Whether ZeRO-3 keeps frozen parameters whole on every process, instead of partitioned.
 
     Attributes:
         layout: Settings that the layout of the shards depends on, by dotted name.
@@ -140,6 +141,7 @@ class Engine:
         cpu_matmul: CpuMatmul = "auto",
         clip_parts: Sequence[PartClipping] = (),
         measured_part: Callable[[str], str] | None = None,
+        replicate_frozen: bool = False,
     ) -> None:
         self.world = world
         if world.device.type == "cpu":
@@ -149,6 +151,9 @@ class Engine:
         groups = parameter_groups(module.named_parameters(), optimizer)
         if not groups:
             raise ValueError("nothing to train: every parameter of the model is frozen")
+        if replicate_frozen and settings["zero_optimization"]["stage"] == 3:
+            frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
+            replicate(frozen, world.device)
         if settings["zero_optimization"]["stage"] == 3 and world.device.type != "cpu":
             # A CPU rounds products of parameters that lie elsewhere in memory in another way.
             gather_frozen_blocks_together(module)

@@ -6,11 +6,13 @@ DeepSpeed 0.19.8. ``tests/deepspeed_engine/test_internals.py`` fails when a name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import deepspeed.comm.comm
+import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Zero3LinearFunction
 from deepspeed.utils import groups, safe_get_local_grad
@@ -22,6 +24,7 @@ __all__ = [
     "local_gradient",
     "omit_recovery_scripts",
     "replaced_backend",
+    "replicate",
     "set_zero3_linear",
     "shared_hpz_group",
 ]
@@ -71,6 +74,33 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     Upstream issue: none found.
     """
     return hasattr(parameter, "ds_id")
+
+
+def replicate(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Keep parameters whole on every process under ZeRO-3, so that no use gathers them; a collective.
+
+    DeepSpeed partitions each parameter among a process group. Here the group becomes the process alone: its partition
+    is the whole parameter, and a gather hands it out without a copy. The parameters must not train, because their
+    gradients would be reduced in the same group. ``deepspeed.initialize`` partitions those that are not partitioned
+    yet, such as a vision tower's, and asks them for their group.
+
+    Reason: ``stage3_param_persistence_threshold`` also applies to parameters that train, and DeepSpeed partitions
+    persistent parameters at every step all the same.
+    Upstream issue: none found.
+    """
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    for parameter in parameters:
+        partitioned: Any = parameter
+        if not is_partitioned(parameter):
+            parameter.data = parameter.data.to(device)
+            dist.broadcast(parameter.data, 0)
+            partitioned.ds_zero_partition_process_group = alone
+            continue
+        partitioned.all_gather()
+        partitioned.ds_tensor = None
+        partitioned.ds_process_group = alone
+        partitioned.ds_zero_partition_rank, partitioned.ds_zero_partition_world_size = 0, 1
+        partitioned.partition()
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:

@@ -35,6 +35,7 @@ class Sizes:
         ranks: Devices among which the model is partitioned.
         largest_block: Parameters of the largest frozen block, which a GPU gathers together.
         standardized: Weights of a frozen NFNet that are kept standardized, whole on every device.
+        replicated: Whether frozen parameters are whole on every device (``deepspeed.frozen: replicated``).
     """
 
     total: float
@@ -44,6 +45,12 @@ class Sizes:
     ranks: int
     largest_block: float = 0
     standardized: int = 0
+    replicated: bool = False
+
+    @property
+    def gathered(self) -> float:
+        """Parameters that ZeRO-3 gathers."""
+        return self.trainable if self.replicated else self.total
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def permanent_parts(sizes: Sizes, zero: Mapping[str, Any]) -> Parts:
     held = 0.0 if _offloads(zero, "param") else sizes.itemsize / (sizes.ranks if partitioned else 1)
     on_device = 0.0 if _offloads(zero, "optimizer") else 1 / sizes.ranks
     parts = {
-        "frozen parameters": (sizes.total - sizes.trainable) * held,
+        "frozen parameters": (sizes.total - sizes.trainable) * (sizes.itemsize if sizes.replicated else held),
         "trainable parameters": sizes.trainable * held,
         "optimizer": ADAMW_STATE_BYTES * sizes.trainable * on_device,
     }
@@ -170,10 +177,10 @@ def _moments_of_zero_3(
     """
     most = zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)
     gathers = sizes.ranks > 1 or _offloads(zero, "param")
-    live, behind = (sizes.itemsize * min(many, most) * gathers for many in (sizes.total, sizes.total - sizes.vision))
-    in_flight = (
-        sizes.itemsize * gathers * min(sizes.total, max(zero["stage3_prefetch_bucket_size"], sizes.largest_block))
-    )
+    behind_tower = sizes.trainable if sizes.replicated else sizes.total - sizes.vision
+    live, behind = (sizes.itemsize * min(many, most) * gathers for many in (sizes.gathered, behind_tower))
+    together = max(zero["stage3_prefetch_bucket_size"], 0 if sizes.replicated else sizes.largest_block)
+    in_flight = sizes.itemsize * gathers * min(sizes.gathered, together)
     gathered = {"gathered parameters": live, "gathered, not yet assembled": in_flight}
     yield "the vision tower", gathered | {"temporaries": activations.vision}
     yield "the loss", {"gathered parameters": behind, **_at_the_loss(activations)}

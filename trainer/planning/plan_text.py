@@ -75,4 +75,6 @@ def _scaling_cell(found: Prediction | None) -> str:
 
 
 def _plain(value: object) -> object:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else value

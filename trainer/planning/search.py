@@ -130,13 +130,16 @@ def variants(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
     """
     stage, is_float32 = config.deepspeed.zero_stage, config.training.dtype == "float32"
     stages = [number for number in _STAGES if number == stage or is_float32 or (number > 1 and stage > 1)]
+    # The search says by stage and offload where frozen weights live.
+    unset = {} if config.deepspeed.frozen is None else {"deepspeed.frozen": None}
     partitions = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
     for number in stages:
         for group in partitions if number == 3 else [1]:
             for parameters in _OFFLOAD if number == 3 else _OFFLOAD[:1]:
                 for optimizer in _STATE_DEVICES[config.optimizer.name]:
                     changed = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
-                    yield from _micro_batches(replace(config, deepspeed=changed), cluster)
+                    for variant in _micro_batches(replace(config, deepspeed=changed), cluster):
+                        yield replace(variant, settings={**variant.settings, **unset})
 
 
 def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
@@ -186,6 +189,7 @@ def _with_partitioning(
         settings,
         zero_stage=stage,
         hpz_partition_size=group,
+        frozen=None,
         raw=values | {"zero_optimization": zero},
         offload_param=replace(settings.offload_param, device=parameters),
         offload_optimizer=replace(settings.offload_optimizer, device=optimizer),

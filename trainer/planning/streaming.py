@@ -76,7 +76,7 @@ def _without_parameters(
 ) -> float:
     """Return the seconds on the host link that are not of the parameters: those of gradients and optimizer."""
     offload = replace(config.deepspeed.offload_param, device="none", path=None)
-    resident = replace(config, deepspeed=replace(config.deepspeed, offload_param=offload))
+    resident = replace(config, deepspeed=replace(config.deepspeed, frozen=None, offload_param=offload))
     return predict(resident, cluster).seconds["host link"]
 
 

@@ -85,12 +85,14 @@ class ModelSizes:
         ]
         lm = model.language_model.lm
         table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        self._table, self._is_tied = table.numel(), table is head
+        self._table, self._is_tied = table, table is head
         # ZeRO-3 gathers a block of any of these with one message.
         blocks = len(self._blocks) + len(crossings) + len(model.resampler.layers)
         self._units = blocks + _longest_stack(model.vision_encoder)
 
-    def traffic(self, zero: Mapping[str, Any], ranks: int, micro_batches: int, recomputed: int = 0) -> Traffic:
+    def traffic(
+        self, zero: Mapping[str, Any], ranks: int, micro_batches: int, recomputed: int = 0, replicated: bool = False
+    ) -> Traffic:
         """Return what each device sends in a step.
 
         Stage 3 gathers every parameter above the persistence threshold for each forward, and again for each backward
@@ -101,6 +103,7 @@ class ModelSizes:
             ranks: Number of devices.
             micro_batches: Micro-batches of a device in a step.
             recomputed: Number of the language model's first blocks that are recomputed.
+            replicated: Whether frozen parameters are whole on every device, and so never gathered.
         """
         if ranks == 1:
             return Traffic(0.0, 0)
@@ -109,9 +112,9 @@ class ModelSizes:
         share = (ranks - 1) / ranks
         buckets = math.ceil(self.trainable / zero["reduce_bucket_size"])
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
-        gathered = self._above(threshold, self._all)
-        persistent = self.held - gathered
-        again = self._gathered_again(zero, gathered, threshold, recomputed)
+        gathered = self._above(threshold, _moved(self._all, replicated))
+        persistent = (self.trainable if replicated else self.held) - gathered
+        again = self._gathered_again(zero, threshold, recomputed, replicated)
         elements = share * (micro_batches * (gathered + again + self.trainable) + persistent)
         passes = 1 + again / gathered if gathered else 1
         return Traffic(elements, round(micro_batches * (passes * self._units + buckets)) + 1)
@@ -123,17 +126,25 @@ class ModelSizes:
         """Return how much of some parameters is gathered at each use: those of more than ``threshold`` numbers."""
         return sum(self._held(parameter) for parameter in parameters if parameter.numel() > threshold)
 
-    def _gathered_again(self, zero: Mapping[str, Any], gathered: float, threshold: int, recomputed: int) -> float:
+    def _gathered_again(self, zero: Mapping[str, Any], threshold: int, recomputed: int, replicated: bool) -> float:
         """Return how many parameters the backward of a micro-batch gathers again."""
-        behind_tower = gathered - self._above(threshold, self._vision)
+        behind_tower = self._above(threshold, self._all) - self._above(threshold, self._vision)
         reuse = zero.get("stage3_max_reuse_distance", DEFAULT_LIVE_PARAMETERS)
         # Between a block's forward and its backward, all parameters behind it are used twice.
         again = max(0.0, behind_tower - reuse // 2)
         if not again:
             return 0.0
-        if self._table > threshold:
-            again += self._table * (3 if self._is_tied else 1)
-        return again + sum(self._above(threshold, block) for block in self._blocks[:recomputed])
+        moved, moved_vision = _moved(self._all, replicated), _moved(self._vision, replicated)
+        # Those that are not gathered pass the distance too.
+        again *= (self._above(threshold, moved) - self._above(threshold, moved_vision)) / behind_tower
+        if self._table.numel() > threshold and _moved([self._table], replicated):
+            again += self._table.numel() * (3 if self._is_tied else 1)
+        return again + sum(self._above(threshold, _moved(block, replicated)) for block in self._blocks[:recomputed])
+
+
+def _moved(parameters: list[nn.Parameter], replicated: bool) -> list[nn.Parameter]:
+    """Return the parameters that are gathered: those that train, or all."""
+    return [parameter for parameter in parameters if parameter.requires_grad or not replicated]
 
 
 def _longest_stack(module: nn.Module) -> int:

@@ -16,6 +16,7 @@ from trainer.config.yaml_file import read_yaml
 # What a setting is when a file leaves it out. Defaults are not written.
 _DEFAULTS = {
     "deepspeed.hpz_partition_size": 1,
+    "deepspeed.frozen": None,
     "deepspeed.offload_param.device": "none",
     "deepspeed.offload_optimizer.device": "none",
     "training.activation_checkpointing": False,

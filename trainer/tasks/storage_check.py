@@ -1,4 +1,4 @@
-"""Refuse a run whose offloaded tensors do not fit, on the host or on a drive, before anything is loaded."""
+"""Refuse a run whose offloaded or replicated tensors do not fit, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from model.factory import torch_dtype
 from model.flamingo import Flamingo
@@ -30,7 +31,7 @@ _CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
 
 
 def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], world: World) -> None:
-    """Check that offloaded tensors fit, and size the buffers between drive and device; a collective.
+    """Check that offloaded and replicated tensors fit, and size the buffers between drive and device; a collective.
 
     The sizes come from the model on the meta device. Where the hub alone knows the language model's config,
     nothing is checked.
@@ -41,15 +42,16 @@ def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], worl
         world: Processes of the run.
 
     Raises:
-        ConfigError: The offloaded tensors do not fit; the message says how many bytes are needed and how many are free.
+        ConfigError: The tensors do not fit; the message says how many bytes are needed and how many are there.
     """
     zero = settings["zero_optimization"]
-    if not any(zero.get(f"offload_{what}") for what in ("param", "optimizer")):
+    is_replicated = config.deepspeed.frozen == "replicated"
+    if not is_replicated and not any(zero.get(f"offload_{what}") for what in ("param", "optimizer")):
         return
     try:
         model = build_on_meta_device(config.model, config.training.dtype)
     except Exception as error:  # noqa: BLE001  a family's own code may fail; its sizes are then known too late
-        _log.info("whether the offloaded tensors fit is not checked: %s", error)
+        _log.info("whether the offloaded or replicated tensors fit is not checked: %s", error)
         return
     itemsize = torch_dtype(config.training.dtype).itemsize
     need = drive_need(model.parameters(), model.blocks(), zero, world.size, itemsize)
@@ -57,6 +59,8 @@ def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], worl
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         problems = [*_host_problems(model, zero, world.size, local, itemsize), *_buffer_problems(config, need)]
         problems += _drive_problems(config, need, local)
+        if is_replicated:
+            problems += _replica_problems(model, itemsize, device_memory_limit(world, local))
         if problems:
             raise ConfigError(problems)
     size_buffers(zero, need)
@@ -74,6 +78,29 @@ def _host_problems(
             f"that has {available / _GIB:.2f} GiB; take more nodes, or device: nvme"
         )
         yield Problem("deepspeed.offload_param.device", message, related=("deepspeed.offload_optimizer.device",))
+
+
+def _replica_problems(model: Flamingo, itemsize: int, available: float) -> Iterator[Problem]:
+    counted = ModelSizes(model)
+    needed = itemsize * (counted.held - counted.trainable)
+    if needed > available:
+        message = (
+            f"replicated: the frozen weights take {needed / _GIB:.2f} GiB of each device, which has "
+            f"{available / _GIB:.2f} GiB; take partitioned or host, or model.language_model.quantization int8"
+        )
+        yield Problem("deepspeed.frozen", message)
+
+
+def device_memory_limit(world: World, local: int) -> float:
+    """Return the bytes of a process's device: a GPU's memory, or a share of the host's.
+
+    Args:
+        world: Processes of the run.
+        local: Processes of this node.
+    """
+    if world.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(world.device).total_memory)
+    return host_memory_limit() / local
 
 
 def host_memory_limit() -> float:

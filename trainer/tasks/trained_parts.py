@@ -30,12 +30,13 @@ def trained_parts_table(model: Flamingo, config: FlamingoRunConfig) -> str:
 def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ...]:
     parameters = parameters_of(model, part)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    is_replicated = config.deepspeed.frozen == "replicated" and not trained
     cells = (
         part,
         getattr(config.model.trainable, part),
         _count(math.prod(full_shape(parameter)) for parameter in parameters.values()),
         _count(math.prod(full_shape(parameter)) for parameter in trained),
-        _place(config.deepspeed.offload_param.device, config.deepspeed.zero_stage == 3),
+        _place(config.deepspeed.offload_param.device, config.deepspeed.zero_stage == 3 and not is_replicated),
     )
     if not trained:
         return (*cells, "-", "-", "-")

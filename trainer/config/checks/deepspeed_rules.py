@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.config.run_config import OffloadConfig, RunConfig
+from trainer.config.run_config import FROZEN_DEVICES, ContrastiveRunConfig, OffloadConfig, RunConfig
 from trainer.errors import Problem
 
 
@@ -22,6 +22,30 @@ def deepspeed_problems(config: RunConfig) -> Iterator[Problem]:
             message = f"{offloaded} can be offloaded to {offload.device} with zero_stage 3 only, not with stage {stage}"
             yield Problem(f"{path}.device", message, related=("deepspeed.zero_stage",))
         yield from _drive_problems(path, offload)
+    yield from _frozen_problems(config)
+
+
+def _frozen_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield the contradictions between ``deepspeed.frozen`` and the other settings."""
+    settings, stage, path = config.deepspeed, config.deepspeed.zero_stage, "deepspeed.frozen"
+    frozen, device = settings.frozen, settings.offload_param.device
+    if frozen is None:
+        return
+    if isinstance(config, ContrastiveRunConfig):
+        yield Problem(path, f"{frozen}: both towers of this run train, so nothing is frozen; leave it out")
+        return
+    if frozen == "partitioned" and stage < 3:
+        message = f"partitioned: zero_stage {stage} keeps frozen weights whole on every process; set it to replicated"
+        yield Problem(path, message, related=("deepspeed.zero_stage",))
+    if (own := FROZEN_DEVICES.get(frozen, "none")) != device:
+        message = f"{frozen} means offload_param.device {own}, but that is {device}; leave one of the two out"
+        yield Problem(path, message, related=("deepspeed.offload_param.device",))
+    if frozen == "replicated" and settings.hpz_partition_size > 1:
+        message = (
+            f"replicated keeps frozen weights whole, and hpz_partition_size {settings.hpz_partition_size} would keep "
+            "a second copy of them in each node; set hpz_partition_size to 1"
+        )
+        yield Problem(path, message, related=("deepspeed.hpz_partition_size",))
 
 
 def _drive_problems(path: str, offload: OffloadConfig) -> Iterator[Problem]:
