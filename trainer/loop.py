@@ -168,7 +168,7 @@ def train(task: Task, config: RunConfig, world: World, observers: Sequence[StepO
         matmul,
         clip_parts=task.clip_parts,
         measured_part=task.measured_part,
-        replicate_frozen=config.deepspeed.frozen == "replicated",
+        replicate_frozen=config.deepspeed.replicates_frozen,
     )
     events = EventLog(folder, world.is_main)
     watchdog = Watchdog(folder, config.resilience.watchdog, config.deepspeed.timeout_seconds, world, events)

@@ -40,6 +40,7 @@ CASES = {
     "stage 1, large bucket": settings(1, "bfloat16", 2_000_000),
     "stage 2, little to compute": settings(2, "float32", 500_000, *ONE_ROW, *SHORT),
     "stage 3, everything gathered": settings(3, "bfloat16", 500_000, *ONE_ROW),
+    "stage 3, frozen weights replicated": settings(3, "bfloat16", 500_000, *ONE_ROW, "--deepspeed.frozen=replicated"),
 }
 
 
@@ -71,7 +72,7 @@ def predicted_and_measured(world: Any, overrides: list[str]) -> tuple[str, float
     )
     before = tensor_memory().current  # left by earlier cases in this process
     model, json_settings = random_model(config, world)
-    replicated = config.deepspeed.frozen == "replicated"
+    replicated = config.deepspeed.replicates_frozen
     engine = Engine(model, config.optimizer, json_settings, world, replicate_frozen=replicated)
     made = synthetic_step(config, model, world)
     timings = time_steps(engine, iter(lambda: made, None), steps=1, warmup=1, trace=None)

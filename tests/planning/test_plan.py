@@ -46,7 +46,7 @@ def measured_and_planned(world: Any, overrides: list[str]) -> tuple[float, float
         config, build_on_meta_device(config.model, config.training.dtype), Cluster(DEVICES["h100"], 1, world.size)
     ).sent
     model, settings = random_model(config, world)
-    replicated = config.deepspeed.frozen == "replicated"
+    replicated = config.deepspeed.replicates_frozen
     engine = Engine(model, config.optimizer, settings, world, replicate_frozen=replicated)
     made = synthetic_step(config, model, world)
     timings = time_steps(engine, iter(lambda: made, None), steps=3, warmup=1, trace=None)

@@ -191,10 +191,8 @@ def _prepared_flamingo(config: FlamingoRunConfig, world: World, options: argpars
     else:
         check_memory(config, build_on_meta_device(config.model, config.training.dtype), world)
         model, settings = random_model(config, world)
-        replicated = config.deepspeed.frozen == "replicated"
-        engine = Engine(
-            model, config.optimizer, settings, world, config.training.cpu_matmul, replicate_frozen=replicated
-        )
+        matmul, replicated = config.training.cpu_matmul, config.deepspeed.replicates_frozen
+        engine = Engine(model, config.optimizer, settings, world, matmul, replicate_frozen=replicated)
         batches = repeat(synthetic_step(config, model, world))
     module: Any = engine.module
     return _Prepared(
@@ -220,6 +218,6 @@ def _real(
     """Return the engine of a run, and the micro-batches that it would train on."""
     drawn = options.warmup + 2 * options.steps + 2  # one step counts memory, and one is traced
     matmul, clipping = config.training.cpu_matmul, task.clip_parts
-    replicated = config.deepspeed.frozen == "replicated"
+    replicated = config.deepspeed.replicates_frozen
     engine = Engine(task.module, config.optimizer, task.deepspeed, world, matmul, clipping, replicate_frozen=replicated)
     return engine, (step.micro_batches for step in step_loader(task, config, world, 0, drawn))

@@ -53,7 +53,7 @@ def check_memory(config: RunConfig, model: nn.Module, world: World) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     itemsize = torch_dtype(config.training.dtype).itemsize
-    whole = total - trainable if config.deepspeed.frozen == "replicated" else 0
+    whole = total - trainable if config.deepspeed.replicates_frozen else 0
     held = itemsize * (whole + (total - whole) / (world.size if config.deepspeed.zero_stage == 3 else 1))
     optimizer = (ADAMW_STATE_BYTES + _GRADIENT_BYTES) * trainable / world.size
     on_host = world.device.type == "cpu"

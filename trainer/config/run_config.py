@@ -172,6 +172,11 @@ class DeepSpeedConfig:
             offload = replace(self.offload_param, device=FROZEN_DEVICES[self.frozen])
             object.__setattr__(self, "offload_param", offload)
 
+    @property
+    def replicates_frozen(self) -> bool:
+        """Whether frozen weights are whole on every process under any ``zero_stage``."""
+        return self.frozen == "replicated"
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -141,7 +141,7 @@ def predict(
     zero = deepspeed_json(config)["zero_optimization"]
     itemsize = 2 if config.training.dtype == "bfloat16" else 4
     parameters = (counted.held, counted.trainable, counted.vision)
-    replicated = config.deepspeed.frozen == "replicated"
+    replicated = config.deepspeed.replicates_frozen
     sizes = Sizes(*parameters, itemsize, cluster.size, counted.largest_block, counted.standardized, replicated)
     traffic = counted.traffic(zero, cluster.size, sum(plan.num_micro_batches for plan in plans), recomputed, replicated)
     micro_batches = [

@@ -45,7 +45,7 @@ def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], worl
         ConfigError: The tensors do not fit; the message says how many bytes are needed and how many are there.
     """
     zero = settings["zero_optimization"]
-    is_replicated = config.deepspeed.frozen == "replicated"
+    is_replicated = config.deepspeed.replicates_frozen
     if not is_replicated and not any(zero.get(f"offload_{what}") for what in ("param", "optimizer")):
         return
     try:

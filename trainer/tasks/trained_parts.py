@@ -30,7 +30,7 @@ def trained_parts_table(model: Flamingo, config: FlamingoRunConfig) -> str:
 def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ...]:
     parameters = parameters_of(model, part)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    is_replicated = config.deepspeed.frozen == "replicated" and not trained
+    is_replicated = config.deepspeed.replicates_frozen and not trained
     cells = (
         part,
         getattr(config.model.trainable, part),

@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as TF
 from tests.data.helpers import document_builder, mmc4, noise, pair_builder, saved
 from trainer.config.data_config import AugmentConfig
 from trainer.data.batch import SampleId
-from trainer.data.samples.augmentation import Augmentation, color_map, draw_augmentation
+from trainer.data.samples.augmentation import Augmentation, draw_augmentation
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.data.samples.rows import sample_rng
 
@@ -124,7 +124,7 @@ def test_no_sum_of_the_map_of_colors_is_rounded() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 500)).astype(np.float32)
     pixels[:, 0] = 255
     for change in (Augmentation(hue=0.37), Augmentation(brightness=1.9, contrast=1.9, saturation=1.9, hue=0.5)):
-        matrix = color_map(change)
+        matrix = change.color_map()
         assert np.array_equal(matrix @ pixels, matrix.astype(np.float64) @ pixels.astype(np.float64))
         assert abs(matrix[0].sum() - change.brightness * change.contrast) < 1e-3, "gray stays gray"
 

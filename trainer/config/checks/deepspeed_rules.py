@@ -40,7 +40,7 @@ def _frozen_problems(config: RunConfig) -> Iterator[Problem]:
     if (own := FROZEN_DEVICES.get(frozen, "none")) != device:
         message = f"{frozen} means offload_param.device {own}, but that is {device}; leave one of the two out"
         yield Problem(path, message, related=("deepspeed.offload_param.device",))
-    if frozen == "replicated" and settings.hpz_partition_size > 1:
+    if settings.replicates_frozen and settings.hpz_partition_size > 1:
         message = (
             f"replicated keeps frozen weights whole, and hpz_partition_size {settings.hpz_partition_size} would keep "
             "a second copy of them in each node; set hpz_partition_size to 1"

@@ -69,7 +69,7 @@ class Augmentation:
             height: Rows of the image.
             width: Columns of the image.
         """
-        matrix = self.color_matrix().flatten().tolist()
+        matrix = self._color_matrix().flatten().tolist()
         share_of_mean = (1 - self.contrast) * self.brightness
         changes = [*matrix, share_of_mean, float(self.flip), top, left, height, width]
         assert len(changes) == NUM_CHANGES
@@ -87,12 +87,22 @@ class Augmentation:
         flat = image.reshape(3, -1).numpy()
         mean = flat.sum(1, dtype=np.uint32 if flat.shape[1] < 1 << 24 else np.uint64) / flat.shape[1]
         # numpy takes half of torch's time on arrays of this size.
-        changed = color_map(self) @ flat.astype(np.float32)
+        changed = self.color_map() @ flat.astype(np.float32)
         changed += np.float32((1 - self.contrast) * self.brightness * float(_LUMA @ mean) + 0.5)
         np.clip(changed, 0, 255, out=changed)
         return torch.from_numpy(changed.astype(np.uint8)).reshape(image.shape)
 
-    def color_matrix(self) -> NDArray[np.float64]:
+    def color_map(self) -> NDArray[np.float32]:
+        """Return the linear part of the map of colors, [3, 3], rounded.
+
+        It has so few bits that float32 holds its products with 8-bit pixels, and their sums, exactly.
+        """
+        matrix = self._color_matrix()
+        largest = math.ceil(math.log2(max(1.0, float(np.abs(matrix).sum(1).max()))))
+        unit = 2.0 ** (largest - _MAP_BITS)
+        return (np.round(matrix / unit) * unit).astype(np.float32)
+
+    def _color_matrix(self) -> NDArray[np.float64]:
         """Return the linear part of the map. The hue turns about the gray axis, in YIQ."""
         saturation = self.saturation * np.eye(3) + (1 - self.saturation) * np.tile(_LUMA, (3, 1))
         angle = 2 * math.pi * self.hue
@@ -100,17 +110,6 @@ class Augmentation:
         turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         hue = np.linalg.inv(_RGB_TO_YIQ) @ turn @ _RGB_TO_YIQ
         return self.brightness * self.contrast * hue @ saturation
-
-
-def color_map(change: Augmentation) -> NDArray[np.float32]:
-    """Return the linear part of the map of colors, [3, 3].
-
-    It has so few bits that float32 holds its products with 8-bit pixels, and their sums, exactly.
-    """
-    matrix = change.color_matrix()
-    largest = math.ceil(math.log2(max(1.0, float(np.abs(matrix).sum(1).max()))))
-    unit = 2.0 ** (largest - _MAP_BITS)
-    return (np.round(matrix / unit) * unit).astype(np.float32)
 
 
 def draw_augmentation(settings: AugmentConfig, rng: np.random.Generator) -> Augmentation:

@@ -58,7 +58,8 @@ class ContrastiveStep:
         first, rest = batches[0], batches[1:]
         features, states = _without_graph(engine, rest) if rest else ([], [])
         every = [_features(engine, first), *features]
-        after = RandomState.now(world.device)
+        if rest:
+            states.append(RandomState.now(world.device))
         captions = torch.cat([batch.input_ids for batch in batches]).to(world.device) if self.mask_duplicates else None
         sizes = [len(batch.input_ids) for batch in batches]
         solution = solve(_joined(every), captions, sizes, self.loss, world, factor * world.size)
@@ -69,7 +70,8 @@ class ContrastiveStep:
                 every[number] = _features(engine, batches[number])
             loss = surrogate(every[number], gradients, with_scale=ends)
             engine.backward(loss, is_last=is_last and ends)
-        after.restore()  # so that what follows does not draw the replayed numbers again
+        if rest:
+            states[-1].restore()  # so that what follows does not draw the replayed numbers again
         return solution.losses
 
 
