@@ -119,5 +119,6 @@ def test_micro_batches_make_the_step_of_the_whole_batch(micro_batches: int, monk
         gradients.append([parameter.grad for parameter in clip.parameters()])
         seen.append(torch.cat(engine.seen))
     for whole, split in zip(*gradients, strict=True):
-        assert torch.allclose(whole, split, rtol=1e-5, atol=1e-7)
-    assert torch.equal(seen[1], seen[0].repeat(2, 1, 1, 1, 1))  # each micro-batch twice, with the same pixels
+        assert (whole - split).norm() <= 1e-6 * whole.norm()
+    # All but the first micro-batch are seen twice, with the same pixels.
+    assert torch.equal(seen[1], torch.cat([seen[0][size:], seen[0][:size], seen[0][size:]]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NUM_CHANGES = 15  # 9 entries of the map of colors, share of the mean's luma, flip, top, left, height, width
-_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
+LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, whose sum is 1
 _MEDIA_AT_A_TIME = 64  # their pixels are in memory as float32
 
 
@@ -39,7 +39,7 @@ def _augment(media_MFCHW: Tensor, changes_MK: Tensor) -> Tensor:
     inside_M11HW = (in_rows_MH[:, :, None] & in_columns_MW[:, None])[:, None, None]
     sum_MFC = (media_MFCHW * inside_M11HW).sum((-2, -1), dtype=torch.int64)
     mean_MFC = sum_MFC / (rows_M1 * columns_M1)[:, None].double()
-    luma_MF = _LUMA[0] * mean_MFC[..., 0] + _LUMA[1] * mean_MFC[..., 1] + _LUMA[2] * mean_MFC[..., 2]
+    luma_MF = LUMA[0] * mean_MFC[..., 0] + LUMA[1] * mean_MFC[..., 1] + LUMA[2] * mean_MFC[..., 2]
     offset_MF11 = (changes_MK[:, 9:10] * luma_MF + 0.5).float()[..., None, None]
     matrix_MCC11 = changes_MK[:, :9].float().unflatten(1, (3, 3))[..., None, None]
     planes_MFCHW = media_MFCHW.float()

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.data_config import AugmentConfig
-from trainer.data.device_augmentation import NUM_CHANGES
+from trainer.data.device_augmentation import LUMA, NUM_CHANGES
 
 _NUM_DRAWS = 9
 _MAP_BITS = 15  # those of float32 that a pixel's 8 bits and a carry leave
-_LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, whose sum is 1
-_RGB_TO_YIQ = np.stack([_LUMA, np.array([0.5959, -0.2746, -0.3213]), np.array([0.2115, -0.5227, 0.3112])])
+_RGB_TO_YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Augmentation:
             height: Rows of the image.
             width: Columns of the image.
         """
-        matrix = self._color_matrix().flatten().tolist()
+        matrix = self.color_map().flatten().tolist()
         share_of_mean = (1 - self.contrast) * self.brightness
         changes = [*matrix, share_of_mean, float(self.flip), top, left, height, width]
         assert len(changes) == NUM_CHANGES
@@ -88,7 +87,8 @@ class Augmentation:
         mean = flat.sum(1, dtype=np.uint32 if flat.shape[1] < 1 << 24 else np.uint64) / flat.shape[1]
         # numpy takes half of torch's time on arrays of this size.
         changed = self.color_map() @ flat.astype(np.float32)
-        changed += np.float32((1 - self.contrast) * self.brightness * float(_LUMA @ mean) + 0.5)
+        luma = LUMA[0] * mean[0] + LUMA[1] * mean[1] + LUMA[2] * mean[2]  # in the order of the device's sum
+        changed += np.float32((1 - self.contrast) * self.brightness * luma + 0.5)
         np.clip(changed, 0, 255, out=changed)
         return torch.from_numpy(changed.astype(np.uint8)).reshape(image.shape)
 
@@ -104,7 +104,7 @@ class Augmentation:
 
     def _color_matrix(self) -> NDArray[np.float64]:
         """Return the linear part of the map. The hue turns about the gray axis, in YIQ."""
-        saturation = self.saturation * np.eye(3) + (1 - self.saturation) * np.tile(_LUMA, (3, 1))
+        saturation = self.saturation * np.eye(3) + (1 - self.saturation) * np.tile(LUMA, (3, 1))
         angle = 2 * math.pi * self.hue
         turn = np.eye(3)
         turn[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
