@@ -42,7 +42,7 @@ from trainer.tasks.contrastive.towers import ContrastiveTowers
 
 BENCHMARK, BASELINE = "contrastive", "open_clip"
 ROWS, MICRO_BATCHES, CONTEXT, SIZE = 64, 4, 16, 64
-REPEATS, WARM_UP = 5, 1
+REPEATS, WARM_UP = 15, 1
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64},
