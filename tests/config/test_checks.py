@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import WriteYaml, problems_of, run_values
-from trainer.config.batch_sizes import possible_world_sizes
+from trainer.config.batch_sizes import divide_batch, possible_world_sizes
 from trainer.config.checks import missing_libraries
 from trainer.config.checks.missing_libraries import optimizer_obstacle
 from trainer.config.evaluation_config import EvaluationConfig
@@ -111,6 +111,12 @@ def test_one_broken_rule(write_yaml: WriteYaml, section: str, values: dict[str, 
         ({"name": "documents"}, "data.sources", "2 are named 'documents'"),
         ({"name": "a/b"}, "data.sources.0.name", "slash"),
         ({"micro_batch_size": 3}, "data.sources.0.micro_batch_size", "does not divide batch_size 16"),
+        ({"micro_batch_tokens": 9, "max_tokens": 10}, "data.sources.0.micro_batch_tokens", "fewer than max_tokens 10"),
+        (
+            {"micro_batch_tokens": 999, "micro_batch_size": 4},
+            "data.sources.0.micro_batch_tokens",
+            "same as micro_batch_size 4",
+        ),
     ],
 )
 def test_a_broken_rule_of_sources(write_yaml: WriteYaml, change: dict[str, Any], path: str, message: str) -> None:
@@ -239,6 +245,15 @@ def test_world_sizes_divide_every_batch(write_yaml: WriteYaml) -> None:
     with pytest.raises(ConfigError) as caught:
         check_world_size(config, 3)
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 1), (64 * 5, 4), (64 * 99, 8)])
+def test_tokens_choose_the_rows_of_a_micro_batch(write_yaml: WriteYaml, tokens: int, rows: int) -> None:
+    values = run_values()
+    values["data"]["sources"][0] |= {"max_tokens": 64, "batch_size": 16, "micro_batch_tokens": tokens}
+    config = load_config(write_yaml(values), [], FlamingoRunConfig, check_files=False)
+    share = divide_batch(config.data, config.data.sources[0], world_size=2)
+    assert (share.micro_batch_size, share.num_micro_batches) == (rows, 8 // rows)
 
 
 def test_copies_of_the_parameters_need_whole_groups(write_yaml: WriteYaml) -> None:

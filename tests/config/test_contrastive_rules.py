@@ -14,6 +14,8 @@ from trainer.config.run_config import ContrastiveRunConfig
 
 HF_TEXT = {"embed_dim": 4, "vision_cfg": {"timm_model_name": "test_nfnet"}, "text_cfg": {"hf_model_name": "bert"}}
 
+PAIRS = run_values()["data"]["sources"][0]
+
 
 def contrastive_values(**more: Any) -> dict[str, Any]:
     values = run_values()
@@ -29,6 +31,11 @@ def contrastive_values(**more: Any) -> dict[str, Any]:
         ({"architecture": {"embed_dim": 4, "vision_cfg": {}}}, "architecture", "needs text_cfg"),
         ({"architecture": HF_TEXT}, "tokenizer", "the text tower's own tokenizer"),
         ({"optimizer": {"clip_grad_norm": "off"}}, "optimizer.clip_grad_norm", "none"),
+        (
+            {"data": {"sources": [PAIRS | {"micro_batch_tokens": 99}]}},
+            "data.sources.0.micro_batch_tokens",
+            "tokens of rows",
+        ),
         ({"training": {"steps": 100, "combine": "sometimes"}}, "training.combine", "round_robin"),
         (
             {"zero_shot": {"classification": [{"name": "a", "folder": "x", "templates": ["a photo"]}]}},

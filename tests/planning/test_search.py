@@ -89,10 +89,11 @@ def test_stages_are_alternatives_only_where_gradients_are_summed_alike() -> None
 
 
 def test_variants_keep_what_is_trained(predictor: Predictor) -> None:
-    config = read(DEBUG)
+    config = read(DEBUG, "--data.sources.0.micro_batch_tokens", "999")
     for variant in variants(config, Cluster(DEVICES["h100"], 1, 2)):
+        assert variant.settings["data.sources.0.micro_batch_tokens"] is None
         sources = [
-            replace(source, micro_batch_size=before.micro_batch_size)
+            replace(source, micro_batch_size=before.micro_batch_size, micro_batch_tokens=before.micro_batch_tokens)
             for source, before in zip(variant.config.data.sources, config.data.sources, strict=True)
         ]
         data = replace(variant.config.data, sources=tuple(sources))

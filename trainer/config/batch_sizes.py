@@ -32,6 +32,9 @@ def divide_batch(data: DataConfig, source: Source, world_size: int) -> BatchShar
     num_lanes = _num_lanes(data, source)
     rows_per_rank = source.batch_size // world_size
     micro_batch_size = source.micro_batch_size or rows_per_rank
+    if source.micro_batch_tokens is not None:
+        most = source.micro_batch_tokens // source.max_tokens
+        micro_batch_size = max(rows for rows in range(1, most + 1) if rows_per_rank % rows == 0)
     return BatchShare(num_lanes, source.batch_size // num_lanes, micro_batch_size, rows_per_rank // micro_batch_size)
 
 
@@ -68,7 +71,13 @@ def _num_lanes(data: DataConfig, source: Source) -> int:
 def _source_problems(data: DataConfig, index: int, world_size: int) -> Iterator[Problem]:
     source = data.sources[index]
     path, num_lanes, batch_size = f"data.sources.{index}", _num_lanes(data, source), source.batch_size
-    rows, micro_batch_size = batch_size // world_size, source.micro_batch_size
+    rows, micro_batch_size, tokens = batch_size // world_size, source.micro_batch_size, source.micro_batch_tokens
+    if tokens is not None and tokens < source.max_tokens:
+        message = f"{tokens} are fewer than max_tokens {source.max_tokens}, those of one row"
+        yield Problem(f"{path}.micro_batch_tokens", message, related=(f"{path}.max_tokens",))
+    if tokens is not None and micro_batch_size is not None:
+        message = f"{tokens} says the same as micro_batch_size {micro_batch_size}; leave one of them out"
+        yield Problem(f"{path}.micro_batch_tokens", message, related=(f"{path}.micro_batch_size",))
     if batch_size % num_lanes:
         message = f"{batch_size} is not a multiple of data.num_lanes {num_lanes}: each lane gives equally many rows"
         yield Problem(f"{path}.batch_size", message, related=("data.num_lanes",))

@@ -97,6 +97,8 @@ class SourceBase:
         batch_size: Rows of this source in one step, over all ranks.
         weight: Weight of this source's loss in the step (the paper's lambda).
         micro_batch_size: Rows per rank in one forward pass; None takes ``batch_size / world size``.
+        micro_batch_tokens: Tokens per rank in one forward pass, in place of ``micro_batch_size``: the most rows of
+            ``max_tokens`` that are no more tokens, and that divide ``batch_size / world size``.
         max_tokens: Longest row in tokens; longer ones are cut.
         packing: Fill each row with as many samples as fit into ``max_tokens``; they do not see one another. False
             gives each sample a row.
@@ -110,6 +112,7 @@ class SourceBase:
     batch_size: Positive
     weight: PositiveFloat = 1.0
     micro_batch_size: Positive | None = None
+    micro_batch_tokens: Positive | None = None
     max_tokens: Positive = 256
     packing: bool = False
     filters: FilterConfig = field(default_factory=FilterConfig)

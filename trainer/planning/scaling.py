@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from trainer.config.batch_sizes import batch_size_problems
+from trainer.config.data_config import Source
 from trainer.config.run_config import RunConfig
 from trainer.planning.prediction import Cluster, Prediction
 
@@ -53,12 +54,17 @@ def scaling(
         yield ScalingPoint(at, strong, weak)
 
 
+def _micro_batch_size(source: Source, rows: int) -> int | None:
+    """Return the rows of a micro-batch where a rank has that many; None leaves them to ``micro_batch_tokens``."""
+    return None if source.micro_batch_tokens is not None else min(source.micro_batch_size or rows, rows)
+
+
 def _with_batches(config: Run, batch_sizes: Sequence[int], size: int) -> Run | None:
     """Return the run with other batches and micro-batches that a rank can fill, or None where they do not divide."""
     if any(batch < size for batch in batch_sizes):
         return None
     sources = tuple(
-        replace(source, batch_size=batch, micro_batch_size=min(source.micro_batch_size or batch, batch // size))
+        replace(source, batch_size=batch, micro_batch_size=_micro_batch_size(source, batch // size))
         for source, batch in zip(config.data.sources, batch_sizes, strict=True)
     )
     data = replace(config.data, sources=sources, num_lanes=None)

@@ -161,13 +161,15 @@ def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
         if any(number % count for number, count in zip(rows, counts, strict=True)):
             continue
         sources = tuple(
-            replace(source, micro_batch_size=number // count)
+            replace(source, micro_batch_size=number // count, micro_batch_tokens=None)
             for source, number, count in zip(config.data.sources, rows, counts, strict=True)
         )
         data = replace(config.data, sources=sources)
         if batch_size_problems(data, cluster.size):
             continue  # lanes divide the batch further than ranks do
         sizes = {f"data.sources.{i}.micro_batch_size": source.micro_batch_size for i, source in enumerate(sources)}
+        replaced = [i for i, source in enumerate(config.data.sources) if source.micro_batch_tokens is not None]
+        sizes |= {f"data.sources.{i}.micro_batch_tokens": None for i in replaced}
         yield Variant(", ".join(words), sizes | fixed, replace(config, data=data))
 
 

@@ -20,6 +20,10 @@ def contrastive_problems(config: RunConfig) -> Iterator[Problem]:
     if config.clip_towers != TowerClipConfig() and config.optimizer.clip_grad_norm != "none":
         message = f"{config.optimizer.clip_grad_norm} would clip both towers again; set it to none"
         yield Problem("optimizer.clip_grad_norm", message, related=("clip_towers",))
+    for index, source in enumerate(config.data.sources):
+        if source.micro_batch_tokens is not None:
+            message = "counts tokens of rows, and a pair here is an image with a caption; set micro_batch_size"
+            yield Problem(f"data.sources.{index}.micro_batch_tokens", message)
     if isinstance(config.architecture, dict):
         yield from _architecture_problems(config, config.architecture)
     names = [test.name for test in config.zero_shot.classification]
