@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -53,6 +54,13 @@ def test_no_step_is_judged_before_min_steps() -> None:
 def test_a_small_change_of_a_constant_loss_is_not_a_spike() -> None:
     assert windows_of([1.0] * 40 + [1.05, 1.05]) == []
     assert windows_of([1.0] * 40 + [1.5, 1.5]) == [(40, 42)]
+
+
+def test_wrong_answers_of_a_model_that_is_nearly_always_right_are_not_a_spike() -> None:
+    losses = [0.002 + 0.0002 * (step % 5) for step in range(40)]
+    assert windows_of([*losses, 0.09, 0.06]) == []
+    assert windows_of([*losses, 0.15, 0.2]) == [(40, 42)]
+    assert windows_of([*losses, math.nan, math.nan]) == [(40, 42)]
 
 
 def test_the_gradient_norm_counts_only_with_its_setting() -> None:

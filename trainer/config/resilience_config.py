@@ -19,6 +19,8 @@ class SpikeConfig:
             warns; "off" does not look.
         threshold: A step is suspect when its loss lies this many robust standard deviations (1.4826 times the median
             absolute deviation) above the median of the last ``window`` applied steps.
+        min_rise: Least rise of the loss over that median, in nats, of a suspect step. Where a loss is near 0, one wrong
+            answer lies many deviations above it.
         window: Applied steps that a loss is compared with.
         min_steps: Fewest applied steps to compare with; none is suspect before.
         patience: Consecutive suspect steps that make a spike.
@@ -32,6 +34,7 @@ class SpikeConfig:
 
     action: Literal["rewind", "warn", "off"] = "rewind"
     threshold: PositiveFloat = 10.0
+    min_rise: NonNegativeFloat = 0.1
     window: Positive = 128
     min_steps: Annotated[int, Gt(1)] = 64
     patience: Positive = 3

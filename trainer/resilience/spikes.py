@@ -60,10 +60,10 @@ class SpikeDetector:
         if self._config.action == "off" or len(self._history) < self._config.min_steps:
             return False
         losses, norms = zip(*self._history, strict=True)
-        scores = [robust_score(loss, losses)]
-        if self._config.grad_norm:
-            scores.append(robust_score(grad_norm, norms))
-        return max(scores) > self._config.threshold
+        scores = [robust_score(grad_norm, norms)] if self._config.grad_norm else []
+        if not loss - statistics.median(losses) < self._config.min_rise:  # so that NaN is judged
+            scores.append(robust_score(loss, losses))
+        return max(scores, default=0.0) > self._config.threshold
 
 
 def robust_score(value: float, past: Iterable[float]) -> float:
