@@ -92,9 +92,9 @@ def steps_logged(run_dir: Path) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_seconds: float = 300) -> None:
     """Wait until the process has logged that many steps of the run."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + timeout_seconds
     while steps_logged(run_dir) < step:
         assert process.poll() is None, f"it ended before step {step}:\n{finish(process)[1]}"
         assert time.monotonic() < deadline

@@ -1,16 +1,21 @@
-"""Weights on a drive (``offload_param: nvme``): a run trains, is killed, resumes and exports."""
+"""Weights on a drive (``offload_param: nvme``): a run trains, is killed, resumes and exports, also in little memory."""
 
 from __future__ import annotations
 
 import ctypes.util
+import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed.launched import finish, kill_rank_1, wait_for_step
+from tests.distributed.launched import finish, kill_rank_1, start, wait_for_step
 from tests.distributed.small_run import losses, read_events, run_settings, write_settings
 from tests.distributed.test_launcher import launch
 from tests.model.builders import FAMILIES
@@ -36,7 +41,7 @@ def write_wide_language_model(folder: Path, num_blocks: int) -> None:
 def drive_settings(assets: Path, run_dir: Path, **offload: Any) -> dict[str, Any]:
     """Return settings of a run in bfloat16 with few trained weights."""
     settings = run_settings(assets, run_dir, steps=6)
-    settings["training"]["dtype"] = "bfloat16"
+    settings["training"] |= {"dtype": "bfloat16", "activation_checkpointing": True}
     settings["model"]["cross_attention"] |= {"every_n_layers": 8, "ff_mult": 1}
     settings["deepspeed"] = {"zero_stage": 3, "offload_param": offload, "timeout_seconds": 300}
     return settings
@@ -52,8 +57,9 @@ def test_a_run_with_weights_on_a_drive_equals_one_without_and_survives_a_kill(
         drive.mkdir()
         settings = drive_settings(assets, tmp_path / name, device="nvme", path=str(drive))
         configs[name] = write_settings(tmp_path / f"{name}.yaml", settings)
-    for name in ("host", "whole"):
-        code, output = finish(launch(configs[name], port), timeout_seconds=1500)
+    # From a drive, the parameters of a block are gathered together, and a CPU rounds their products in another way.
+    for name, module in (("host", "tests.distributed.train_whole_blocks"), ("whole", "trainer.train")):
+        code, output = finish(launch(configs[name], port, module=module), timeout_seconds=1500)
         assert code == 0, output
     assert losses(tmp_path / "whole") == losses(tmp_path / "host"), "where weights lie changes nothing"
 
@@ -69,3 +75,75 @@ def test_a_run_with_weights_on_a_drive_equals_one_without_and_survives_a_kill(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), "bit for bit"
     exports = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("killed", "whole", "host")]
     assert exports[0] == exports[1] == exports[2]
+
+
+LIMIT = 3 * 2**29  # bytes of memory: libraries alone take half of it
+
+
+def write_equal_blocks(folder: Path, num_blocks: int) -> int:
+    """Replace the weights of a language model by many blocks with the same weights; return their bytes."""
+    shape = {**FAMILIES["llama"], **WIDE, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 16}
+    config = AutoConfig.for_model(**shape | {"num_hidden_layers": num_blocks, "dtype": "bfloat16"})
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    made: dict[str, torch.Tensor] = {}
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        block, _, within = name.removeprefix("model.layers.").partition(".")
+        if within not in made:
+            made[within] = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(tensor.dim() == 1, 0.02)
+        files.setdefault(f"model-{block if block.isdigit() else 'rest'}.safetensors", {})[name] = made[within]
+    size = 0
+    for file, tensors in files.items():
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        size += (folder / file).stat().st_size
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return size
+
+
+@pytest.fixture
+def limited_group() -> Iterator[Path]:
+    """Make a group of processes that have ``LIMIT`` bytes of memory together; return the file that adds one to it."""
+    for root, limit, add in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "tasks"),
+        ("/sys/fs/cgroup", "memory.max", "cgroup.procs"),
+    ):
+        group = Path(root, f"test-drive-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(LIMIT))
+        except OSError:
+            continue
+        yield group / add
+        group.rmdir()
+        return
+    pytest.skip("this machine lets nobody limit the memory of a group of processes")
+
+
+def test_a_language_model_four_times_as_large_as_the_memory_trains_resumes_and_exports(
+    assets: Path, tmp_path: Path, limited_group: Path
+) -> None:
+    assert write_equal_blocks(assets / "lm", num_blocks=64) > 4 * LIMIT
+    drive, run_dir = tmp_path / "drive", tmp_path / "run"
+    drive.mkdir()
+    settings = drive_settings(assets, run_dir, device="nvme", path=str(drive))
+    settings["model"]["cross_attention"]["every_n_layers"] = 64
+    settings["data"]["sources"] = settings["data"]["sources"][:1]
+    settings["training"]["steps"] = 3
+    settings["checkpoint"] = {"every": 1, "keep_last": 2}
+    config = write_settings(tmp_path / "run.yaml", settings)
+    command = ["bash", "-c", f'echo $$ > {limited_group} && exec "$@"', "limited"]
+    command += [sys.executable, "-m", "trainer.train", str(config)]
+    killed = start(command)
+    wait_for_step(killed, run_dir, 2, timeout_seconds=900)
+    killed.kill()
+    assert finish(killed)[0] == -9
+    code, output = finish(start(command), timeout_seconds=1500)
+    assert code == 0, output
+    assert read_events(run_dir, "resumed") and len(losses(run_dir)) == 3
+    assert (run_dir / "export" / "model.safetensors").is_file()

@@ -18,10 +18,10 @@ from tests.distributed.small_run import losses, read_events, read_ledger, run_se
 pytestmark = pytest.mark.distributed
 
 
-def launch(config: Path, port: int, processes: int = 2) -> subprocess.Popen[str]:
+def launch(config: Path, port: int, processes: int = 2, module: str = "trainer.train") -> subprocess.Popen[str]:
     """Start a run under the deepspeed launcher."""
     where = ["--num_accelerators", str(processes), "--master_port", str(port)]
-    return start(["deepspeed", *where, "--module", "trainer.train", config])
+    return start(["deepspeed", *where, "--module", module, config])
 
 
 def test_a_run_killed_under_the_launcher_completes_when_started_again(assets: Path, tmp_path: Path, port: int) -> None:

@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "report": "a page with plots of results: report RESULTS... --html FILE",
     "soak": "memory, threads and file descriptors over 5,000 steps; see soak --help",
     "step": "a step of a run, with the time of its parts: step CONFIG [--steps N ...]; see step --help",
+    "stream": "memory and time of a model whose weights lie on a drive",
 }
 WITH_OWN_OPTIONS = ("rates", "report", "soak", "step")
 

@@ -18,7 +18,8 @@ part. Each moment of a profiled step belongs to one part, so the parts add up to
 On a CPU, a collective that runs beside the computation costs its part only the waiting. On a GPU nothing overlaps in
 profiled steps, so the sum of the parts exceeds a timed step. One more step is traced there: "exposed" is the time in
 which a collective or an offload transfer ran and nothing computed. The bytes over the host link are those of the
-step's copies, including the copies of the batches. A CPU has no such link.
+step's copies, including the copies of the batches. A CPU has no such link. "Read from drives" is what the main process
+reads in a timed step, such as weights with ``offload_param: {device: nvme}``; what the page cache holds is not read.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ from trainer.config.yaml_file import read_yaml
 from trainer.data.batch import Batch
 from trainer.deepspeed_engine.engine import Engine
 from trainer.entry import quiet_libraries
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 from trainer.loop import Task, step_loader
 from trainer.planning.random_weights import build_on_meta_device
-from trainer.runtime.device_memory import OutOfDeviceMemoryError, explain_out_of_memory
+from trainer.resilience.swap_folders import swap_folders
+from trainer.runtime.device_memory import explain_out_of_memory
 from trainer.runtime.distributed import World, initialize, shut_down
 from trainer.tasks.contrastive.prediction import random_towers
 from trainer.tasks.contrastive.task import build_contrastive_task
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             check_world_size(config, world.size)
             limit_memory(options.device_memory_gib, world)
-            with explain_out_of_memory():
+            with swap_folders(config.deepspeed, world.rank), explain_out_of_memory():
                 rows = measure_run(config, world, options)
         finally:
             shut_down()
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
-    except OutOfDeviceMemoryError as error:  # of any one process
+    except TrainerError as error:  # of any one process
         print(error, file=sys.stderr)
         return error.exit_code
     if world.is_main:

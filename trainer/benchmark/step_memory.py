@@ -58,6 +58,8 @@ def check_memory(config: RunConfig, model: nn.Module, world: World) -> None:
     optimizer = (ADAMW_STATE_BYTES + _GRADIENT_BYTES) * trainable / world.size
     on_host = world.device.type == "cpu"
     if on_host:
+        held *= config.deepspeed.offload_param.device != "nvme"
+        optimizer *= config.deepspeed.offload_optimizer.device != "nvme"
         needed = (held + optimizer) * int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         available = float(psutil.virtual_memory().available)
     else:

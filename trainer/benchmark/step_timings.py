@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 
 from trainer.benchmark.device_trace import DeviceTrace, read_device_trace
@@ -34,6 +35,7 @@ class StepTimings:
         device: What the GPU did in the traced step, on the main process; None elsewhere.
         sent: Bytes that this rank sends in a step, by part.
         device_memory: Bytes of tensors at the peak of a step.
+        read_from_drives: Bytes that this process reads from drives in a timed step; the page cache is no drive.
     """
 
     timed: list[float] = field(default_factory=list)
@@ -42,6 +44,7 @@ class StepTimings:
     device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
     device_memory: float = 0.0
+    read_from_drives: float = 0.0
 
     def parts(self) -> dict[str, float]:
         """Return the mean seconds of each part over the middle half of the profiled steps, ordered by duration.
@@ -78,12 +81,15 @@ def time_steps(
     names = PARTS if accumulate is None else CONTRASTIVE_PARTS
     timings, now = StepTimings(), device_clock(engine.world)
     on_gpu = engine.world.device.type == "cuda"
-    for number in range(warmup + steps):
+    for _ in range(warmup):
+        step()
+    already_read = _read_bytes()
+    for _ in range(steps):
         start = now()
         step_batches = step()
-        if number >= warmup:
-            timings.timed.append((now() - start) / 1e9)
-            timings.contents += count(step_batches) if count else Counter()
+        timings.timed.append((now() - start) / 1e9)
+        timings.contents += count(step_batches) if count else Counter()
+    timings.read_from_drives = (_read_bytes() - already_read) / steps
     if on_gpu:
         timings.device_memory = device_memory(engine.world.device)
     else:
@@ -106,6 +112,12 @@ def time_steps(
     elif trace is not None:
         _traced_step(step, trace)
     return timings
+
+
+def _read_bytes() -> int:
+    """Return the bytes that this process has read from drives; 0 where the system does not count them."""
+    counters = getattr(psutil.Process(), "io_counters", None)
+    return 0 if counters is None else int(counters().read_bytes)
 
 
 def _traced_step(step: _Step, path: Path) -> None:

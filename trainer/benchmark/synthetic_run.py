@@ -22,6 +22,7 @@ from trainer.planning.activation_memory import ActivationMemory, recomputed_bloc
 from trainer.planning.random_weights import synthetic_tokens, with_random_weights
 from trainer.planning.workload import most_media, patch_grid
 from trainer.runtime.distributed import World
+from trainer.tasks.storage_check import prepare_offload
 
 
 def random_model(config: FlamingoRunConfig, world: World) -> tuple[Flamingo, dict[str, Any]]:
@@ -29,6 +30,7 @@ def random_model(config: FlamingoRunConfig, world: World) -> tuple[Flamingo, dic
     ops.set_backend(config.training.ops)
     plans = plan_step(config.data, world.size)
     settings = deepspeed_json(config)
+    prepare_offload(config, settings, world)
     model_config = with_random_weights(config.model)
     with partitioned_loading(settings) as build:
         model = build_flamingo(

@@ -141,8 +141,8 @@ class DeepSpeedConfig:
             processes (the devices of a node), so that the backward pass gathers them without the network. 1 keeps none.
         reduce_bucket_size: Gradient elements reduced in one message. Smaller buckets take less memory. A value in
             ``raw`` has precedence.
-        prefetch_bucket_size: Parameter elements that ZeRO-3 gathers ahead of their use. A value in ``raw`` has
-            precedence.
+        prefetch_bucket_size: Parameter elements that ZeRO-3 gathers, or reads from a drive, ahead of their use. A value
+            in ``raw`` has precedence.
         frozen: Where frozen weights live. "partitioned" divides them among all processes (ZeRO-3). "replicated" keeps
             them whole on every process, where no use gathers them; what trains stays under ``zero_stage``. "host" and
             "nvme" are ``offload_param`` with the device cpu or nvme, which also takes the parameters that train. None

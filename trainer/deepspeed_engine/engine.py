@@ -154,8 +154,11 @@ class Engine:
         if replicate_frozen and settings["zero_optimization"]["stage"] == 3:
             frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
             replicate(frozen, world.device)
-        if settings["zero_optimization"]["stage"] == 3 and world.device.type != "cpu":
-            # A CPU rounds products of parameters that lie elsewhere in memory in another way.
+        zero = settings["zero_optimization"]
+        is_on_drive = zero.get("offload_param", {}).get("device") == "nvme"
+        # A CPU rounds products of parameters that lie elsewhere in memory in another way. From a drive it must be so:
+        # DeepSpeed would release a recomputed block's parameters before its backward, and then find no free buffer.
+        if zero["stage"] == 3 and (world.device.type != "cpu" or is_on_drive):
             gather_frozen_blocks_together(module)
         self.layout: Mapping[str, Any] = shard_layout(module, groups, optimizer.name, settings)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(

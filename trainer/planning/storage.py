@@ -27,7 +27,8 @@ class DriveNeed:
         optimizer: Bytes of its optimizer state on the drive.
         largest: Elements of the largest partition on the drive; 0 where there is none.
         buffer_elements: Elements of a buffer: those of the JSON, or ``largest``.
-        buffer_count: Buffers: those of the JSON, or as many as the module with most parameters needs.
+        buffer_count: Buffers: those of the JSON, or twice as many as the module with most parameters needs, so that the
+            next one's weights arrive while it computes.
         itemsize: Bytes of one element.
     """
 
@@ -74,7 +75,7 @@ def drive_need(
         (ADAMW_STATE_BYTES + _GRADIENT_BYTES) * trained / ranks,
         largest,
         offload.get("buffer_size", largest),
-        offload.get("buffer_count", max(_DEFAULT_BUFFERS, *together)) if on_drive else 0,
+        offload.get("buffer_count", max(_DEFAULT_BUFFERS, *(2 * count for count in together))) if on_drive else 0,
         itemsize,
     )
 

@@ -22,6 +22,7 @@ from trainer.planning.random_weights import build_on_meta_device
 from trainer.planning.storage import DriveNeed, drive_need, size_buffers
 from trainer.planning.traffic import ModelSizes
 from trainer.resilience.swap_folders import swapped_bytes
+from trainer.runtime.allocator import return_freed_memory
 from trainer.runtime.distributed import World, failing_together
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ _CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
 
 
 def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], world: World) -> None:
-    """Check that offloaded and replicated tensors fit, and size the buffers between drive and device; a collective.
+    """Check that offloaded and replicated tensors fit, and prepare for weights on a drive; a collective.
+
+    The buffers between drive and device get a size, and freed memory goes back to the system.
 
     The sizes come from the model on the meta device. Where the hub alone knows the language model's config,
     nothing is checked.
@@ -64,6 +67,8 @@ def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], worl
         if problems:
             raise ConfigError(problems)
     size_buffers(zero, need)
+    if need.largest:
+        return_freed_memory()
 
 
 def _host_problems(

@@ -31,12 +31,15 @@ def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ..
     parameters = parameters_of(model, part)
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     is_replicated = config.deepspeed.replicates_frozen and not trained
+    device = config.deepspeed.offload_param.device
+    if device == "nvme" and trained:
+        device = "cpu"  # DeepSpeed moves what trains to the host, once the model is built
     cells = (
         part,
         getattr(config.model.trainable, part),
         _count(math.prod(full_shape(parameter)) for parameter in parameters.values()),
         _count(math.prod(full_shape(parameter)) for parameter in trained),
-        _place(config.deepspeed.offload_param.device, config.deepspeed.zero_stage == 3 and not is_replicated),
+        _place(device, config.deepspeed.zero_stage == 3 and not is_replicated),
     )
     if not trained:
         return (*cells, "-", "-", "-")
