@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -92,11 +92,16 @@ def steps_logged(run_dir: Path) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_seconds: float = 300) -> None:
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """Wait until the process has logged that many steps of the run."""
+    wait_until(process, lambda: steps_logged(run_dir) >= step)
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_seconds: float = 300) -> None:
+    """Wait until the process has made a condition true."""
     deadline = time.monotonic() + timeout_seconds
-    while steps_logged(run_dir) < step:
-        assert process.poll() is None, f"it ended before step {step}:\n{finish(process)[1]}"
+    while not condition():
+        assert process.poll() is None, f"it ended too early:\n{finish(process)[1]}"
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed.launched import finish, kill_rank_1, start, wait_for_step
+from tests.distributed.launched import finish, kill_rank_1, start, wait_for_step, wait_until
 from tests.distributed.small_run import losses, read_events, run_settings, write_settings
 from tests.distributed.test_launcher import launch
 from tests.model.builders import FAMILIES
@@ -140,7 +140,7 @@ def test_a_language_model_four_times_as_large_as_the_memory_trains_resumes_and_e
     command = ["bash", "-c", f'echo $$ > {limited_group} && exec "$@"', "limited"]
     command += [sys.executable, "-m", "trainer.train", str(config)]
     killed = start(command)
-    wait_for_step(killed, run_dir, 2, timeout_seconds=900)
+    wait_until(killed, (run_dir / "checkpoints" / "latest").is_file, timeout_seconds=900)
     killed.kill()
     assert finish(killed)[0] == -9
     code, output = finish(start(command), timeout_seconds=1500)
