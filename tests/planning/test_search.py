@@ -88,6 +88,20 @@ def test_stages_are_alternatives_only_where_gradients_are_summed_alike() -> None
         assert found == expected, (dtype, stage)
 
 
+def test_frozen_weights_are_replicated_under_stage_3_of_several_processes() -> None:
+    config = read(DEBUG, "--deepspeed.frozen", "partitioned")
+    for devices in (1, 2):
+        found = list(variants(config, Cluster(DEVICES["h100"], 1, devices)))
+        replicated = [variant for variant in found if variant.config.deepspeed.replicates_frozen]
+        assert bool(replicated) == (devices == 2)
+        for variant in replicated:
+            assert variant.config.deepspeed.zero_stage == 3 and "frozen replicated" in variant.group
+            assert variant.config.deepspeed.offload_param.device == "none"
+            assert variant.settings["deepspeed.frozen"] == "replicated"
+        others = [variant for variant in found if variant not in replicated]
+        assert all(variant.settings["deepspeed.frozen"] is None for variant in others)
+
+
 def test_variants_keep_what_is_trained(predictor: Predictor) -> None:
     config = read(DEBUG, "--data.sources.0.micro_batch_tokens", "999")
     for variant in variants(config, Cluster(DEVICES["h100"], 1, 2)):

@@ -1,7 +1,8 @@
 """Search the settings that change memory and speed, and never what is trained.
 
-Settings come in groups: the ZeRO stage, hpZ, and what is offloaded. Within a group the micro-batches and the number of
-recomputed blocks vary. The best variant of each group is found, or the reason why none fits.
+Settings come in groups: the ZeRO stage, hpZ, replicated frozen weights, and what is offloaded. Within a group the
+micro-batches and the number of recomputed blocks vary. The best variant of each group is found, or the reason why none
+fits.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from trainer.config.batch_sizes import batch_size_problems
-from trainer.config.run_config import DeepSpeedConfig, RunConfig
+from trainer.config.run_config import DeepSpeedConfig, FlamingoRunConfig, RunConfig
 from trainer.planning.prediction import Cluster, Prediction
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)  # of each source, for a process in a step
 _STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+_FROZEN: tuple[Literal["replicated"] | None, ...] = (None, "replicated")  # None: as stage and offload say
 _OFFLOAD: tuple[Literal["none", "cpu"], ...] = ("none", "cpu")
 _STATE_DEVICES = {"adamw": _OFFLOAD, "cpu_adam": _OFFLOAD[1:], "apex_fused_adam": _OFFLOAD[:1]}  # by optimizer.name
 
@@ -123,23 +125,29 @@ def _recomputing(variant: Variant[Run], number: bool | int) -> Variant[Run]:
 
 
 def variants(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
-    """Yield every combination of micro-batches, ZeRO stage, hpZ and offload.
+    """Yield every combination of micro-batches, ZeRO stage, hpZ, replicated frozen weights and offload.
 
     Activation checkpointing stays as it is: how much it takes depends on the other settings. Stage 1 sums the gradients
     of bfloat16 weights in bfloat16, the other stages in float32, so it is no alternative to them.
     """
     stage, is_float32 = config.deepspeed.zero_stage, config.training.dtype == "float32"
     stages = [number for number in _STAGES if number == stage or is_float32 or (number > 1 and stage > 1)]
-    # The search says by stage and offload where frozen weights live.
-    unset = {} if config.deepspeed.frozen is None else {"deepspeed.frozen": None}
     partitions = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
     for number in stages:
         for group in partitions if number == 3 else [1]:
             for parameters in _OFFLOAD if number == 3 else _OFFLOAD[:1]:
-                for optimizer in _STATE_DEVICES[config.optimizer.name]:
-                    changed = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
-                    for variant in _micro_batches(replace(config, deepspeed=changed), cluster):
-                        yield replace(variant, settings={**variant.settings, **unset})
+                may_replicate = isinstance(config, FlamingoRunConfig) and number == 3 and group == 1
+                for frozen in _FROZEN if may_replicate and parameters == "none" and cluster.size > 1 else _FROZEN[:1]:
+                    for optimizer in _STATE_DEVICES[config.optimizer.name]:
+                        changed = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
+                        changed = replace(changed, frozen=frozen)
+                        for variant in _micro_batches(replace(config, deepspeed=changed), cluster):
+                            yield replace(variant, settings=variant.settings | _frozen_setting(config, frozen))
+
+
+def _frozen_setting(config: RunConfig, frozen: str | None) -> dict[str, Any]:
+    """Return ``deepspeed.frozen`` where it differs from the run's."""
+    return {} if frozen == config.deepspeed.frozen else {"deepspeed.frozen": frozen}
 
 
 def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
@@ -156,6 +164,7 @@ def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
         fixed["deepspeed.raw"] = deepspeed.raw
     words = [f"stage {deepspeed.zero_stage}"]
     words += [f"hpZ {deepspeed.hpz_partition_size}"] * (deepspeed.hpz_partition_size > 1)
+    words += ["frozen replicated"] * deepspeed.replicates_frozen
     words += [f"{name} offloaded" for name, device in offload.items() if device == "cpu"]
     for counts in itertools.product(_MICRO_BATCHES, repeat=len(rows)):
         if any(number % count for number, count in zip(rows, counts, strict=True)):
