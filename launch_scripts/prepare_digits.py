@@ -11,6 +11,7 @@ is a 32x32 RGB PNG of two digits of 16x16 pixels. Its caption reads like "a hand
     {validation,test}/held_out             digits of the split in train pairs
     {validation,test}/held_out_pairs       digits of the split in pairs of the split
     {validation,test}/documents            digits of the split in train pairs, three pictures in each document
+    test/text                              other sentences of the same kinds
 
 The sentences are about other things, count, or are captions. Their captions cover all 100 pairs, so the language model
 may know every caption. Only the pictures of held-out pairs never occur in training. Documents are in MMC4's layout,
@@ -45,7 +46,7 @@ from launch_scripts.digit_sentences import caption, sentence
 from launch_scripts.prepared_data import Members, Parts, parse_arguments, prepare_once, write_shards
 
 SIZE = 32  # side of a picture, in pixels
-VERSION = 1
+VERSION = 2
 
 Pair = tuple[int, int]
 
@@ -120,6 +121,7 @@ def _writers(output: Path, settings: Settings) -> Parts:
             (f"{name}/held_out_pairs", settings.evaluation, partial(pairs, pictures=pictures, choices=own_pairs)),
             (f"{name}/documents", settings.evaluation, make_documents),
         ]
+    work.append(("test/text", settings.evaluation, sentences))  # at the end: the place of a folder is in its seed
     for number, (name, count, make) in enumerate(work):
         samples = make(np.random.default_rng([settings.seed, number]), count)
         yield name, partial(write_shards, output / name, samples)

@@ -54,25 +54,24 @@ class GoldenRecipe:
     after: tuple[str, ...] = ()
 
 
-def _demonstration(name: str) -> dict[str, GoldenRecipe]:
-    """Return the three recipes of a demonstration, which train one after the other."""
+def _three_stages(name: str, *data: str) -> dict[str, GoldenRecipe]:
+    """Return the three recipes of a folder of configs/, which train one after the other on data sets."""
     language_model, vision = f"{name}/language_model.yaml", f"{name}/vision.yaml"
     return {
-        language_model: GoldenRecipe((name,)),
-        vision: GoldenRecipe((name,), (language_model,)),
-        f"{name}/flamingo.yaml": GoldenRecipe((name,), (language_model, vision)),
+        language_model: GoldenRecipe(data),
+        vision: GoldenRecipe(data, (language_model,)),
+        f"{name}/flamingo.yaml": GoldenRecipe(data, (language_model, vision)),
     }
 
 
 _TOKENIZER = ("quickstart/language_model.yaml",)
-_FROZEN = (*_TOKENIZER, "quickstart/vision.yaml")
 # By path below configs/. A recipe comes after those that it needs.
 RECIPES: dict[str, GoldenRecipe] = {
-    **_demonstration("quickstart"),
-    **_demonstration("easy_vqa"),
-    **_demonstration("in_context"),
+    **_three_stages("quickstart", "quickstart"),
+    **_three_stages("easy_vqa", "easy_vqa"),
+    **_three_stages("in_context", "in_context"),
+    **_three_stages("own_data", "quickstart", "own"),
     "debug.yaml": GoldenRecipe(("quickstart",), _TOKENIZER),
-    "own_data/flamingo.yaml": GoldenRecipe(("own",), _FROZEN),
     "vision/debug.yaml": GoldenRecipe(("quickstart",), _TOKENIZER),
     "vision/tiny.yaml": GoldenRecipe(("zero_shot",), _TOKENIZER),
     "continue/tiny.yaml": GoldenRecipe(("squares",)),
