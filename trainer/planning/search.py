@@ -142,7 +142,7 @@ def variants(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
                         changed = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
                         changed = replace(changed, frozen=frozen)
                         for variant in _micro_batches(replace(config, deepspeed=changed), cluster):
-                            yield replace(variant, settings=variant.settings | _frozen_setting(config, frozen))
+                            yield replace(variant, settings={**variant.settings, **_frozen_setting(config, frozen)})
 
 
 def _frozen_setting(config: RunConfig, frozen: str | None) -> dict[str, Any]:
