@@ -56,5 +56,5 @@ def test_a_step_may_take_a_tenth_more_than_the_longer_of_computation_and_reads(
 
 def test_a_machine_without_libaio_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    with pytest.raises(ToolMissingError, match="apt-get install libaio-dev"):
+    with pytest.raises(ToolMissingError, match="apt install libaio-dev"):
         list(stream.run("cpu"))

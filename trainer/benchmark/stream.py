@@ -15,7 +15,8 @@ reads a file of the same drive and nothing else runs. Files are read past the pa
 
 from __future__ import annotations
 
-import ctypes.util
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ import torch
 
 from trainer.benchmark.result_file import Measurement, read_result
 from trainer.benchmark.sass import ToolMissingError
+from trainer.config.checks.missing_libraries import nvme_obstacle
 
 BENCHMARK = "stream"
 FEWEST_BLOCKS = 8
@@ -54,12 +56,13 @@ def run(device: str) -> Iterator[Measurement]:
     """Yield the measurements.
 
     Raises:
-        ToolMissingError: There is no libaio.
+        ToolMissingError: DeepSpeed's op for drives cannot be compiled here.
     """
-    if ctypes.util.find_library("aio") is None:
-        raise ToolMissingError("libaio is not installed; on Debian and Ubuntu: apt-get install libaio-dev")
+    obstacle = nvme_obstacle()
+    if obstacle is not None:
+        raise ToolMissingError(obstacle)
     with TemporaryDirectory(prefix="stream-") as folder:
-        yield from compare(partial(_measure_step, Path(folder)), _read_speed(Path(folder)))
+        yield from compare(partial(_measure_step, Path(folder), device), _read_speed(Path(folder)))
 
 
 def compare(measured: StepMeasured, bytes_per_second: float) -> Iterator[Measurement]:
@@ -100,7 +103,7 @@ def _seconds(on_drive: Rows, on_host: Rows, bytes_per_second: float) -> Iterator
         yield Measurement.compared(BENCHMARK, case, "step", "s", step, name, seconds, target)
 
 
-def _measure_step(folder: Path, blocks: int, *, on_drive: bool) -> Rows:
+def _measure_step(folder: Path, device: str, blocks: int, *, on_drive: bool) -> Rows:
     """Return what ``trainer.benchmark step`` measures, by name.
 
     Raises:
@@ -113,7 +116,8 @@ def _measure_step(folder: Path, blocks: int, *, on_drive: bool) -> Rows:
     command += ["--model.language_model.architecture.num_hidden_layers", str(blocks)]
     if on_drive:
         command += ["--deepspeed.offload_param.device", "nvme", "--deepspeed.offload_param.path", str(swapped)]
-    ended = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True)
+    environment = os.environ | {"DS_ACCELERATOR": device}
+    ended = subprocess.run(command, check=False, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
     return {row["measure"]: row["value"] for row in read_result(result)[1]}
@@ -135,4 +139,4 @@ def _read_speed(folder: Path) -> float:
         start = time.perf_counter()
         handle.sync_pread(buffer, path)
         seconds.append(time.perf_counter() - start)
-    return _READ_BYTES / sorted(seconds)[READS // 2]
+    return _READ_BYTES / statistics.median(seconds)

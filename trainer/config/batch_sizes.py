@@ -33,8 +33,8 @@ def divide_batch(data: DataConfig, source: Source, world_size: int) -> BatchShar
     rows_per_rank = source.batch_size // world_size
     micro_batch_size = source.micro_batch_size or rows_per_rank
     if source.micro_batch_tokens is not None:
-        most = source.micro_batch_tokens // source.max_tokens
-        micro_batch_size = max(rows for rows in range(1, most + 1) if rows_per_rank % rows == 0)
+        most = min(rows_per_rank, source.micro_batch_tokens // source.max_tokens)
+        micro_batch_size = next(rows for rows in range(most, 0, -1) if rows_per_rank % rows == 0)
     return BatchShare(num_lanes, source.batch_size // num_lanes, micro_batch_size, rows_per_rank // micro_batch_size)
 
 

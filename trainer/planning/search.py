@@ -8,10 +8,10 @@ fits.
 from __future__ import annotations
 
 import bisect
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -21,7 +21,6 @@ from trainer.planning.prediction import Cluster, Prediction
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)  # of each source, for a process in a step
 _STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-_FROZEN: tuple[Literal["replicated"] | None, ...] = (None, "replicated")  # None: as stage and offload say
 _OFFLOAD: tuple[Literal["none", "cpu"], ...] = ("none", "cpu")
 _STATE_DEVICES = {"adamw": _OFFLOAD, "cpu_adam": _OFFLOAD[1:], "apex_fused_adam": _OFFLOAD[:1]}  # by optimizer.name
 
@@ -130,24 +129,27 @@ def variants(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
     Activation checkpointing stays as it is: how much it takes depends on the other settings. Stage 1 sums the gradients
     of bfloat16 weights in bfloat16, the other stages in float32, so it is no alternative to them.
     """
+    frozen_before = config.deepspeed.frozen
+    for deepspeed in _partitionings(config, cluster):
+        changed = {} if deepspeed.frozen == frozen_before else {"deepspeed.frozen": deepspeed.frozen}
+        for variant in _micro_batches(replace(config, deepspeed=deepspeed), cluster):
+            yield replace(variant, settings={**variant.settings, **changed})
+
+
+def _partitionings(config: RunConfig, cluster: Cluster) -> Iterator[DeepSpeedConfig]:
+    """Yield every combination of ZeRO stage, hpZ, replicated frozen weights and offload."""
     stage, is_float32 = config.deepspeed.zero_stage, config.training.dtype == "float32"
     stages = [number for number in _STAGES if number == stage or is_float32 or (number > 1 and stage > 1)]
     partitions = [1, cluster.devices_per_node] if cluster.nodes > 1 and cluster.devices_per_node > 1 else [1]
+    has_frozen = isinstance(config, FlamingoRunConfig)
     for number in stages:
-        for group in partitions if number == 3 else [1]:
-            for parameters in _OFFLOAD if number == 3 else _OFFLOAD[:1]:
-                may_replicate = isinstance(config, FlamingoRunConfig) and number == 3 and group == 1
-                for frozen in _FROZEN if may_replicate and parameters == "none" and cluster.size > 1 else _FROZEN[:1]:
-                    for optimizer in _STATE_DEVICES[config.optimizer.name]:
-                        changed = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
-                        changed = replace(changed, frozen=frozen)
-                        for variant in _micro_batches(replace(config, deepspeed=changed), cluster):
-                            yield replace(variant, settings={**variant.settings, **_frozen_setting(config, frozen)})
-
-
-def _frozen_setting(config: RunConfig, frozen: str | None) -> dict[str, Any]:
-    """Return ``deepspeed.frozen`` where it differs from the run's."""
-    return {} if frozen == config.deepspeed.frozen else {"deepspeed.frozen": frozen}
+        groups = partitions if number == 3 else [1]
+        offload = _OFFLOAD if number == 3 else _OFFLOAD[:1]
+        for group, parameters, optimizer in product(groups, offload, _STATE_DEVICES[config.optimizer.name]):
+            found = _with_partitioning(config.deepspeed, number, parameters, optimizer, group)
+            yield found
+            if has_frozen and number == 3 and group == 1 and parameters == "none" and cluster.size > 1:
+                yield replace(found, frozen="replicated")
 
 
 def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
@@ -166,7 +168,7 @@ def _micro_batches(config: Run, cluster: Cluster) -> Iterator[Variant[Run]]:
     words += [f"hpZ {deepspeed.hpz_partition_size}"] * (deepspeed.hpz_partition_size > 1)
     words += ["frozen replicated"] * deepspeed.replicates_frozen
     words += [f"{name} offloaded" for name, device in offload.items() if device == "cpu"]
-    for counts in itertools.product(_MICRO_BATCHES, repeat=len(rows)):
+    for counts in product(_MICRO_BATCHES, repeat=len(rows)):
         if any(number % count for number, count in zip(rows, counts, strict=True)):
             continue
         sources = tuple(
