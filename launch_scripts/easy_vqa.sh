@@ -6,8 +6,8 @@
 #   PROCESSES=2   number of processes that train (default: 2)
 #   SEED=0        seed of data and training (default: 0)
 #
-# Images and questions come from the package easy-vqa, so nothing else is downloaded. It takes ten to fifteen minutes
-# on two cores. A second call reuses finished parts and resumes interrupted ones. The settings are in configs/easy_vqa/, the
+# Images and questions come from the package easy-vqa, so nothing else is downloaded. It takes about twenty minutes on two
+# cores. A second call reuses finished parts and resumes interrupted ones. The settings are in configs/easy_vqa/, the
 # results in runs/easy_vqa/: report.json, predictions.jsonl and report.html.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
