@@ -156,7 +156,8 @@ class LanguageModelConfig:
         tokenizer: Repository or folder of the tokenizer; None takes ``name``.
         attention: Hugging Face's ``attn_implementation``; None leaves the choice to transformers.
         quantization: "int8" keeps the linear layers of the frozen blocks in 8 bits, with a scale for every 128 numbers
-            of a row (``model.quantization``). "none" loads them as they are.
+            of a row, and "nf4" in 4 bits, with a scale for every 64 (``model.quantization``). "none" loads them as they
+            are.
     """
 
     __pydantic_config__ = _FORBID_UNKNOWN_KEYS
@@ -166,7 +167,7 @@ class LanguageModelConfig:
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
     attention: str | None = None
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclass(frozen=True)

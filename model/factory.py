@@ -84,7 +84,8 @@ def build_flamingo(
     dim, num_blocks = read_sizes(lm)
     error = None
     if config.language_model.quantization != "none":
-        error = quantize_language_model(lm, find_decoder_blocks(lm), gather, partition)
+        blocks = find_decoder_blocks(lm)
+        error = quantize_language_model(lm, blocks, config.language_model.quantization, gather, partition)
     with _seeded(seed, 2), _default_dtype(dtype), partition():
         resampler = build_resampler(config.resampler, vision_encoder.dim)
         cross_attention = nn.ModuleList(

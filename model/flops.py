@@ -8,7 +8,6 @@ Recomputation is not useful work.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from model.flamingo import Flamingo
-from model.parameters import full_shape
+from model.parameters import full_shape, num_weights
 from model.perceiver_resampler import FeedForwardProjector, LinearProjector, TransformerResampler
 
 # Settings of Hugging Face's configs, by what they say: experts of a block, experts of a token, kinds of the blocks.
@@ -215,4 +214,4 @@ def _first_number(config: Any, names: Iterable[str], index: int) -> int:
 
 def _matrices(parameters: Iterable[nn.Parameter]) -> int:
     """Count the weights with two dimensions or more; vectors cost next to nothing."""
-    return sum(math.prod(shape) for parameter in parameters if len(shape := full_shape(parameter)) > 1)
+    return sum(num_weights(parameter) for parameter in parameters if len(full_shape(parameter)) > 1)

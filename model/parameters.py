@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -31,6 +32,11 @@ def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the shape of a parameter, also while ZeRO-3 has it partitioned and its own shape is [0]."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """Count the weights of a parameter, also while it is partitioned; a byte of uint8 holds two codes of 4 bits."""
+    return math.prod(full_shape(parameter)) * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""Keep the linear layers of a frozen language model in 8 bits.
+"""Keep the linear layers of a frozen language model in 8 or 4 bits.
 
-A row of a weight is cut into blocks of ``BLOCK`` numbers. Each block keeps int8 codes and one scale, so that its
-largest number becomes 127. A forward turns the codes back into the type of the activations and multiplies as before.
-The backward does so once more, for the gradient of the input.
+A row of a weight is cut into blocks. Each block keeps codes and one scale. ``int8`` has blocks of 128 numbers, and
+scales the largest of them to 127. ``nf4`` has blocks of 64 numbers, scales the largest of them to 1, and takes the
+nearest of 16 levels, which are quantiles of a normal distribution (QLoRA, arXiv:2305.14314, appendix E). A byte holds
+two of its codes. A forward turns the codes back into the type of the activations and multiplies as before. The backward
+does so once more, for the gradient of the input.
 
 The codes are frozen parameters. So ZeRO-3 partitions, gathers and offloads them as it does others, and their digest is
 part of ``frozen_digests``. torch's own int8 product (``torch._weight_int8pack_mm``) is private, has one scale a row and
@@ -11,11 +13,15 @@ no derivative. With hundreds of tokens in a micro-batch, turning codes back take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +29,12 @@ from transformers.pytorch_utils import Conv1D
 
 from model.parameters import Gather, full_shape, no_gather
 
-BLOCK = 128  # numbers of a row that share a scale
-_LARGEST = 127
+Method = Literal["int8", "nf4"]
+BLOCKS: dict[Method, int] = {"int8": 128, "nf4": 64}  # numbers of a row that share a scale
+_LARGEST: dict[Method, int] = {"int8": 127, "nf4": 1}  # what the largest number of a block is scaled to
 _NUM_PROBED = 64  # tokens of the probe, or as many as the language model has positions for
 _STRIDE = 7919  # a prime: the ids of the probe spread over the vocabulary
+_TAIL = 0.9677083  # probability of the outermost level of nf4, as in QLoRA
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class QuantizationError:
     """Compare the logits of a quantized language model to those before, on a fixed sequence of token ids.
 
     Attributes:
+        method: How the weights are kept.
         relative: Root mean square of the difference, divided by that of the logits before.
         same_choice: Share of the positions whose most likely token is the same.
         num_tokens: Tokens of the sequence.
@@ -41,6 +50,7 @@ class QuantizationError:
         bytes_now: Bytes of their codes and scales.
     """
 
+    method: Method
     relative: float
     same_choice: float
     num_tokens: int
@@ -50,32 +60,36 @@ class QuantizationError:
     def __str__(self) -> str:
         """Describe the error and the bytes in one line."""
         return (
-            f"language model in int8: logits differ by {self.relative:.2%} (root mean square, {self.num_tokens} "
-            f"probed tokens), the most likely token is the same at {self.same_choice:.0%} of them; its linear layers "
-            f"take {self.bytes_now / 2**20:.4g} MiB instead of {self.bytes_before / 2**20:.4g} MiB"
+            f"language model in {self.method}: logits differ by {self.relative:.2%} (root mean square, "
+            f"{self.num_tokens} probed tokens), the most likely token is the same at {self.same_choice:.0%} of them; "
+            f"its linear layers take {self.bytes_now / 2**20:.4g} MiB instead of {self.bytes_before / 2**20:.4g} MiB"
         )
 
 
 class QuantizedLinear(nn.Module):
-    """Compute a linear layer whose frozen weight is kept as int8 codes.
+    """Compute a linear layer whose frozen weight is kept as codes.
 
     Attributes:
         in_features: Size of the input.
         out_features: Size of the output.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    pairs: Tensor  # the two levels of every byte of nf4; copying them to a device in each forward would make it wait
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:
         """Quantize a weight, and copy the bias."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        codes, scales = quantize(weight)
+        codes, scales = quantize(weight, method)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        pairs = level_pairs().to(weight.device) if method == "nf4" else None
+        self.register_buffer("pairs", pairs, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """Return ``input @ weight.T + bias``, [..., outputs]."""
-        output: Tensor = _QuantizedProduct.apply(input, self.codes, self.scales)
+        output: Tensor = _QuantizedProduct.apply(input, self.codes, self.scales, self.pairs)
         return output if self.bias is None else output + self.bias
 
 
@@ -83,40 +97,87 @@ class _QuantizedProduct(torch.autograd.Function):
     """Multiply by a quantized weight. It keeps the parameters alone, which ZeRO-3 may partition until the backward."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # noqa: A002
-        ctx.save_for_backward(codes, scales)
-        return F.linear(input, dequantize(codes, scales, input.dtype))
+    def forward(ctx: Any, input: Tensor, codes: Tensor, scales: Tensor, pairs: Tensor | None) -> Tensor:  # noqa: A002
+        ctx.save_for_backward(codes, scales, pairs)
+        ctx.columns = input.shape[-1]
+        return F.linear(input, dequantize(codes, scales, input.dtype, ctx.columns, pairs))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        codes, scales = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scales, pairs = ctx.saved_tensors
         [gradient] = gradients
-        return gradient @ dequantize(codes, scales, gradient.dtype), None, None
+        return gradient @ dequantize(codes, scales, gradient.dtype, ctx.columns, pairs), None, None, None
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight [outputs, inputs] as int8 codes, and a scale for each block of each row, flat, in its type."""
+def quantize(weight: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    """Return a weight [outputs, inputs] as codes, and a scale for each block of each row, flat, in its type.
+
+    Returns:
+        Codes, int8 [outputs, inputs], or for ``nf4`` uint8 [outputs, inputs / 2, rounded up]; and the scales.
+    """
     rows, columns = weight.shape
-    blocks = -(-columns // BLOCK)
-    padded = F.pad(weight.detach(), (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
-    scales = (padded.abs().amax(-1, keepdim=True).float() / _LARGEST).to(weight.dtype)
+    block = BLOCKS[method]
+    blocks = -(-columns // block)
+    padded = F.pad(weight.detach(), (0, blocks * block - columns)).view(rows, blocks, block)
+    scales = (padded.abs().amax(-1, keepdim=True).float() / _LARGEST[method]).to(weight.dtype)
     divisors = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
-    codes = (padded.float() / divisors).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
-    return codes.view(rows, -1)[:, :columns].contiguous(), scales.flatten()
+    scaled = (padded.float() / divisors).view(rows, -1)
+    if method == "int8":
+        codes = scaled.round().clamp(-_LARGEST[method], _LARGEST[method]).to(torch.int8)[:, :columns]
+    else:
+        borders = _float32([(low + high) / 2 for low, high in pairwise(levels())])
+        nearest = torch.bucketize(scaled[:, : columns + columns % 2].contiguous(), borders.to(weight.device))
+        codes = (nearest[:, ::2] * 16 + nearest[:, 1::2]).to(torch.uint8)
+    return codes.contiguous(), scales.flatten()
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight [outputs, inputs] that ``quantize`` stored."""
-    rows, columns = codes.shape
-    if columns % BLOCK == 0:
-        return (codes.view(rows, -1, BLOCK).to(dtype) * scales.to(dtype).view(rows, -1, 1)).view(rows, columns)
-    by_column = scales.to(dtype).view(rows, -1).repeat_interleave(BLOCK, 1)[:, :columns]
-    return codes.to(dtype) * by_column
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, columns: int, pairs: Tensor | None = None) -> Tensor:
+    """Return the weight that ``quantize`` stored, [outputs, inputs].
+
+    Args:
+        codes: Codes of either method.
+        scales: Their scales.
+        dtype: Type of the result.
+        columns: Inputs of the layer.
+        pairs: The levels of ``level_pairs``, for codes of ``nf4``.
+    """
+    if pairs is None:
+        block, values = BLOCKS["int8"], codes.to(dtype)
+    else:
+        block = BLOCKS["nf4"]
+        values = F.embedding(codes.int(), pairs.to(dtype)).flatten(1)[:, :columns]
+    rows = len(codes)
+    by_block = scales.to(dtype).view(rows, -1, 1)
+    if columns % block == 0:
+        return (values.reshape(rows, -1, block) * by_block).view(rows, columns)
+    return values * by_block.expand(-1, -1, block).reshape(rows, -1)[:, :columns]
+
+
+def levels() -> list[float]:
+    """Return the 16 levels of nf4 from -1 to 1: 8 quantiles above zero, 7 below it, and zero."""
+
+    def quantiles(number: int) -> list[float]:
+        step = (_TAIL - 0.5) / number
+        return [NormalDist().inv_cdf(_TAIL - index * step) for index in range(number)]
+
+    largest = quantiles(8)[0]
+    return [-value / largest for value in quantiles(7)] + [0.0] + [value / largest for value in reversed(quantiles(8))]
+
+
+def level_pairs() -> Tensor:
+    """Return the levels of both codes of each byte, float32 [256, 2]."""
+    return _float32([(high, low) for high in levels() for low in levels()])
+
+
+def _float32(values: Sequence[float | tuple[float, ...]]) -> Tensor:
+    """Return numbers on the CPU in float32, also where ``zero.Init`` rounds what torch's constructors make."""
+    return torch.from_numpy(np.array(values, np.float32))
 
 
 def quantize_language_model(
     lm: Any,
     blocks: Iterable[nn.Module],
+    method: Method,
     gather: Gather = no_gather,
     partition: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> QuantizationError | None:
@@ -125,6 +186,7 @@ def quantize_language_model(
     Args:
         lm: Hugging Face's causal LM, whose parameters may be partitioned.
         blocks: Its decoder blocks. The tables of embeddings outside them keep their type.
+        method: How to keep the weights.
         gather: Context that makes partitioned parameters whole.
         partition: Context in which the quantized layers are made.
 
@@ -154,10 +216,11 @@ def quantize_language_model(
             with gather(list(layer.parameters())):
                 weight: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
                 bytes_before += weight.numel() * weight.element_size()
-                quantized = QuantizedLinear(weight, layer.bias)
+                quantized = QuantizedLinear(weight, layer.bias, method)
             setattr(parent, name, quantized)
             bytes_now += sum(
-                _numel(parameter) * parameter.element_size() for parameter in (quantized.codes, quantized.scales)
+                math.prod(full_shape(parameter)) * parameter.element_size()
+                for parameter in (quantized.codes, quantized.scales)
             )
     if before is None:
         return None
@@ -170,7 +233,7 @@ def quantize_language_model(
         ) from error
     relative = float((now - before).square().mean().sqrt() / before.square().mean().sqrt())
     same = float((now.argmax(-1) == before.argmax(-1)).float().mean())
-    return QuantizationError(relative, same, before.shape[1], bytes_before, bytes_now)
+    return QuantizationError(method, relative, same, before.shape[1], bytes_before, bytes_now)
 
 
 @torch.no_grad()
@@ -210,7 +273,3 @@ def _gathered_as_they_run(module: nn.Module, gather: Gather) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return torch.Size(full_shape(parameter)).numel()

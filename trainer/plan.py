@@ -2,9 +2,10 @@
 
 The prediction covers the memory of a device and a node, the seconds and the traffic of a step, and the time for two
 billion samples. It needs the configuration of ``trainer.train`` or ``trainer.pretrain_vision`` alone: nothing is
-downloaded and no weights are loaded. ``--search`` tries
-other micro-batches, ZeRO stages, offload, hpZ and activation checkpointing, and says why each is slower or does not
-fit. ``--write`` writes a configuration with the best of them. ``--scale`` predicts other numbers of devices.
+downloaded and no weights are loaded. ``--search`` tries other micro-batches, ZeRO stages, offload, hpZ and activation
+checkpointing, and says why each is slower or does not fit. ``--quantized`` does the same once more for each way to
+quantize the language model, which changes its outputs. ``--write`` writes a configuration with the best setting that
+leaves them as they are. ``--scale`` predicts other numbers of devices.
 
 Exit codes: 0 the configuration fits into memory; 1 it does not; 2 it is wrong.
 """
@@ -27,8 +28,11 @@ from trainer.planning.plan_text import print_prediction, print_scaling, print_se
 
 if TYPE_CHECKING:  # these load torch; a wrong configuration is reported before that
     from trainer.planning.devices import Device
-    from trainer.planning.prediction import Prediction
+    from trainer.planning.prediction import Cluster, Prediction
     from trainer.planning.search import Found
+
+
+_QUANTIZATION = "model.language_model.quantization"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _load(options.config, overrides)
         check_world_size(config, options.nodes * options.devices_per_node)
+        quantized = _quantized(config, options, overrides)
         if options.write is not None and not options.write.parent.is_dir():
             raise ValueError(f"--write {options.write}: there is no folder {options.write.parent}")
-        return _plan(config, options, overrides)
+        code = _plan(config, options, overrides)
+        for method, changed in quantized.items():
+            print(f"with {_QUANTIZATION} {method}:")
+            planned = _planned(changed)
+            print_search(_search(changed, planned, _cluster(changed, planned, options)))
+        return code
     except (ConfigError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return ConfigError.exit_code
@@ -49,6 +59,16 @@ def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
     if schema_of(read_yaml(path).values) is ContrastiveRunConfig:
         return load_config(path, overrides, ContrastiveRunConfig, check_files=False)
     return load_config(path, overrides, FlamingoRunConfig, check_files=False)
+
+
+def _quantized(config: RunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, RunConfig]:
+    """Return the run with each other quantization that it may have, if the command asks for them."""
+    if not options.quantized:
+        return {}
+    if not isinstance(config, FlamingoRunConfig):
+        raise ValueError("--quantized is for a frozen language model, and this run has none")
+    others = [method for method in ("int8", "nf4") if method != config.model.language_model.quantization]
+    return {method: _load(options.config, [*overrides, f"--{_QUANTIZATION}", method]) for method in others}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measured", type=Path, metavar="FILE", help="result of trainer.benchmark step --json to compare with"
     )
     parser.add_argument("--search", action="store_true", help="also print the fastest settings of each kind")
+    parser.add_argument("--quantized", action="store_true", help="also print them for a language model in 8 and 4 bits")
     parser.add_argument("--write", type=Path, metavar="FILE", help="YAML file to write with the fastest settings")
     parser.add_argument(
         "--scale",
@@ -95,14 +116,12 @@ def _sizes(text: str) -> list[int]:
 
 def _plan(config: RunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from trainer.benchmark.plan_comparison import comparison_table
-    from trainer.planning.prediction import Cluster
     from trainer.planning.scaling import scaling
-    from trainer.planning.search import search
     from trainer.planning.streaming import print_streaming, smallest_hidden_micro_batches
     from trainer.planning.write_config import write_config
 
     planned = _planned(config)
-    cluster = Cluster(_device(config, planned.width, options), options.nodes, options.devices_per_node)
+    cluster = _cluster(config, planned, options)
     found = planned.predict_exactly(config, cluster)
     print(f"{options.config} on {options.nodes} x {options.devices_per_node} {options.rates or options.device}")
     print_prediction(found)
@@ -114,7 +133,7 @@ def _plan(config: RunConfig, options: argparse.Namespace, overrides: Sequence[st
         print_scaling(scaling(config, cluster, options.scale, planned.predict))
     ranked: list[Found[Any]] = []
     if options.search or options.write or not found.fits:
-        ranked = search(config, planned.num_blocks, cluster, partial(planned.predict, cluster=cluster))
+        ranked = _search(config, planned, cluster)
     if options.search:
         print_search(ranked)
     best = ranked[0] if ranked and ranked[0].prediction.fits else None
@@ -163,6 +182,18 @@ def _planned(config: RunConfig) -> _Planned:
     model = build_on_meta_device(config.model, config.training.dtype)
     width = model.language_model.lm.get_input_embeddings().weight.shape[1]
     return _Planned(Predictor(model, exact=True), Predictor(model), model.language_model.num_blocks, width)
+
+
+def _search(config: RunConfig, planned: _Planned, cluster: Cluster) -> list[Found[Any]]:
+    from trainer.planning.search import search
+
+    return search(config, planned.num_blocks, cluster, partial(planned.predict, cluster=cluster))
+
+
+def _cluster(config: RunConfig, planned: _Planned, options: argparse.Namespace) -> Cluster:
+    from trainer.planning.prediction import Cluster
+
+    return Cluster(_device(config, planned.width, options), options.nodes, options.devices_per_node)
 
 
 def _device(config: RunConfig, width: int, options: argparse.Namespace) -> Device:

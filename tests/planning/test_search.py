@@ -118,18 +118,39 @@ def test_variants_keep_what_is_trained(predictor: Predictor) -> None:
 def test_the_written_file_is_as_fast_as_the_search_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "found.yaml"
     arguments = ["--devices-per-node", "2", "--deepspeed.zero_stage", "3"]
-    assert plan.main([str(DEBUG), *arguments, "--search", "--write", str(written)]) == 0
+    assert plan.main([str(DEBUG), *arguments, "--search", "--quantized", "--write", str(written)]) == 0
     printed = capsys.readouterr().out
     table = printed.partition("the fastest of each kind:\n")[2].partition("settings of the fastest")[0].splitlines()
     seconds = [float(line.split()[0]) for line in table]
     assert seconds and seconds == sorted(seconds)
     assert all("bound by" in line for line in table)
-    expected = printed.rpartition(": ")[2].split()[0]
+    assert re.findall(r"with model.language_model.quantization (\w+):\nthe fastest of each kind", printed) == [
+        "int8",
+        "nf4",
+    ]
+    expected = printed.partition(f"wrote {written}: ")[2].split()[0]
     assert plan.main([str(written), *arguments[:2]]) == 0
     total = re.search(r"step +total +([\d.]+) s", capsys.readouterr().out)
     assert total is not None and float(total[1]) == pytest.approx(float(expected), abs=0.006)
     config, original = read(written), read(DEBUG)
     assert config.optimizer == original.optimizer and config.model == original.model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/vision/debug.yaml"], "--quantized is for a frozen language model, and this run has none"),
+        (
+            [str(DEBUG), "--model.trainable.language_model", "full"],
+            "int8 is for a language model that is frozen, not full",
+        ),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main([*arguments, "--devices-per-node", "1", "--search", "--quantized"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_scaling_keeps_the_batch_or_grows_it(predictor: Predictor) -> None:

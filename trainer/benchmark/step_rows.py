@@ -13,7 +13,7 @@ from torch import nn
 from model.config import DType
 from model.factory import torch_dtype
 from model.flops import UsefulFlops, utilization
-from model.parameters import full_shape
+from model.parameters import num_weights
 from trainer.benchmark.device_trace import DeviceTrace
 from trainer.benchmark.part_clock import GATHER, REDUCE, device_clock
 from trainer.benchmark.result_file import Measurement
@@ -136,7 +136,7 @@ def _model_size(model: nn.Module) -> _Values:
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(math.prod(full_shape(parameter)) for parameter in parameters)
+    return sum(map(num_weights, parameters))
 
 
 def _utilization(

@@ -16,6 +16,7 @@ from torch import nn
 
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
+from model.parameters import num_weights
 from model.standardized_convolutions import STANDARDIZED
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
 
@@ -154,4 +155,4 @@ def _longest_stack(module: nn.Module) -> int:
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(math.prod(parameter.shape) for parameter in parameters)
+    return sum(map(num_weights, parameters))

@@ -91,7 +91,7 @@ def _replica_problems(model: Flamingo, itemsize: int, available: float) -> Itera
     if needed > available:
         message = (
             f"replicated: the frozen weights take {needed / _GIB:.2f} GiB of each device, which has "
-            f"{available / _GIB:.2f} GiB; take partitioned or host, or model.language_model.quantization int8"
+            f"{available / _GIB:.2f} GiB; take partitioned or host, or model.language_model.quantization int8 or nf4"
         )
         yield Problem("deepspeed.frozen", message)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from model.flamingo import Flamingo
-from model.parameters import full_shape
+from model.parameters import num_weights
 from model.trainable_parts import PARTS, parameters_of
 from trainer.config.run_config import FlamingoRunConfig
 
@@ -37,8 +36,8 @@ def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ..
     cells = (
         part,
         getattr(config.model.trainable, part),
-        _count(math.prod(full_shape(parameter)) for parameter in parameters.values()),
-        _count(math.prod(full_shape(parameter)) for parameter in trained),
+        _count(map(num_weights, parameters.values())),
+        _count(map(num_weights, trained)),
         _place(device, config.deepspeed.zero_stage == 3 and not is_replicated),
     )
     if not trained:
