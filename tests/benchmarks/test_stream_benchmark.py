@@ -14,7 +14,7 @@ from trainer.benchmark.sass import ToolMissingError
 def steps(growth_mib: float, seconds: float) -> stream.StepMeasured:
     """Return measured steps of which each block takes some MiB, and one from a drive some seconds."""
 
-    def measured(blocks: int, *, on_drive: bool) -> dict[str, float]:
+    def measured(blocks: int, rows: int, *, on_drive: bool) -> dict[str, float]:
         memory = 1000.0 + blocks * (growth_mib if on_drive else 50.0)
         return {
             "peak memory of a process": memory,

@@ -4,11 +4,12 @@ Every case is a process of its own: ``trainer.benchmark step configs/benchmark/s
 cross-attention and as many blocks of the language model as the case says, in bfloat16.
 
 Memory: the peak of the resident set with 8 blocks and with more, with the weights on a drive. The last row has them on
-the host. Libraries take part of each.
+the host. Libraries take part of each. A step has two rows, because the input of each block is kept for the backward.
 
 Time: a step with the weights on a drive, against the longer of two: the same step with the weights on the host, and the
-reads alone. These are what the step read from the drive (``/proc/self/io``), at the speed of DeepSpeed's op when it
-reads a file of the same drive and nothing else runs. Files are read past the page cache.
+reads alone. Both steps are measured in turn, and the median of several pairs counts. The reads are what the step read
+from the drive (``/proc/self/io``), at the speed of DeepSpeed's op when it reads a file of the same drive and nothing
+else runs. Files are read past the page cache.
 
 ``TMPDIR`` names the drive. DeepSpeed's op needs libaio; see docs/large_models.md.
 """
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +38,8 @@ FEWEST_BLOCKS = 8
 BLOCKS = (16, 32, 64)
 TIMED_BLOCKS = 16
 MOST_GROWTH, MOST_SECONDS = 1.02, 1.1  # of the memory, and of the longer of computation and reads
-STEPS, READS = 5, 8
+ROWS, TIMED_ROWS = 2, 16
+STEPS, READS, PAIRS = 5, 8, 3
 _ROOT = Path(__file__).parents[2]
 _READ_BYTES = 2**28
 _MIB = 2.0**20
@@ -45,9 +47,9 @@ Rows = dict[str, float]  # values of trainer.benchmark step, by measure
 
 
 class StepMeasured(Protocol):
-    """Measure a step of a model with so many blocks, whose weights lie on a drive or on the host."""
+    """Measure a step of some rows, of a model with so many blocks whose weights lie on a drive or on the host."""
 
-    def __call__(self, blocks: int, *, on_drive: bool) -> Rows:
+    def __call__(self, blocks: int, rows: int, *, on_drive: bool) -> Rows:
         """Return the measured values by their names."""
         ...
 
@@ -72,9 +74,17 @@ def compare(measured: StepMeasured, bytes_per_second: float) -> Iterator[Measure
         measured: Returns what ``trainer.benchmark step`` measures, for a number of blocks.
         bytes_per_second: Speed of the drive.
     """
-    on_drive = {blocks: measured(blocks, on_drive=True) for blocks in (FEWEST_BLOCKS, *BLOCKS)}
-    yield from _memory(on_drive, measured(BLOCKS[-1], on_drive=False))
-    yield from _seconds(on_drive[TIMED_BLOCKS], measured(TIMED_BLOCKS, on_drive=False), bytes_per_second)
+    on_drive = {blocks: measured(blocks, ROWS, on_drive=True) for blocks in (FEWEST_BLOCKS, *BLOCKS)}
+    yield from _memory(on_drive, measured(BLOCKS[-1], ROWS, on_drive=False))
+    timed: dict[bool, list[Rows]] = {True: [], False: []}
+    for _ in range(PAIRS):
+        for place, found in timed.items():
+            found.append(measured(TIMED_BLOCKS, TIMED_ROWS, on_drive=place))
+    yield from _seconds(_medians(timed[True]), _medians(timed[False]), bytes_per_second)
+
+
+def _medians(measured: Sequence[Rows]) -> Rows:
+    return {name: statistics.median(rows[name] for rows in measured) for name in measured[0]}
 
 
 def _memory(on_drive: dict[int, Rows], on_host: Rows) -> Iterator[Measurement]:
@@ -103,7 +113,7 @@ def _seconds(on_drive: Rows, on_host: Rows, bytes_per_second: float) -> Iterator
         yield Measurement.compared(BENCHMARK, case, "step", "s", step, name, seconds, target)
 
 
-def _measure_step(folder: Path, device: str, blocks: int, *, on_drive: bool) -> Rows:
+def _measure_step(folder: Path, device: str, blocks: int, rows: int, *, on_drive: bool) -> Rows:
     """Return what ``trainer.benchmark step`` measures, by name.
 
     Raises:
@@ -114,6 +124,7 @@ def _measure_step(folder: Path, device: str, blocks: int, *, on_drive: bool) -> 
     command = [sys.executable, "-m", "trainer.benchmark", "step", str(_ROOT / "configs/benchmark/streamed.yaml")]
     command += ["--steps", str(STEPS), "--warmup", "1", "--json", str(result)]
     command += ["--model.language_model.architecture.num_hidden_layers", str(blocks)]
+    command += ["--data.sources.0.batch_size", str(rows)]
     if on_drive:
         command += ["--deepspeed.offload_param.device", "nvme", "--deepspeed.offload_param.path", str(swapped)]
     environment = os.environ | {"DS_ACCELERATOR": device}
