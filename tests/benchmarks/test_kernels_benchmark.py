@@ -170,6 +170,20 @@ def test_check_fails_exactly_when_a_target_is_missed(monkeypatch: pytest.MonkeyP
         assert benchmark.main(["kernels", "--device", "cpu"]) == 0
 
 
+def test_rows_that_are_made_one_by_one_are_printed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(_device: str) -> Iterator[Measurement]:
+        for value, ratio in ((1.0, 3.0), (2.0, 1.5)):
+            yield Measurement("kernels", "case", "forward", "ms", value, "baseline", ratio * value, ratio, target=2.0)
+
+    monkeypatch.setattr(kernels, "run", rows)
+    result = tmp_path / "rows.json"
+    assert benchmark.main(["kernels", "--device", "cpu", "--check", "--json", str(result)]) == 1
+    assert [row["met"] for row in json.loads(result.read_text())[1:]] == [True, False]
+    assert capsys.readouterr().out.count("target 2") == 2
+
+
 def test_every_shape_of_the_targets_is_measured_on_cuda() -> None:
     heads_and_media = {(*heads, media) for heads in ((16, 64), (32, 128)) for media in (5, 16, 32)}
     for uneven in (False, True):

@@ -15,9 +15,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.benchmark.sass import ToolMissingError
 from trainer.config.command_line import without_local_rank
+
+if TYPE_CHECKING:
+    from trainer.benchmark.result_file import Measurement
 
 SUBCOMMANDS = {
     "checkpoint": "time that training waits for a save, bytes of a checkpoint, time of a resume",
@@ -53,20 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "model" and options.name != "kernels":
         print(f"--device model: {options.name} has no model of a GPU, only kernels has one", file=sys.stderr)
         return 2
+    rows: list[Measurement] = []
     try:
-        rows = importlib.import_module(f"trainer.benchmark.{options.name}").run(device)
+        for row in importlib.import_module(f"trainer.benchmark.{options.name}").run(device):
+            rows.append(row)
+            _print_row(row)
     except ToolMissingError as error:
         print(f"--device {device}: {error}", file=sys.stderr)
         return 2
-    for row in rows:
-        verdict = "" if row.met is None else f"   target {row.target:g}: {'met' if row.met else 'MISSED'}"
-        baseline = f"   {row.baseline} {row.baseline_value:.4g}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
-        print(f"{row.case:44s} {row.measure:24s} {row.value:10.4g} {row.unit:5s}{baseline}{verdict}")
     if options.json is not None:
         modeled = {"modeled": "an H100, from machine code; nothing was measured"} if device == "model" else {}
         write_result(options.json, device, {"benchmark": options.name} | modeled, rows)
     missed = [row for row in rows if row.met is False]
     return 1 if options.check and missed else 0
+
+
+def _print_row(row: Measurement) -> None:
+    verdict = "" if row.met is None else f"   target {row.target:g}: {'met' if row.met else 'MISSED'}"
+    baseline = f"   {row.baseline} {row.baseline_value:.4g}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
+    print(f"{row.case:44s} {row.measure:24s} {row.value:10.4g} {row.unit:5s}{baseline}{verdict}", flush=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
