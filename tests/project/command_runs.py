@@ -29,6 +29,7 @@ ELSEWHERE = {
     r"python -m trainer\.checkpoint (list|verify|prune) .*": ("tests/checkpoint/test_command.py", "prune"),
     r"python -m trainer\.checkpoint convert .*": ("tests/distributed/test_checkpoint_universal.py", "convert"),
     r"python -m trainer\.benchmark step .*": ("tests/benchmarks/test_step_benchmark.py", "step"),
+    r"python -m trainer\.benchmark kernels .*": ("tests/benchmarks/test_kernels_benchmark.py", "kernels"),
     r"python -m trainer\.benchmark rates .*": ("tests/benchmarks/test_rates_benchmark.py", "rates"),
     r"python -m trainer\.benchmark report .*": ("tests/benchmarks/test_report.py", "report"),
     r"python -m trainer\.plan configs/benchmark/small\.yaml .* --rates .*": (
