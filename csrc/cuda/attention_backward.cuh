@@ -103,6 +103,24 @@ FLAMINGO_DEVICE void store_partial(float* partial, float delta) {
   if (lane_number() == 0) partial[warp_number()] = delta;
 }
 
+// Calls `use(block, keys tile)` for the key blocks of a row tile, one after the other. While one is used, the next is
+// copied into the other of two stages. Copies that were started before have arrived, too, at the first use.
+template <int kWidth, class Problem, class Use>
+FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks,
+                                    int key_head, uint16_t* stages, Use use) {
+  if (blocks.begin < blocks.end) copy_keys<kWidth>(stages, Problem::keys(p, rows, blocks.begin, key_head));
+  commit_copies();
+  for (int block = blocks.begin; block < blocks.end; ++block) {
+    const int stage = (block - blocks.begin) & 1;
+    wait_copies<0>();
+    barrier();  // all warps can read this block, and no warp reads the other stage any more
+    if (block + 1 < blocks.end)
+      copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, key_head));
+    commit_copies();
+    use(block, stages + stage * 2 * Tile<kWidth>::kSize);
+  }
+}
+
 template <Type kType, int kWidth, class Problem, bool kWritesKeys>
 FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(kWritesKeys))
 backward_rows(const typename Problem::Params p) {

@@ -82,24 +82,6 @@ FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
   copy_tile<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
 }
 
-// Calls `use(block, keys tile)` for the key blocks of a row tile, one after the other. While one is used, the next is
-// copied into the other of two stages. Copies that were started before have arrived, too, at the first use.
-template <int kWidth, class Problem, class Use>
-FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Rows& rows, const Range& blocks,
-                                    int key_head, uint16_t* stages, Use use) {
-  if (blocks.begin < blocks.end) copy_keys<kWidth>(stages, Problem::keys(p, rows, blocks.begin, key_head));
-  commit_copies();
-  for (int block = blocks.begin; block < blocks.end; ++block) {
-    const int stage = (block - blocks.begin) & 1;
-    wait_copies<0>();
-    barrier();  // all warps can read this block, and no warp reads the other stage any more
-    if (block + 1 < blocks.end)
-      copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, key_head));
-    commit_copies();
-    use(block, stages + stage * 2 * Tile<kWidth>::kSize);
-  }
-}
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with 4 blocks
 #else
@@ -114,22 +96,30 @@ attention_forward(const typename Problem::Params p) {
   const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
   copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-  const Range blocks = Problem::blocks_of_tile(p, rows);
-  const Visible visible = Problem::visible(p, rows);
+  typename Problem::Walk walk(p, rows, key_head);
   const float log2_scale = p.scale * 1.4426950408889634f;
 
   Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
   float sum[kWidth / 8][4];
   clear(sum);
-  for_each_block<kWidth, Problem>(p, rows, blocks, key_head, stages, [&](int block, const uint16_t* keys) {
-    const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
-    if (!any_lane(sees_first || sees_second)) return;
+  if (walk.left > 0) copy_keys<kWidth>(stages, walk.keys());
+  commit_copies();
+  for (int stage = 0; walk.left > 0; stage ^= 1) {
+    const uint16_t* keys = stages + stage * 2 * Tile<kWidth>::kSize;
+    const bool sees_first = walk.sees_first(), sees_second = walk.sees_second();
+    const int valid = walk.valid();
+    wait_copies<0>();
+    barrier();  // all warps can read this block, and no warp reads the other stage any more
+    walk.advance();
+    if (walk.left > 0) copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, walk.keys());
+    commit_copies();
+    if (!any_lane(sees_first || sees_second)) continue;
     float s[8][4];
     multiply_transposed<kType, kWidth>(s, queries, keys);
-    mask_scores(s, Problem::keys(p, rows, block, key_head).valid, sees_first, sees_second);
+    mask_scores(s, valid, sees_first, sees_second);
     update_softmax(state, s, sum, log2_scale);
     accumulate_rows<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
-  });
+  }
 
   const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
   const float factor = out_factor(p);

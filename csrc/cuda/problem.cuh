@@ -84,6 +84,59 @@ struct CrossAttention {
             min(kTile, p.latents - first)};
   }
 
+  // Walks the blocks that some row of the tile sees, for the forward: it adds where `keys` divides, and reads the
+  // indices of the tile together. The backwards would spill with it.
+  struct Walk {
+    const Params& p;
+    const uint16_t *k, *v;  // of this block
+    int medium, first;      // this block: its medium, and its first latent
+    int left;               // blocks that are not done
+    Range seen_by_first, seen_by_second;  // media that the two rows of a thread see
+
+    FLAMINGO_DEVICE Walk(const Params& params, const Rows& rows, int key_head) : p(params), first(0) {
+      // Rows that do not exist are as the last one, which changes no range.
+      const int in_tile[4] = {fragment_row(), fragment_row() + 8, lane_number(), lane_number() + 32};
+      int row[4], begin[4], end[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        row[i] = rows.first + min(in_tile[i], rows.valid - 1);
+        begin[i] = read_index(p.last_media, row[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) end[i] = begin[i] + 1;
+      if (p.first_media.data) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) begin[i] = read_index(p.first_media, row[i]);
+      }
+      int low = 0x7fffffff;
+#pragma unroll
+      for (int i = 2; i < 4; ++i) {
+        FLAMINGO_ASSERT(end[i] >= 0 && end[i] <= p.media && "media_index is out of range");
+        FLAMINGO_ASSERT((end[i] == 0 || (begin[i] >= 0 && begin[i] < end[i])) && "first_media is out of range");
+        low = min(low, end[i] > 0 ? begin[i] : low);
+      }
+      seen_by_first = {begin[0], end[0]};
+      seen_by_second = {begin[1], end[1]};
+      medium = smallest_lane(low);
+      left = max(0, largest_lane(max(end[2], end[3])) - medium) * blocks_of_medium(p);
+      k = p.k + medium * p.k_medium + key_head * p.k_head;
+      v = p.v + medium * p.v_medium + key_head * p.v_head;
+    }
+
+    FLAMINGO_DEVICE int valid() const { return min(kTile, p.latents - first); }
+    FLAMINGO_DEVICE bool sees_first() const { return seen_by_first.begin <= medium && medium < seen_by_first.end; }
+    FLAMINGO_DEVICE bool sees_second() const { return seen_by_second.begin <= medium && medium < seen_by_second.end; }
+    FLAMINGO_DEVICE Keys keys() const { return {k, v, p.k_latent, p.v_latent, nullptr, nullptr, valid()}; }
+    FLAMINGO_DEVICE void advance() {
+      --left;
+      const bool same_medium = first + kTile < p.latents;
+      k += same_medium ? kTile * p.k_latent : p.k_medium - first * p.k_latent;
+      v += same_medium ? kTile * p.v_latent : p.v_medium - first * p.v_latent;
+      medium += !same_medium;
+      first = same_medium ? first + kTile : 0;
+    }
+  };
+
   // Range that holds the rows that see a block.
   static FLAMINGO_DEVICE Range rows_of_block(const Params& p, int block) {
     const int medium = block / blocks_of_medium(p);
@@ -150,6 +203,57 @@ struct ResamplerAttention {
             p.dv_latents + out,
             min(kTile, p.latents - in_medium)};
   }
+
+  // Walks the blocks of a medium, for the forward, as that of the cross-attention does.
+  struct Walk {
+    const Params& p;
+    int head, row;     // row: the first latent of the medium
+    int feature, end;  // the first feature of this block, and the end of the medium; the blocks after it hold latents
+    int after;         // where the numbers of features would go on as those of latents
+    int left;          // blocks that are not done
+    bool exists_first, exists_second;
+
+    FLAMINGO_DEVICE Walk(const Params& params, const Rows& rows, int of_head) : p(params), head(of_head) {
+      const int medium = rows.first / p.latents;
+      const Range features = features_of(p, medium);
+      FLAMINGO_ASSERT(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
+                      "cu_media is out of range or decreases");
+      const int blocks = (features.end - features.begin + kTile - 1) / kTile;
+      row = medium * p.latents;
+      feature = features.begin;
+      end = features.end;
+      after = features.begin + blocks * kTile;
+      left = blocks + tiles_of_medium(p);
+      exists_first = fragment_row() < rows.valid;
+      exists_second = fragment_row() + 8 < rows.valid;
+    }
+
+    FLAMINGO_DEVICE int valid() const { return min(kTile, feature < end ? end - feature : p.latents - (feature - after)); }
+    FLAMINGO_DEVICE bool sees_first() const { return exists_first; }
+    FLAMINGO_DEVICE bool sees_second() const { return exists_second; }
+    FLAMINGO_DEVICE Keys keys() const {
+      if (feature < end)
+        return {p.k_features + feature * p.k_features_row + head * p.k_features_head,
+                p.v_features + feature * p.v_features_row + head * p.v_features_head,
+                p.k_features_row,
+                p.v_features_row,
+                nullptr,
+                nullptr,
+                valid()};
+      const int latent = row + feature - after;
+      return {p.k_latents + latent * p.k_latents_row + head * p.k_latents_head,
+              p.v_latents + latent * p.v_latents_row + head * p.v_latents_head,
+              p.k_latents_row,
+              p.v_latents_row,
+              nullptr,
+              nullptr,
+              valid()};
+    }
+    FLAMINGO_DEVICE void advance() {
+      --left;
+      feature += kTile;
+    }
+  };
 };
 
 // Locates one of the key blocks of all media. Features of medium m start at slot cu_media[m] / 64 + m, which leaves

@@ -42,7 +42,7 @@ def issued(kernel: Kernel, head_dim: int, tiles: int) -> list[int]:
     """
     code, mains = kernel.code, main_loops(kernel)
     trips = {loop.last: _trips(kernel, loop, head_dim) for loop in _loops(kernel)} | {x.last: tiles for x in mains}
-    optional = _optional_reads(code)
+    optional = _optional_reads(kernel)
     last_copies = {i for x in mains for i in range(x.first, x.last + 1) if code[i].name == "LDGSTS"}
     usual, final = _longest(code, optional), _longest(code, optional | last_copies)
     visits: dict[int, int] = {}
@@ -78,11 +78,14 @@ def products_a_tile(kernel: Kernel, head_dim: int) -> float:
     return count / (head_dim // 2) if mains else 0.0
 
 
-def _optional_reads(code: Sequence[Instruction]) -> set[int]:
+def _optional_reads(kernel: Kernel) -> set[int]:
     """Return the reads that a short jump leaves out: first_media, which only the mode "all media so far" has."""
-    found = set()
+    found: set[int] = set()
+    if "CrossAttention" not in kernel.name:
+        return found
+    code = kernel.code
     for i, branch in enumerate(code):
-        if branch.target is not None and branch.conditional and i < branch.target <= i + 16:
+        if branch.target is not None and branch.conditional and i < branch.target <= i + 40:
             between = range(i + 1, branch.target)
             reads = {j for j in between if code[j].name == "LDG" and ".128" not in code[j].modifiers}
             found |= reads if all(code[j].name not in ("LDGSTS", "HMMA") for j in between) else set()
