@@ -10,7 +10,7 @@
 # to name held-out pictures with invented words that occur in no training data, so it can know them only from the
 # prompt. Controls exchange, shuffle or remove the images. docs/in_context.md explains the results.
 #
-# It takes ten to fifteen minutes on two cores. A second call reuses finished parts and resumes interrupted ones. The
+# It takes up to half an hour on two cores. A second call reuses finished parts and resumes interrupted ones. The
 # settings are in configs/in_context/, the results in runs/in_context/: report.json, predictions.jsonl and report.html.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
