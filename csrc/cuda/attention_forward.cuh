@@ -88,15 +88,22 @@ constexpr int kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with
 constexpr int kResamplerBlocks = 4;
 #endif
 
-template <Type kType, int kWidth, class Problem>
+// With kSplits several thread blocks share the keys of a row tile. Each writes a part: an output of its own.
+template <Type kType, int kWidth, class Problem, bool kSplits = false>
 FLAMINGO_KERNEL(kThreads, kWidth != 64 ? 2 : Problem::kSavesStatistics ? kResamplerBlocks : 4)
 attention_forward(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
   const int head = block_y(), key_head = Problem::key_head(p, head);
-  const Rows rows = Problem::row_tile(p, block_x());
+  int tile = block_x(), split = 0;
+  if constexpr (kSplits) {
+    tile = block_x() / p.splits;
+    split = block_x() % p.splits;
+  }
+  const Rows rows = Problem::row_tile(p, tile);
   copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   typename Problem::Walk walk(p, rows, key_head);
+  if constexpr (kSplits) walk.take(split, p.splits);
   const float log2_scale = p.scale * 1.4426950408889634f;
 
   Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
@@ -122,14 +129,22 @@ attention_forward(const typename Problem::Params p) {
   }
 
   const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
-  const float factor = out_factor(p);
+  const float factor = kSplits ? 1.0f : out_factor(p);
+  const float factor_first = sum_first > 0.0f ? factor / sum_first : 0.0f;
+  const float factor_second = sum_second > 0.0f ? factor / sum_second : 0.0f;
   const bool exists_first = fragment_row() < rows.valid, exists_second = fragment_row() + 8 < rows.valid;
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
-  store_rows<kType, kWidth>(p.out + rows.first * row_stride + head * kWidth, row_stride, sum,
-                            sum_first > 0.0f ? factor / sum_first : 0.0f,
-                            sum_second > 0.0f ? factor / sum_second : 0.0f, exists_first, exists_second);
+  const int64_t first_row = static_cast<int64_t>(split) * p.rows + rows.first;
+  if constexpr (kSplits)
+    store_parts<kWidth>(p.parts + first_row * row_stride + head * kWidth, row_stride, sum, factor_first, factor_second,
+                        exists_first, exists_second);
+  else
+    store_rows<kType, kWidth>(p.out + first_row * row_stride + head * kWidth, row_stride, sum, factor_first,
+                              factor_second, exists_first, exists_second);
   if constexpr (Problem::kSavesStatistics) {
-    float* lse = p.lse + (static_cast<int64_t>(rows.first) + fragment_row()) * p.heads + head;
+    float* all = p.lse;
+    if constexpr (kSplits) all = p.part_lse;
+    float* lse = all + (first_row + fragment_row()) * p.heads + head;
     if ((lane_number() & 3) == 0 && exists_first) *lse = state.max_first * p.scale + natural_log(sum_first);
     if ((lane_number() & 3) == 0 && exists_second)
       lse[8 * p.heads] = state.max_second * p.scale + natural_log(sum_second);

@@ -79,8 +79,16 @@ int CrossLaunches<kType, kWidth>::backward(const CrossAttentionParams& p, void* 
 
 template <Type kType, int kWidth>
 int ResamplerLaunches<kType, kWidth>::forward(const ResamplerParams& p, void* stream) {
-  return launch(attention_forward<kType, kWidth, ResamplerAttention<kWidth>>, p.media * tiles_of(p.latents), p.heads,
-                kThreads, forward_shared_bytes<kWidth>(), p, stream);
+  using Problem = ResamplerAttention<kWidth>;
+  constexpr int kShared = forward_shared_bytes<kWidth>();
+  const int64_t row_tiles = p.media * tiles_of(p.latents);
+  if (p.splits == 1)
+    return launch(attention_forward<kType, kWidth, Problem>, row_tiles, p.heads, kThreads, kShared, p, stream);
+  const int error = launch(attention_forward<kType, kWidth, Problem, true>, row_tiles * p.splits, p.heads, kThreads,
+                           kShared, p, stream);
+  if (error != 0) return error;
+  const int64_t chunks = static_cast<int64_t>(p.rows) * p.heads * (kWidth / 8);
+  return launch(combine_parts<kType, kWidth>, (chunks + kThreads - 1) / kThreads, 1, kThreads, 0, p, stream);
 }
 
 template <Type kType, int kWidth>

@@ -63,7 +63,26 @@ struct ResamplerParams : AttentionParams {
   int64_t k_latents_row, k_latents_head, v_latents_row, v_latents_head;
   int media, latents, features;
   Index cu_media;  // [media + 1]
+  int splits;       // thread blocks that share the keys of a row tile in the forward, at least 1
+  float* parts;     // [splits, rows, heads, width]: their outputs
+  float* part_lse;  // [splits, rows, heads]
 };
+
+// Returns how many thread blocks shall share the work of one. It depends on shapes alone, so that results are the same
+// on all cards. `blocks`: blocks without a split; `visits`: tiles that one of them visits on average.
+inline int wanted_splits(int64_t blocks, int64_t visits) {
+  constexpr int64_t kEnoughBlocks = 384;  // about three for each multiprocessor of an H100
+  constexpr int64_t kFewestVisits = 4;    // fewer would not pay for the sum of the parts
+  if (blocks == 0 || blocks >= kEnoughBlocks) return 1;
+  const int64_t most = visits / kFewestVisits, wanted = (kEnoughBlocks + blocks - 1) / blocks;
+  return static_cast<int>(most < 2 ? 1 : wanted < most ? wanted : most);
+}
+
+inline int wanted_splits(const ResamplerParams& p) {
+  const int64_t tiles = (p.latents + kTile - 1) / kTile;
+  if (p.media == 0) return 1;
+  return wanted_splits(p.media * tiles * p.heads, p.features / p.media / kTile + tiles);
+}
 
 }  // namespace cuda
 }  // namespace flamingo

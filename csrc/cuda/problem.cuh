@@ -228,6 +228,12 @@ struct ResamplerAttention {
       exists_second = fragment_row() + 8 < rows.valid;
     }
 
+    // Leaves the share of one of several thread blocks.
+    FLAMINGO_DEVICE void take(int split, int splits) {
+      const int begin = left * split / splits;
+      left = left * (split + 1) / splits - begin;
+      feature += begin * kTile;
+    }
     FLAMINGO_DEVICE int valid() const { return min(kTile, feature < end ? end - feature : p.latents - (feature - after)); }
     FLAMINGO_DEVICE bool sees_first() const { return exists_first; }
     FLAMINGO_DEVICE bool sees_second() const { return exists_second; }

@@ -127,6 +127,12 @@ namespace cuda {
 struct alignas(16) Chunk {  // eight 16-bit values: the unit of copies
   uint32_t words[4];
 };
+struct alignas(16) FourFloats {
+  float values[4];
+};
+struct alignas(8) TwoFloats {
+  float values[2];
+};
 FLAMINGO_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
 FLAMINGO_DEVICE int min(int a, int b) { return a < b ? a : b; }
 FLAMINGO_DEVICE int max(int a, int b) { return a > b ? a : b; }

@@ -72,6 +72,11 @@ std::tuple<Tensor, Tensor> resampler_attention(const Tensor& q, const Tensor& k_
   ResamplerParams p = make_params(x, cu_media, scale);
   p.out = out(result);
   p.lse = floats(lse);
+  p.splits = wanted_splits(p);
+  const int64_t part = p.splits == 1 ? 0 : lse.numel();
+  const Tensor parts = torch::stable::new_empty(lse, {p.splits, part, q.size(3) + 1});
+  p.parts = floats(parts);
+  p.part_lse = p.parts + p.splits * part * q.size(3);
   const int error = with_launches<ResamplerLaunches>(
       q, [&](auto launches) { return decltype(launches)::forward(p, current_stream(q)); });
   STD_TORCH_CHECK(error == 0, "resampler_attention: ", cudaGetErrorString(static_cast<cudaError_t>(error)));

@@ -175,5 +175,20 @@ FLAMINGO_DEVICE void store_rows(uint16_t* matrix, int64_t stride, const float (&
   }
 }
 
+// Writes this warp's accumulators times `factor` to a matrix of float32, as store_rows does.
+template <int kWidth>
+FLAMINGO_DEVICE void store_parts(float* matrix, int64_t stride, const float (&x)[kWidth / 8][4], float factor_first,
+                                 float factor_second, bool write_first, bool write_second) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float factor = half ? factor_second : factor_first;
+    float* row = matrix + (fragment_row() + half * 8) * stride + (lane_number() & 3) * 2;
+    if (!(half ? write_second : write_first)) continue;
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n)
+      *reinterpret_cast<TwoFloats*>(row + n * 8) = {{x[n][half * 2] * factor, x[n][half * 2 + 1] * factor}};
+  }
+}
+
 }  // namespace cuda
 }  // namespace flamingo

@@ -104,14 +104,17 @@ def test_registers_and_shared_memory_limit_the_blocks(kernel: sass.Kernel) -> No
 def test_launches_visit_the_tiles_of_the_shape() -> None:
     [forward], [backward] = kernels_model.cross_launches(CrossShape(8, 2048, 16, 16, 64))
     assert forward.visits == (1,) * 256, "media end at tiles"
-    assert backward.visits == (2,) * 128 and backward.alone
+    assert backward.visits == (2,) * 128 and backward.flag
     [uneven], _ = kernels_model.cross_launches(CrossShape(8, 2048, 16, 16, 64, uneven=True))
     assert set(uneven.visits) == {1, 2}
     _, (rows, keys) = kernels_model.cross_launches(CrossShape(1, 128, 1, 8, 128, num_latents=130, num_kv_heads=2))
     assert (rows.visits, rows.heads, rows.passes) == ((3, 3), 8, 2)
-    assert (keys.visits, keys.heads, keys.alone) == ((2 * 4,) * 3, 2, False)
+    assert (keys.visits, keys.heads, keys.flag) == ((2 * 4,) * 3, 2, False)
     [resampled], _ = kernels_model.resampler_launches(ResamplerShape(3, 130, 2, 64))
     assert resampled.visits == (4, 4, 4)
+    [long, combine], _ = kernels_model.resampler_launches(ResamplerShape(2, 2048, 32, 64))
+    assert (long.visits, long.flag) == ((5, 6, 5, 6, 5, 6) * 2, True)
+    assert (len(combine.visits), combine.input_bytes) == (2 * 64 * 32 * 8 // 128, 6 * 4 * 2 * 64 * 32 * 64)
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

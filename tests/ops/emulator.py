@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,9 @@ class _ResamplerParams(_AttentionParams):
         ("latents", _INT),
         ("features", _INT),
         ("cu_media", _Index),
+        ("splits", _INT),
+        ("parts", _POINTER),
+        ("part_lse", _POINTER),
     ]
 
 
@@ -116,10 +120,12 @@ class Emulator:
         seed: Seed of the order of warps.
         copies: Name of a policy in ``COPIES`` for when copies land.
         skipped_site: Number of the barrier or wait to switch off; -1 for none.
+        splits: Thread blocks that share the keys of a row tile in the resampler's forward.
         token_ranges: int32 [2, M], what the last call found, as ``flamingo::media_token_ranges`` returns it.
     """
 
     token_ranges: Tensor
+    splits: int = 1
 
     def __init__(self, library: Path) -> None:
         """Load the compiled emulator."""
@@ -143,6 +149,11 @@ class Emulator:
             )
             for i in range(library.emulator_site_count())
         ]
+
+    def wanted_splits(self, num_media: int, num_latents: int, num_features: int, num_heads: int) -> int:
+        """Return the splits that the CUDA binding chooses for a resampler of this shape."""
+        p = _ResamplerParams(media=num_media, latents=num_latents, features=num_features, heads=num_heads)
+        return int(self._library.emulator_wanted_splits(ctypes.byref(p)))
 
     def cross_attention(
         self,
@@ -203,12 +214,17 @@ class Emulator:
         inputs = {"k_features": k_features, "v_features": v_features, "k_latents": k_latents, "v_latents": v_latents}
         grads = {name: _garbage(x.shape, q.dtype) for name, x in inputs.items()}
         out, dq = _garbage(q.shape, q.dtype), _garbage(q.shape, q.dtype)
+        parts = _garbage((self.splits, num_media, num_latents, *q.shape[2:]), torch.float32)
+        part_lse = _garbage(parts.shape[:-1], torch.float32)
         p = _ResamplerParams(
             media=num_media,
             latents=num_latents,
             features=k_features.shape[0],
             cu_media=_index(cu_media),
             o=out.data_ptr(),
+            splits=self.splits,
+            parts=parts.data_ptr(),
+            part_lse=part_lse.data_ptr(),
         )
         for name, x in inputs.items():
             setattr(p, name, x.data_ptr())
@@ -234,7 +250,7 @@ class Emulator:
 _KEY_STRIDES = ("medium", "latent", "head")
 
 
-def _garbage(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _garbage(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -105,10 +106,12 @@ class PtxEmulator(Emulator):
                 launches += [(self._keys_kernel(writes_rows=False), key_blocks, _THREADS, shared_bytes(self._head_dim))]
         else:
             op, row_tiles = self._libraries[OPS[1]], p.media * _tiles(p.latents)
-            launches = [("attention_forward", row_tiles, _THREADS, self._forward_bytes())]
-            alone = p.latents <= _TILE
-            name = f"EELb{int(alone)}EEE"  # the last template argument of backward_rows
-            launches += [(name, row_tiles, _THREADS, shared_bytes(self._head_dim))]
+            has_splits, alone = p.splits > 1, p.latents <= _TILE  # the last template arguments
+            forward = f"attention_forward.*Lb{int(has_splits)}E"
+            launches = [(forward, row_tiles * p.splits, _THREADS, self._forward_bytes())]
+            if has_splits:
+                launches += [("combine_parts", -(-p.rows * p.heads * self._head_dim // 8 // _THREADS), _THREADS, 0)]
+            launches += [(f"backward_rows.*Lb{int(alone)}E", row_tiles, _THREADS, shared_bytes(self._head_dim))]
             if not alone:
                 slots = p.features // _TILE + p.media + row_tiles
                 launches += [("resampler_backward_keys", slots, _THREADS, shared_bytes(self._head_dim))]
@@ -139,7 +142,7 @@ class _Library:
             self._names.append(name.decode())
 
     def launch(self, kernel: str, grid: tuple[int, int, int, int], params: Any, seed: int, copies: int) -> None:
-        [number] = [i for i, name in enumerate(self._names) if kernel in name]
+        [number] = [i for i, name in enumerate(self._names) if re.search(kernel, name)]
         self._library.ptx_configure(seed, copies)
         if grid[0] and self._library.ptx_launch(number, *grid, ctypes.byref(params)):
             raise EmulationError(self._library.ptx_failure().decode())

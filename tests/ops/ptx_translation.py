@@ -241,6 +241,8 @@ def _product(words: Sequence[str], kind: str, x: Sequence[str]) -> str:
     if kind == "f32":
         return f"{x[0]} * {x[1]}"
     cast = _TYPES[kind]
+    if "hi" in words and kind.endswith("64"):
+        return f"uint64_t((__int128({cast}({x[0]})) * {cast}({x[1]})) >> 64)"
     if "wide" in words or "hi" in words:
         wide = cast.replace("32", "64")
         product = f"{wide}({cast}({x[0]})) * {wide}({cast}({x[1]}))"

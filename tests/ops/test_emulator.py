@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from tests.ops.cases import (
     resampler_case,
 )
 from tests.ops.emulator import COPIES, EmulationError, Emulator
+from trainer.benchmark.attention_baselines import ResamplerShape
+from trainer.benchmark.kernels_model import wanted_splits
 
 TYPES_AND_HEAD_DIMS = [
     (torch.bfloat16, 64),
@@ -68,6 +71,43 @@ def test_resampler(emulator: Emulator, dtype: torch.dtype, head_dim: int) -> Non
             emulator,
             expect(resampler_case(lengths, num_latents=num_latents, head_dim=head_dim, dtype=dtype, seed=seed)),
         )
+
+
+@pytest.fixture
+def splitting(emulator: Emulator) -> Iterator[Emulator]:
+    yield emulator
+    emulator.splits = 1
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), TYPES_AND_HEAD_DIMS, ids=str)
+def test_a_resampler_whose_keys_are_split(splitting: Emulator, dtype: torch.dtype, head_dim: int) -> None:
+    """A medium of up to 64 features has two blocks of keys, so some of seven splits get none."""
+    cases = ((64, [200, 0, 63], 2), (70, [30, 140], 3), (7, [300, 9], 7))
+    for seed, (num_latents, lengths, splits) in enumerate(cases):
+        splitting.seed, splitting.copies, splitting.splits = seed, list(COPIES)[seed], splits
+        options = {"num_latents": num_latents, "head_dim": head_dim, "dtype": dtype, "seed": seed}
+        check(splitting, expect(resampler_case(lengths, **options)))
+
+
+def test_splits_do_not_depend_on_the_order_of_warps(splitting: Emulator) -> None:
+    case, runs = resampler_case([400], dtype=torch.bfloat16), []
+    splitting.splits = 3
+    for seed in range(3):
+        splitting.seed = seed
+        runs.append(splitting.resampler(*case))
+    for results in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
+
+
+def test_the_number_of_splits_is_that_of_the_model(emulator: Emulator) -> None:
+    found = []
+    for media, features, heads, latents in itertools.product((1, 4, 40), (0, 256, 2048), (2, 16), (5, 64, 130)):
+        shape = ResamplerShape(media, features, heads, 64, latents)
+        found.append(emulator.wanted_splits(media, latents, media * features, heads))
+        assert found[-1] == wanted_splits(shape), shape
+    assert min(found) == 1 and max(found) > 6
+    assert emulator.wanted_splits(4, 64, 4 * 2048, 16) == 6 and emulator.wanted_splits(40, 64, 40 * 256, 16) == 1
+    assert emulator.wanted_splits(0, 64, 0, 16) == 1, "no media"
 
 
 @pytest.mark.parametrize(("so_far", "num_kv_heads"), [(False, 2), (True, 1)], ids=["one medium", "so far"])
@@ -242,6 +282,42 @@ def build_mutant(folder: Path, file: str, original: str, replacement: str) -> Em
     assert original in text, "the mutant no longer fits the source"
     source.write_text(text.replace(original, replacement))
     return emulation.build(folder, folder / "csrc", one_width=True)
+
+
+@functools.cache
+def split_cases() -> list[Expected]:
+    options = {"num_heads": 2, "dtype": torch.bfloat16}
+    return [expect(resampler_case(lengths, num_latents=n, **options)) for n, lengths in ((64, [200, 0]), (70, [90]))]
+
+
+MUTANTS_OF_SPLITS = {
+    "a block of keys left out": ("problem.cuh", "left * (split + 1) / splits - begin;", "left / splits;"),
+    "a block of keys twice": ("problem.cuh", "const int begin = left * split / splits;", "const int begin = 0;"),
+    "parts in one place": ("attention_forward.cuh", "static_cast<int64_t>(split) * p.rows", "0"),
+    "weights not added up": ("resampler_attention.cuh", "weights += weight;", "weights += 1.0f;"),
+    "a part left out": ("resampler_attention.cuh", "int split = 0; split", "int split = 1; split"),
+    "lse of the largest part": ("resampler_attention.cuh", "maximum + natural_log(weights);", "maximum;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS_OF_SPLITS)
+def test_a_changed_kernel_with_splits_is_caught(name: str, tmp_path: Path) -> None:
+    mutant = build_mutant(tmp_path, *MUTANTS_OF_SPLITS[name])
+    mutant.splits = 3
+    assert is_caught(mutant, seeds=1, cases=split_cases)
+
+
+@pytest.mark.slow
+def test_every_barrier_and_every_wait_of_splits_is_needed(small_emulator: Emulator) -> None:
+    small_emulator.splits = 2
+    try:
+        assert not is_caught(small_emulator, seeds=1, cases=split_cases)
+        for site in (site for site in small_emulator.sites() if site.file == "attention_forward.cuh"):
+            small_emulator.skipped_site = site.number
+            assert is_caught(small_emulator, seeds=3, cases=split_cases), site
+    finally:
+        small_emulator.splits, small_emulator.skipped_site = 1, -1
 
 
 MUTANTS_OF_SHARED_HEADS = {

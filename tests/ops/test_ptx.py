@@ -56,6 +56,9 @@ def test_compiled_kernels_are_as_exact_as_plain_torch(head_dim: int, dtype: torc
         for seed, (num_latents, lengths) in enumerate(resampled):
             emulator.seed = seed
             check(emulator, expect(resampler_case(lengths, num_latents=num_latents, seed=seed, **same)))
+        emulator.splits = 2
+        check(emulator, expect(resampler_case([140, 1], num_latents=7, **same)))
+        emulator.splits = 1
 
 
 def _swap_operands(ptx: str) -> str:

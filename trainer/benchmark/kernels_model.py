@@ -21,11 +21,13 @@ from trainer.benchmark.result_file import Measurement
 FLOOR = "floor of an H100"
 ARCHITECTURE = "sm_90a"
 _BYTES_PER_SECOND, _COPY_BYTES_PER_SECOND, _FLOPS_PER_SECOND = 3.35e12, 3.0e12, 989e12
+_L2_BYTES_PER_SECOND = 5.5e12
 _PRODUCTS = {"forward": 2, "backward": 5}  # of matrices, for each tile
 _FIRST_LAUNCH, _NEXT_LAUNCH = 3e-6, 1e-6  # seconds: launching and draining kernels
 _TILE, _BYTES = sass_paths.TILE, 2  # rows of a tile, bytes of a number
 _MOST_VISITS, _MOST_WAVES = 10, 3  # of a played sample; longer work is scaled by its instructions
-FORWARD, ROWS, KEYS = "attention_forward", "backward_rows", "backward_keys"
+FORWARD, COMBINE, ROWS, KEYS = "attention_forward", "combine_parts", "backward_rows", "backward_keys"
+_ENOUGH_BLOCKS, _FEWEST_VISITS = 384, 4  # wanted_splits of csrc/cuda/params.h
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Launch:
     Attributes:
         op: Op, such as "masked_cross_attention".
         kernel: Part of the kernel's name.
-        alone: Whether it is the whole backward; None for a forward.
+        flag: Its last template argument: whether it is the whole backward, or a forward with splits; None for others.
         head_dim: Width of a head.
         visits: Tiles that each block visits, for the blocks of one head.
         heads: Heads of the grid.
@@ -46,7 +48,7 @@ class Launch:
 
     op: str
     kernel: str
-    alone: bool | None
+    flag: bool | None
     head_dim: int
     visits: tuple[int, ...]
     heads: int
@@ -97,7 +99,7 @@ def cross_launches(shape: CrossShape) -> tuple[list[Launch], list[Launch]]:
     least = shape.min_bytes(_BYTES)[0]
     output = _BYTES * shape.rows * shape.length * shape.num_heads * shape.head_dim
     read = (least - output, least)  # the backward also reads the output's gradient
-    forward = Launch(op, FORWARD, None, shape.head_dim, rows, shape.num_heads, 1, 1, read[0])
+    forward = Launch(op, FORWARD, False, shape.head_dim, rows, shape.num_heads, 1, 1, read[0])
     alone = blocks_of_medium == 1
     by_keys = Launch(op, KEYS, alone, shape.head_dim, keys, key_heads, 2, 1, read[1])
     by_rows = Launch(op, ROWS, False, shape.head_dim, rows, shape.num_heads, 2, 2, read[1])
@@ -106,15 +108,29 @@ def cross_launches(shape: CrossShape) -> tuple[list[Launch], list[Launch]]:
 
 def resampler_launches(shape: ResamplerShape) -> tuple[list[Launch], list[Launch]]:
     """Return the launches of forward and backward of a resampler with up to 64 latents."""
-    visits = (-(-shape.num_features // _TILE) + 1,) * shape.num_media
-    op, read = "resampler_attention", shape.min_bytes(_BYTES)[0]
-    forward = Launch(op, FORWARD, None, shape.head_dim, visits, shape.num_heads, 1, 1, read)
-    return [forward], [Launch(op, ROWS, True, shape.head_dim, visits, shape.num_heads, 2, 1, read)]
+    op, read, count = "resampler_attention", shape.min_bytes(_BYTES)[0], -(-shape.num_features // _TILE) + 1
+    visits, splits = (count,) * shape.num_media, wanted_splits(shape)
+    shares = tuple(count * (i + 1) // splits - count * i // splits for i in range(splits)) * shape.num_media
+    forward = [Launch(op, FORWARD, splits > 1, shape.head_dim, shares, shape.num_heads, 1, 1, read)]
+    if splits > 1:
+        columns = shape.num_media * shape.num_latents * shape.num_heads * shape.head_dim
+        blocks, part_bytes = -(-columns // 8 // sass_paths.THREADS), 4 * splits * columns
+        forward.append(Launch(op, COMBINE, None, shape.head_dim, (1,) * blocks, 1, 0, 0, part_bytes))
+    return forward, [Launch(op, ROWS, True, shape.head_dim, visits, shape.num_heads, 2, 1, read)]
+
+
+def wanted_splits(shape: ResamplerShape) -> int:
+    """Return how many thread blocks share the keys of a row tile in a forward, as csrc/cuda/params.h decides."""
+    tiles = -(-shape.num_latents // _TILE)
+    blocks = shape.num_media * tiles * shape.num_heads
+    if blocks == 0 or blocks >= _ENOUGH_BLOCKS:
+        return 1
+    return max(1, min(-(-_ENOUGH_BLOCKS // blocks), (shape.num_features // _TILE + tiles) // _FEWEST_VISITS))
 
 
 def find_kernel(launch: Launch, kernels: Sequence[sass.Kernel]) -> sass.Kernel:
-    """Return the kernel of a launch. The last template argument of a backward says whether it is alone."""
-    flag = "" if launch.alone is None else f"Lb{int(launch.alone)}E"
+    """Return the kernel of a launch."""
+    flag = "" if launch.flag is None else f"Lb{int(launch.flag)}E"
     [found] = [kernel for kernel in kernels if launch.kernel in kernel.name and flag in kernel.name]
     return found
 
@@ -134,15 +150,20 @@ def _seconds(launch: Launch) -> float:
         * launch.head_dim
         * _BYTES
     )
-    seconds = multiprocessor_model.seconds(kernel, paths, resident, min(1.0, launch.input_bytes / copied))
+    share = min(1.0, launch.input_bytes / copied) if copied else 0.0
+    seconds = multiprocessor_model.seconds(kernel, paths, resident, share)
     total, played = (sum(slots[1] + (n - 1) * (slots[2] - slots[1]) for n in counts) for counts in (visits, sample))
-    return seconds * total / played
+    # Combining reads the parts from the L2 cache, where they have just been written.
+    least = launch.input_bytes / _L2_BYTES_PER_SECOND if launch.kernel == COMBINE else 0.0
+    return max(seconds * total / played, least)
 
 
 def block_bytes(kernel: str, head_dim: int) -> int:
     """Return the shared memory of a block: csrc/cuda/attention_forward.cuh and attention_backward.cuh."""
     pitch = 128 if head_dim == 96 else head_dim
-    return 5 * pitch * _TILE * _BYTES if kernel == FORWARD else shared_bytes(head_dim)
+    if kernel == COMBINE:
+        return 0
+    return 5 * pitch * _TILE * _BYTES if kernel.startswith(FORWARD) else shared_bytes(head_dim)
 
 
 @functools.cache
