@@ -54,6 +54,7 @@ def test_real_and_synthetic_data(yaml: Path, processes: int) -> None:
         assert sum(values[f"part: {name}"] for name in PARTS) == values["profiled step, sum of the parts"]
         assert 0 < values["MFU"] <= values["HFU"]
         assert values["over the host link"] == 0
+        assert 0 < values["memory of a device between steps"] < values["peak memory of a device"]
         assert (
             (values["sent by a device to gather"] > 0) == (processes > 1) == (values["sent by a device to reduce"] > 0)
         )

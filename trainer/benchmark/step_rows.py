@@ -81,11 +81,9 @@ def step_rows(
     ]
     if real_data:
         values.append(("padding", "%", 100 * (1 - contents["tokens"] / contents["positions"])))
-    memory = gather_objects((timings.device_memory, host_memory()), world)
-    values += [
-        ("peak memory of a device", "MiB", max(device for device, _ in memory) / _MIB),
-        ("peak memory of a process", "MiB", max(host for _, host in memory) / _MIB),
-    ]
+    memory = gather_objects((timings.device_memory, timings.resting_memory, host_memory()), world)
+    names = ("peak memory of a device", "memory of a device between steps", "peak memory of a process")
+    values += [(name, "MiB", max(found) / _MIB) for name, found in zip(names, zip(*memory, strict=True), strict=True)]
     return [Measurement(BENCHMARK, case, measure, unit, value) for measure, unit, value in values]
 
 

@@ -35,6 +35,7 @@ class StepTimings:
         device: What the GPU did in the traced step, on the main process; None elsewhere.
         sent: Bytes that this rank sends in a step, by part.
         device_memory: Bytes of tensors at the peak of a step.
+        resting_memory: Bytes of tensors between two steps. A CPU has those of offloaded tensors among both.
         read_from_drives: Bytes that this process reads from drives in a timed step; the page cache is no drive.
     """
 
@@ -44,6 +45,7 @@ class StepTimings:
     device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
     device_memory: float = 0.0
+    resting_memory: float = 0.0
     read_from_drives: float = 0.0
 
     def parts(self) -> dict[str, float]:
@@ -91,9 +93,11 @@ def time_steps(
         timings.contents += count(step_batches) if count else Counter()
     timings.read_from_drives = (_read_bytes() - already_read) / steps
     if on_gpu:
+        timings.resting_memory = float(torch.cuda.memory_allocated(engine.world.device))
         timings.device_memory = device_memory(engine.world.device)
     else:
         with tensor_memory() as memory:
+            timings.resting_memory = memory.current
             step()
         timings.device_memory = memory.peak
     clock = PartClock(now, DATA_WAIT)
