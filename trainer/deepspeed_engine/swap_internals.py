@@ -20,9 +20,13 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from trainer.runtime.allocator import return_freed_memory
+
 __all__ = ["shared_parameter_swapper"]
 
 _PRIVATE = "_PartitionedParameterCoordinator__"  # Python's prefix for the coordinator's private names
+# Of released weights. To return each tensor at once took half as long as the step itself, in page faults.
+_MOST_KEPT_BYTES = 2**26
 
 
 @contextmanager
@@ -53,13 +57,14 @@ class _Swapper(AsyncPartitionedParameterSwapper):
     """Read parameters into buffers, and give up what was read ahead where a parameter that is needed finds no buffer.
 
     Reason: DeepSpeed reads ahead into every free buffer. Where another parameter is needed next, such as in a
-    generation between two steps, it fails.
+    generation between two steps, it fails. The C library keeps the memory of weights that were released.
     Upstream issue: none found.
     """
 
     def __init__(self, settings: Any, dtype: torch.dtype) -> None:
         super().__init__(settings, dtype)
         self._read: dict[int, Any] = {}  # the last one that was read stands last
+        self._released_bytes = 0  # since memory was returned to the system
 
     def swap_in(
         self, params: Sequence[Any], async_op: bool = True, swap_in_buffers: Sequence[torch.Tensor] | None = None
@@ -71,6 +76,14 @@ class _Swapper(AsyncPartitionedParameterSwapper):
             self._read.pop(param.ds_id, None)
             self._read[param.ds_id] = param
         super().swap_in(params, async_op, swap_in_buffers)
+
+    def remove_partition_and_release_buffers(self, params: Sequence[Any]) -> None:
+        """Release parameters; return freed memory to the system now and then."""
+        super().remove_partition_and_release_buffers(params)
+        self._released_bytes += sum(param.ds_numel * param.element_size() for param in params)
+        if self._released_bytes > _MOST_KEPT_BYTES:
+            return_freed_memory()
+            self._released_bytes = 0
 
     def _make_room(self, count: int) -> None:
         missing = count - len(self.available_buffer_ids)

@@ -1,20 +1,16 @@
-"""Choose how the C library allocates host memory."""
+"""Have the C library give memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
-_LEAST_MAPPED_BYTES = 2**20
-
 
 def return_freed_memory() -> None:
-    """Have the C library return tensors of 1 MiB or more to the system as soon as they are freed.
+    """Return all whole pages of freed memory to the system.
 
-    By itself, glibc raises the size from which it does so up to 32 MiB, and keeps smaller ones. Where the weights of a
-    language model come one by one from a drive and go again, the kept memory grows to a share of all weights. Other C
-    libraries have no such setting, and nothing happens.
+    glibc keeps freed tensors of up to 32 MiB. Where the weights of a language model come one by one from a drive and go
+    again, the kept memory grows to a share of all weights. Where the C library has no such function, nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LEAST_MAPPED_BYTES)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

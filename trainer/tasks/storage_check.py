@@ -22,7 +22,6 @@ from trainer.planning.random_weights import build_on_meta_device
 from trainer.planning.storage import DriveNeed, drive_need, size_buffers
 from trainer.planning.traffic import ModelSizes
 from trainer.resilience.swap_folders import swapped_bytes
-from trainer.runtime.allocator import return_freed_memory
 from trainer.runtime.distributed import World, failing_together
 
 _log = logging.getLogger(__name__)
@@ -67,8 +66,6 @@ def prepare_offload(config: FlamingoRunConfig, settings: Mapping[str, Any], worl
         if problems:
             raise ConfigError(problems)
     size_buffers(zero, need)
-    if need.largest:
-        return_freed_memory()
 
 
 def _host_problems(
