@@ -23,7 +23,7 @@ def swapper(monkeypatch: pytest.MonkeyPatch, buffers: int) -> Any:
     """Return a swapper that notes what it reads and gives up, without a drive."""
     made: Any = object.__new__(swap_internals._Swapper)
     made._read, made.available_buffer_ids, made.available_params = {}, list(range(buffers)), set()
-    made.read_ids, made.given_up = [], []
+    made.read_ids, made.given_up, made._released_bytes = [], [], 0
 
     def swap_in(self: Any, params: Any, async_op: bool = True, swap_in_buffers: Any = None) -> None:
         assert len(params) <= len(self.available_buffer_ids)
@@ -48,7 +48,14 @@ def parameter(number: int, drive: Any, *, elements: int = 10, gathered: bool = F
         status=PartitionedParamStatus.NOT_AVAILABLE,
     )
     status = ZeroParamStatus.AVAILABLE if gathered else ZeroParamStatus.NOT_AVAILABLE
-    return SimpleNamespace(ds_id=number, nvme_swapper=drive, ds_tensor=tensor, ds_numel=elements, ds_status=status)
+    return SimpleNamespace(
+        ds_id=number,
+        nvme_swapper=drive,
+        ds_tensor=tensor,
+        ds_numel=elements,
+        ds_status=status,
+        element_size=lambda: 2,
+    )
 
 
 def coordinator(queue: list[Any], most: int) -> Any:
@@ -84,8 +91,19 @@ def test_what_was_read_ahead_makes_room_the_last_first(monkeypatch: pytest.Monke
     assert drive.given_up == [3, 2] and drive.read_ids[-1] == [8, 9]
 
 
+def test_freed_memory_is_returned_once_for_many_released_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+    drive = swapper(monkeypatch, buffers=0)
+    monkeypatch.setattr(swap_internals, "return_freed_memory", lambda: returned.append(len(drive.given_up)))
+    quarter = swap_internals._MOST_KEPT_BYTES // 4
+    for number in range(12):
+        drive.remove_partition_and_release_buffers([parameter(number, drive, elements=quarter // 2)])
+    assert returned == [5, 10]
+
+
 def test_deepspeed_has_the_names_that_are_replaced_and_read() -> None:
     assert hasattr(PartitionedParameterCoordinator, f"{swap_internals._PRIVATE}prefetch_nvme_param_partitions")
+    assert list(inspect.signature(Swapper.remove_partition_and_release_buffers).parameters) == ["self", "params"]
     assert list(inspect.signature(Swapper.swap_in).parameters) == ["self", "params", "async_op", "swap_in_buffers"]
     source = inspect.getsource(PartitionedParameterCoordinator)
     for name in ("__param_queue", "__prefetch_bucket_sz", "self.__prefetch_nvme_param_partitions()"):
