@@ -14,6 +14,7 @@ from typing import Any, Literal
 Activation = Literal["squared_relu", "gelu", "relu", "swiglu"]
 Norm = Literal["layer_norm", "rms_norm"]
 DType = Literal["float32", "bfloat16", "float16"]
+QuantizationMethod = Literal["int8", "nf4"]
 
 # pydantic (in trainer.config) reads this attribute: a misspelled key is an error, not a silent default.
 _FORBID_UNKNOWN_KEYS = {"extra": "forbid"}
@@ -167,7 +168,7 @@ class LanguageModelConfig:
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
     attention: str | None = None
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none"] | QuantizationMethod = "none"
 
 
 @dataclass(frozen=True)

@@ -214,4 +214,4 @@ def _first_number(config: Any, names: Iterable[str], index: int) -> int:
 
 def _matrices(parameters: Iterable[nn.Parameter]) -> int:
     """Count the weights with two dimensions or more; vectors cost next to nothing."""
-    return sum(num_weights(parameter) for parameter in parameters if len(full_shape(parameter)) > 1)
+    return num_weights(parameter for parameter in parameters if len(full_shape(parameter)) > 1)

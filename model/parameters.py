@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,9 +34,9 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def num_weights(parameter: nn.Parameter) -> int:
-    """Count the weights of a parameter, also while it is partitioned; a byte of uint8 holds two codes of 4 bits."""
-    return math.prod(full_shape(parameter)) * (2 if parameter.dtype == torch.uint8 else 1)
+def num_weights(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the weights of parameters, also while they are partitioned; a byte of uint8 holds two codes of 4 bits."""
+    return sum(math.prod(full_shape(one)) * (2 if one.dtype == torch.uint8 else 1) for one in parameters)
 
 
 def frozen_digests(model: nn.Module, gather: Gather = no_gather) -> dict[str, str]:

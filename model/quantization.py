@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from model.config import QuantizationMethod
 from model.parameters import Gather, full_shape, no_gather
 
-Method = Literal["int8", "nf4"]
-BLOCKS: dict[Method, int] = {"int8": 128, "nf4": 64}  # numbers of a row that share a scale
-_LARGEST: dict[Method, int] = {"int8": 127, "nf4": 1}  # what the largest number of a block is scaled to
+BLOCKS: dict[QuantizationMethod, int] = {"int8": 128, "nf4": 64}  # numbers of a row that share a scale
+_LARGEST: dict[QuantizationMethod, int] = {"int8": 127, "nf4": 1}  # what the largest number of a block is scaled to
 _NUM_PROBED = 64  # tokens of the probe, or as many as the language model has positions for
 _STRIDE = 7919  # a prime: the ids of the probe spread over the vocabulary
 _TAIL = 0.9677083  # probability of the outermost level of nf4, as in QLoRA
@@ -50,7 +50,7 @@ class QuantizationError:
         bytes_now: Bytes of their codes and scales.
     """
 
-    method: Method
+    method: QuantizationMethod
     relative: float
     same_choice: float
     num_tokens: int
@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
 
     pairs: Tensor  # the two levels of every byte of nf4; copying them to a device in each forward would make it wait
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, method: QuantizationMethod) -> None:
         """Quantize a weight, and copy the bias."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -109,7 +109,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return gradient @ dequantize(codes, scales, gradient.dtype, ctx.columns, pairs), None, None, None
 
 
-def quantize(weight: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, method: QuantizationMethod) -> tuple[Tensor, Tensor]:
     """Return a weight [outputs, inputs] as codes, and a scale for each block of each row, flat, in its type.
 
     Returns:
@@ -177,7 +177,7 @@ def _float32(values: Sequence[float | tuple[float, ...]]) -> Tensor:
 def quantize_language_model(
     lm: Any,
     blocks: Iterable[nn.Module],
-    method: Method,
+    method: QuantizationMethod,
     gather: Gather = no_gather,
     partition: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> QuantizationError | None:

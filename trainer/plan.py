@@ -18,8 +18,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from model.config import QuantizationMethod
 from trainer.config.loader import check_world_size, load_config, schema_of
 from trainer.config.run_config import ContrastiveRunConfig, FlamingoRunConfig, RunConfig
 from trainer.config.yaml_file import read_yaml
@@ -67,7 +68,7 @@ def _quantized(config: RunConfig, options: argparse.Namespace, overrides: Sequen
         return {}
     if not isinstance(config, FlamingoRunConfig):
         raise ValueError("--quantized is for a frozen language model, and this run has none")
-    others = [method for method in ("int8", "nf4") if method != config.model.language_model.quantization]
+    others = [method for method in get_args(QuantizationMethod) if method != config.model.language_model.quantization]
     return {method: _load(options.config, [*overrides, f"--{_QUANTIZATION}", method]) for method in others}
 
 

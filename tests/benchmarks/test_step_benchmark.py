@@ -111,3 +111,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: py
         step_memory.check_memory(config, model, world)
     available.available = 64 * 2**30
     step_memory.check_memory(config, model, world)
+
+
+@pytest.mark.parametrize(("method", "gib"), [("int8", "35"), ("nf4", "32")])
+def test_codes_count_with_their_bits_where_memory_is_checked(
+    method: str, gib: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["--model.language_model.quantization", method]
+    config = load_config(ROOT / "configs" / "flamingo-9b.yaml", overrides, FlamingoRunConfig, check_files=False)
+    monkeypatch.setattr(step_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 2**30))
+    model, world = build_on_meta_device(config.model), World(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"{gib}\.\d GiB of the host"):
+        step_memory.check_memory(config, model, world)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import QuantizationMethod
 from model.flamingo import Flamingo
-from model.quantization import Method
 from tests.distributed.processes import run_distributed
 from tests.distributed.small_run import losses as run_losses
 from tests.distributed.small_run import make_assets, run_settings
@@ -23,7 +23,7 @@ from tests.model.builders import tiny_config
 from tests.planning.test_plan import CASES, measured_and_planned
 from trainer.export import main as export
 
-METHODS: tuple[Method, ...] = ("int8", "nf4")
+METHODS: tuple[QuantizationMethod, ...] = ("int8", "nf4")
 SETTING = "--model.language_model.quantization"
 TWICE = CASES["stage 3, gathered for the backward again"]
 CODES = {"int8": torch.int8, "nf4": torch.uint8}
@@ -42,7 +42,7 @@ def results(world: Any) -> dict[str, Any]:
     return found
 
 
-def look_at_codes(model: Flamingo, method: Method) -> None:
+def look_at_codes(model: Flamingo, method: QuantizationMethod) -> None:
     assert model.language_model.quantization_error is not None
     assert 0 < model.language_model.quantization_error.relative < MOST_CHANGED[method]
     assert {p.dtype for name, p in model.named_parameters() if name.endswith(".codes")} == {CODES[method]}

@@ -9,30 +9,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import FlamingoConfig, TrainableConfig
+from model.config import FlamingoConfig, QuantizationMethod, TrainableConfig
 from model.factory import build_flamingo
 from model.flops import UsefulFlops
 from model.generation import generate
 from model.parameters import frozen_digests, frozen_fingerprint, frozen_parameters, num_weights
 from model.pretrained import from_pretrained, save_flamingo
-from model.quantization import BLOCKS, Method, QuantizedLinear, dequantize, level_pairs, levels, quantize
+from model.quantization import BLOCKS, QuantizedLinear, dequantize, level_pairs, levels, quantize
 from tests.model.builders import BEYOND, random_media, tiny_config, wake
 
-METHODS: tuple[Method, ...] = ("int8", "nf4")
+METHODS: tuple[QuantizationMethod, ...] = ("int8", "nf4")
 DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
 # The widest distance of a number to its code, where the largest of the block is 1; and the error of the tiny model.
 WIDEST = {"int8": 0.501 / 127, "nf4": (1 - 0.69619) / 2 + 1e-5}
 MOST_CHANGED, MOST_BYTES = {"int8": 0.05, "nf4": 0.6}, {"int8": 0.3, "nf4": 0.2}
 
 
-def quantized_config(method: Method, family: str = "llama") -> FlamingoConfig:
+def quantized_config(method: QuantizationMethod, family: str = "llama") -> FlamingoConfig:
     config = tiny_config(family)
     return replace(config, language_model=replace(config.language_model, quantization=method))
 
 
 @pytest.mark.parametrize("columns", [256, 133, 8, 7])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_number_is_near_its_code(method: Method, columns: int) -> None:
+def test_every_number_is_near_its_code(method: QuantizationMethod, columns: int) -> None:
     weight = torch.randn(6, columns) * torch.logspace(-3, 3, 6)[:, None]
     weight[2] = 0
     block = BLOCKS[method]
@@ -56,7 +56,7 @@ def test_the_levels_of_nf4_are_those_of_qlora() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_output_and_gradient_are_those_of_the_weight_that_the_codes_stand_for(method: Method) -> None:
+def test_output_and_gradient_are_those_of_the_weight_that_the_codes_stand_for(method: QuantizationMethod) -> None:
     layer = QuantizedLinear(torch.randn(5, 9), torch.randn(5), method)
     weight = dequantize(layer.codes, layer.scales, torch.float32, 9, layer.pairs)
     assert layer.bias is not None
@@ -69,7 +69,7 @@ def test_output_and_gradient_are_those_of_the_weight_that_the_codes_stand_for(me
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_blocks_are_quantized_and_the_error_is_stated(method: Method, family: str) -> None:
+def test_the_blocks_are_quantized_and_the_error_is_stated(method: QuantizationMethod, family: str) -> None:
     model = build_flamingo(quantized_config(method, family), BEYOND)
     error = model.language_model.quantization_error
     assert error is not None
@@ -83,18 +83,18 @@ def test_the_blocks_are_quantized_and_the_error_is_stated(method: Method, family
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_codes_count_as_the_weights_that_they_stand_for(method: Method) -> None:
+def test_codes_count_as_the_weights_that_they_stand_for(method: QuantizationMethod) -> None:
     whole, quantized = build_flamingo(tiny_config(), BEYOND), build_flamingo(quantized_config(method), BEYOND)
     assert UsefulFlops.of(quantized) == UsefulFlops.of(whole)
 
     def matrices(model: torch.nn.Module) -> int:
-        return sum(num_weights(parameter) for parameter in model.parameters() if parameter.ndim > 1)
+        return num_weights(parameter for parameter in model.parameters() if parameter.ndim > 1)
 
     assert matrices(quantized) == matrices(whole)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_export_names_the_setting_and_generates_the_same(method: Method, tmp_path: Path) -> None:
+def test_an_export_names_the_setting_and_generates_the_same(method: QuantizationMethod, tmp_path: Path) -> None:
     model = build_flamingo(quantized_config(method), BEYOND)
     wake(model, 0.5)
     save_flamingo(tmp_path, model)

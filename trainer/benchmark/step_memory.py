@@ -50,11 +50,12 @@ def check_memory(config: RunConfig, model: nn.Module, world: World) -> None:
     Raises:
         ValueError: They do not fit.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    dtype = torch_dtype(config.training.dtype)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    itemsize = torch_dtype(config.training.dtype).itemsize
-    whole = total - trainable if config.deepspeed.replicates_frozen else 0
-    held = itemsize * (whole + (total - whole) / (world.size if config.deepspeed.zero_stage == 3 else 1))
+    frozen = sum(_num_bytes(parameter, dtype) for parameter in model.parameters() if not parameter.requires_grad)
+    whole = frozen if config.deepspeed.replicates_frozen else 0
+    shared = dtype.itemsize * trainable + frozen - whole
+    held = whole + shared / (world.size if config.deepspeed.zero_stage == 3 else 1)
     optimizer = (ADAMW_STATE_BYTES + _GRADIENT_BYTES) * trainable / world.size
     on_host = world.device.type == "cpu"
     if on_host:
@@ -72,6 +73,11 @@ def check_memory(config: RunConfig, model: nn.Module, world: World) -> None:
             f"of {'the host' if on_host else 'a device'}, and {available / 2**30:.1f} GiB are free; "
             "python -m trainer.plan CONFIG --search looks for settings that fit"
         )
+
+
+def _num_bytes(parameter: nn.Parameter, dtype: torch.dtype) -> int:
+    """Return the bytes of a parameter in a run of a type, which leaves quantized codes as they are."""
+    return parameter.numel() * (dtype.itemsize if parameter.is_floating_point() else parameter.element_size())
 
 
 def tensor_memory() -> AllocatedMemory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from model.config import DType
 from model.factory import torch_dtype
 from model.flops import UsefulFlops, utilization
-from model.parameters import num_weights
+from model.parameters import num_weights, trainable_parameters
 from trainer.benchmark.device_trace import DeviceTrace
 from trainer.benchmark.part_clock import GATHER, REDUCE, device_clock
 from trainer.benchmark.result_file import Measurement
@@ -129,12 +129,8 @@ def _device_trace(traced: DeviceTrace | None) -> _Values:
 
 
 def _model_size(model: nn.Module) -> _Values:
-    yield "parameters", "", _count(model.parameters())
-    yield "trained parameters", "", _count(parameter for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(map(num_weights, parameters))
+    yield "parameters", "", num_weights(model.parameters())
+    yield "trained parameters", "", num_weights(trainable_parameters(model).values())
 
 
 def _utilization(

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
-from model.parameters import num_weights
+from model.parameters import num_weights, trainable_parameters
 from model.standardized_convolutions import STANDARDIZED
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
 
@@ -67,15 +67,15 @@ class ModelSizes:
 
     def __init__(self, model: Flamingo) -> None:
         """Count the parameters of a model, which may be on the meta device."""
-        self.total = _count(model.parameters())
-        self.trainable = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.total = num_weights(model.parameters())
+        self.trainable = num_weights(trainable_parameters(model).values())
         self._itemsize = next(p.element_size() for p in model.parameters() if p.requires_grad)
         self.held = sum(self._held(parameter) for parameter in model.parameters())
-        self.vision = _count(model.vision_encoder.parameters())
+        self.vision = num_weights(model.vision_encoder.parameters())
         frozen = (block for block in model.blocks() if not any(p.requires_grad for p in block.parameters()))
         self.largest_block = max((sum(map(self._held, block.parameters())) for block in frozen), default=0.0)
         tower = [module for module in model.vision_encoder.modules() if isinstance(module, STANDARDIZED)]
-        self.standardized = _count(module.weight for module in tower if not module.weight.requires_grad)
+        self.standardized = num_weights(module.weight for module in tower if not module.weight.requires_grad)
         self.useful = UsefulFlops.of(model)
         self._all = list(model.parameters())
         self._vision = list(model.vision_encoder.parameters())
@@ -152,7 +152,3 @@ def _longest_stack(module: nn.Module) -> int:
     """Return the length of the longest list of modules in a module: the blocks of a vision tower."""
     stacks = (found for found in module.modules() if isinstance(found, nn.ModuleList | nn.Sequential))
     return max(map(len, stacks), default=0)
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(map(num_weights, parameters))

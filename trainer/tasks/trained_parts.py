@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from model.flamingo import Flamingo
 from model.parameters import num_weights
 from model.trainable_parts import PARTS, parameters_of
@@ -36,8 +34,8 @@ def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ..
     cells = (
         part,
         getattr(config.model.trainable, part),
-        _count(map(num_weights, parameters.values())),
-        _count(map(num_weights, trained)),
+        _short(num_weights(parameters.values())),
+        _short(num_weights(trained)),
         _place(device, config.deepspeed.zero_stage == 3 and not is_replicated),
     )
     if not trained:
@@ -50,8 +48,7 @@ def _row(model: Flamingo, config: FlamingoRunConfig, part: str) -> tuple[str, ..
     return (*cells, _place(config.deepspeed.offload_optimizer.device, True), f"{rate:.3g}", f"{decay:.3g}")
 
 
-def _count(sizes: Iterator[int]) -> str:
-    total = sum(sizes)
+def _short(total: int) -> str:
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if total >= size:
             return f"{total / size:.4g} {unit}"
