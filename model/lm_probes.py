@@ -18,6 +18,7 @@ from model.tiny_language_model import build_tiny
 _FIRST, _OTHER, _SECOND = [1, 4, 7, 10, 13, 3], [2, 5, 8, 11, 14, 6], [3, 6, 9, 12, 15, 4, 7]
 # Rounding changes the logits by a millionth of their size; a visible document changes them by more than a hundredth.
 _MOST_DIFFERENCE = 1e-3
+_CPU = torch.device("cpu")  # the caller may be building its model on the meta device, where a probe has no values
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def probe_behavior(lm: Any) -> Behavior:
     """
     try:
         tiny = build_tiny(lm)
-        record = _Record(tiny, _fit_vocabulary(tiny, [_FIRST, _OTHER]))
+        with _CPU:
+            record = _Record(tiny, _fit_vocabulary(tiny, [_FIRST, _OTHER]))
     except Exception:  # noqa: BLE001  a family's own code may fail in any way
         return Behavior()
     dim = tiny.config.get_text_config().hidden_size
@@ -179,9 +181,10 @@ def takes_rows_beyond_positions(lm: Any) -> bool:
 
 def _run(tiny: Any, rows: list[list[int]], lengths: list[int]) -> Tensor:
     """Return the logits of rows that pack documents of these lengths."""
-    input_ids = _fit_vocabulary(tiny, rows)
-    positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(input_ids)
-    logits: Tensor = tiny(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    with _CPU:
+        input_ids = _fit_vocabulary(tiny, rows)
+        positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(input_ids)
+        logits: Tensor = tiny(input_ids=input_ids, position_ids=positions, use_cache=False).logits
     return logits
 
 

@@ -12,6 +12,8 @@ from tests.distributed.processes import run_distributed
 from tests.project.commands import ROOT
 from trainer import plan
 from trainer.benchmark import __main__ as benchmark
+from trainer.benchmark.rates import measured_device
+from trainer.benchmark.result_file import Measurement
 
 DEBUG = ROOT / "configs" / "debug.yaml"
 
@@ -61,6 +63,29 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
         # The plan prints seconds with three digits.
         assert planned(slower(case))[part] == pytest.approx(1e4 * found[part], rel=0.5, abs=6)
         assert planned(slower(case))["network"] == found["network"]
+
+
+def test_messages_and_reduce_scatters_have_a_time_of_their_own(tmp_path: Path) -> None:
+    """Two processes: a byte takes 10 ns to gather and 30 ns to reduce, and each message 2 ms before its first byte."""
+
+    def row(case: str, measure: str, value: float) -> dict[str, Any]:
+        return Measurement("rates", case, measure, "", value).as_json()
+
+    small, large = 2**16, 2**24  # of all processes; each sends half
+    rows = [
+        row("blocks", "width 512", 1e9),
+        row("optimizer", "AdamW under ZeRO-3", 1e9),
+        row("memory", "per device", 1),
+    ]
+    rows += [row("all_gather_into_tensor", f"{small} bytes", small / 2 / (0.002 + 10e-9 * small / 2))]
+    rows += [row("all_gather_into_tensor", f"{large} bytes", 1e8)]
+    rows += [row("reduce_scatter_tensor", f"{large} bytes", 1e8 / 3)]
+    file = tmp_path / "rates.json"
+    file.write_text(result(rows))
+    device = measured_device(file, "float32", 2, 512)
+    assert device.network == device.node_link == 1e8
+    assert device.message_seconds == (pytest.approx(0.002), 0.0)
+    assert device.scatter_ratio == pytest.approx(3)
 
 
 @pytest.mark.parametrize(

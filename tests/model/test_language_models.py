@@ -15,6 +15,7 @@ from model import lm_probes
 from model.activations import MicroBatch, count_activations
 from model.config import LanguageModelConfig, SpecialTokensConfig
 from model.factory import build_architecture, build_flamingo, build_language_model, build_tokenizer
+from model.tiny_language_model import build_tiny
 from model.tokens import add_special_tokens
 from tests.model.builders import (
     BEYOND,
@@ -110,6 +111,25 @@ def test_small_vocabularies_are_probed(vocab_size: int) -> None:
     assert lm_probes.separates_packed_documents(on_meta({**FAMILIES["llama"], **small}))
     assert not lm_probes.separates_packed_documents(on_meta({**FAMILIES["opt"], **small}))
     assert lm_probes.probe_behavior(on_meta({**FAMILIES["llama"], **small})).gives_logits_unchanged
+
+
+def test_probes_run_on_the_cpu_while_a_model_is_built_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = set()
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        devices.update(value.device.type for value in kwargs.values() if isinstance(value, torch.Tensor))
+
+    def watched(lm: Any, **settings: int) -> Any:
+        tiny = build_tiny(lm, **settings)
+        tiny.register_forward_pre_hook(look, with_kwargs=True)
+        return tiny
+
+    monkeypatch.setattr(lm_probes, "build_tiny", watched)
+    lm = on_meta(FAMILIES["llama"])
+    with torch.device("meta"):
+        assert lm_probes.probe_behavior(lm).gives_logits_unchanged
+        assert lm_probes.separates_packed_documents(lm)
+    assert devices == {"cpu"}
 
 
 def test_any_failure_of_a_probe_is_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,13 @@ def test_the_plan_prints_predicted_beside_measured_values(tmp_path: Path, capsys
     assert float(off) == pytest.approx(100 * (float(predicted) / 10 - 1), abs=0.1)
 
 
+def test_a_result_from_before_newer_settings_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = to_plain(load_config(DEBUG, [], FlamingoRunConfig, check_files=False))
+    del config["forgetting"], config["model"]["language_model"]["quantization"], config["data"]["sources"][0]["packing"]
+    assert plan_of(step_result(tmp_path / "a.json", config=config)) == 0
+    assert "waiting for the network" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),

@@ -9,6 +9,7 @@ from trainer.benchmark.part_clock import DATA_WAIT, GATHER, REDUCE
 from trainer.benchmark.result_file import differing_paths, read_result
 from trainer.config.loader import to_plain
 from trainer.config.run_config import RunConfig
+from trainer.config.validation import validate
 from trainer.planning.prediction import Prediction
 
 _MIB = 2.0**20
@@ -31,9 +32,10 @@ def comparison_table(prediction: Prediction, config: RunConfig, processes: int, 
     header, rows = read_result(path)
     if header["benchmark"] != "step" or header.get("data") != "synthetic":
         raise ValueError(f"{path}: not a result of trainer.benchmark step with synthetic batches")
-    different = [
-        name for name in differing_paths("", header["config"], to_plain(config)) if name not in _IGNORED_SETTINGS
-    ]
+    # An older version's result lacks the settings that came later: their defaults leave a run as it was.
+    measured_config, _ = validate(header["config"], type(config))
+    before = header["config"] if measured_config is None else to_plain(measured_config)
+    different = [name for name in differing_paths("", before, to_plain(config)) if name not in _IGNORED_SETTINGS]
     if header["processes"] != processes:
         different.insert(0, f"processes ({header['processes']} and {processes})")
     if different:
@@ -53,6 +55,9 @@ def _pairs(prediction: Prediction, measured: dict[str, float]) -> Iterator[tuple
     """Yield name, unit, predicted value and measured value."""
     yield "memory of a device", "MiB", prediction.total_memory / _MIB, measured["peak memory of a device"]
     yield "sent by a device in a step", "MiB", prediction.sent / _MIB, measured["sent by a device"]
+    collectives = measured.get("collectives that gather", 0.0) + measured.get("collectives that reduce", 0.0)
+    if collectives:
+        yield "collectives of a step", "", prediction.messages, collectives
     yield "a step", "s", prediction.step_seconds, measured["step, median"]
     computing = sum(
         value

@@ -1,8 +1,9 @@
 """``[deepspeed ... --module] trainer.benchmark rates``: measure the speeds for ``trainer.plan --rates``.
 
-It measures forward and backward of two frozen blocks with a cross-attention, at a few widths; DeepSpeed's optimizer
-step; the collectives of ZeRO-3 over the processes; and on a GPU the host link. Start it as the run will be started,
-with as many processes per node and as many threads. Each rate is the median of its repetitions on the slowest process.
+It measures forward and backward of two frozen blocks with a cross-attention, at a few widths, on a CPU under ZeRO-3;
+DeepSpeed's optimizer step; the collectives of ZeRO-3 over the processes; and on a GPU the host link. Start it as the
+run will be started, with as many processes per node and as many threads. Each rate is the median of its repetitions on
+the slowest process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from model.config import DType
 from model.factory import build_flamingo, torch_dtype
+from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload
 from model.presets import get_preset
-from trainer.benchmark.part_clock import device_clock
+from trainer.benchmark.part_clock import GATHER, REDUCE, PartClock, device_clock
 from trainer.benchmark.result_file import Measurement, read_result, write_result
-from trainer.benchmark.timed_parts import sent_bytes
+from trainer.benchmark.timed_parts import parts_timed, sent_bytes
 from trainer.config.run_config import OptimizerConfig
 from trainer.deepspeed_engine.engine import Engine
 from trainer.planning.devices import Device
@@ -118,8 +121,12 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Measurement]:
     if world.device.type == "cpu":
         use_cpu_matmul("auto")  # as the engine does
     for width in _WIDTHS[world.device.type]:
-        run, operations = _blocks(width, dtype, world)
-        yield row(_COMPUTE, f"width {width}", "FLOP/s", operations / _slowest(world, run, repeats))
+        model, inputs, operations = _blocks(width, dtype, world)
+        if world.device.type == "cuda":
+            seconds = _slowest(world, partial(_forward_backward, model, inputs), repeats)
+        else:
+            seconds = _seconds_under_zero(model, inputs, world, repeats)
+        yield row(_COMPUTE, f"width {width}", "FLOP/s", operations / seconds)
     yield row(_OPTIMIZER, "AdamW under ZeRO-3", "B/s", _optimizer_rate(world, kind, repeats))
     if world.size > 1:
         for operation in (_GATHER, _REDUCE):
@@ -138,8 +145,8 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Measurement]:
     yield row(_MEMORY, "per device", "B", memory)
 
 
-def _blocks(width: int, dtype: DType, world: World) -> tuple[Callable[[], None], float]:
-    """Return a forward and backward of a model of two blocks and little else, and its floating-point operations."""
+def _blocks(width: int, dtype: DType, world: World) -> tuple[Flamingo, dict[str, Tensor], float]:
+    """Return a model of two blocks and little else, its inputs, and its floating-point operations."""
     small = get_preset("debug")
     architecture = dict(small.language_model.architecture or {})
     architecture |= {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
@@ -158,7 +165,42 @@ def _blocks(width: int, dtype: DType, world: World) -> tuple[Callable[[], None],
         "media": torch.zeros(_ROWS, 1, 3, size, size, dtype=torch.uint8, device=world.device),
     }
     operations = _ROWS * UsefulFlops.of(model).row(Workload(1, _LENGTH))
-    return lambda: model(**inputs).loss.backward(), operations
+    return model, inputs, operations
+
+
+def _forward_backward(model: Flamingo, inputs: dict[str, Tensor]) -> None:
+    model(**inputs).loss.backward()
+
+
+def _seconds_under_zero(model: Flamingo, inputs: dict[str, Tensor], world: World, repeats: int) -> float:
+    """Return the median seconds of forward and backward under ZeRO-3 without its collectives, on the slowest process.
+
+    A processor itself does what ZeRO-3 adds to the computation: it copies weights and gradients, and runs hooks.
+    """
+    engine = Engine(model, OptimizerConfig(), _zero_settings(next(model.parameters()).dtype), world)
+    clock = PartClock(device_clock(world), _COMPUTE)
+    taken = []
+    with parts_timed(engine, clock):
+        for _ in range(repeats + 1):
+            torch.distributed.barrier()
+            clock.lap()
+            engine.forward_backward(inputs, 1.0, is_last=False)
+            spent = clock.lap()
+            taken.append((spent.total() - spent[GATHER] - spent[REDUCE]) / 1e9)
+    return max(gather_objects(statistics.median(taken[1:]), world))
+
+
+def _zero_settings(dtype: torch.dtype) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 1_000_000_000,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": _TRAINED, "stage3_param_persistence_threshold": 0},
+    }
+    if dtype == torch.bfloat16:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def _slowest(world: World, run: Callable[[], Any], repeats: int) -> float:
@@ -197,16 +239,7 @@ class _OneMatrix(nn.Module):
 
 def _optimizer_rate(world: World, dtype: torch.dtype, repeats: int) -> float:
     """Return the bytes of state, gradients and weights per second that one process steps, on the slowest process."""
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": 1_000_000_000,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": _TRAINED, "stage3_param_persistence_threshold": 0},
-    }
-    if dtype == torch.bfloat16:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine = Engine(_OneMatrix(dtype).to(world.device), OptimizerConfig(), settings, world)
+    engine = Engine(_OneMatrix(dtype).to(world.device), OptimizerConfig(), _zero_settings(dtype), world)
     row = torch.ones(1, 1024, dtype=dtype, device=world.device)
     now, taken = device_clock(world), []
     for _ in range(repeats + 1):
@@ -242,10 +275,10 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
     found = {(row["case"], row["measure"]): float(row["value"]) for row in rows}
     nearest = min(_WIDTHS[header["device"]], key=lambda known: max(known / width, width / known))
     flops = found[_COMPUTE, f"width {nearest}"]
-    largest = f"{_MESSAGE_BYTES[-1]} bytes"
-    # ZeRO sends about as much to gather as to reduce.
-    links = [found[operation, largest] for operation in (_GATHER, _REDUCE) if (operation, largest) in found]
-    link = statistics.harmonic_mean(links) if links else float("inf")
+    small, large = (f"{size} bytes" for size in (_MESSAGE_BYTES[0], _MESSAGE_BYTES[-1]))
+    link = found.get((_GATHER, large), float("inf"))
+    sent = sent_bytes(_GATHER, _MESSAGE_BYTES[0] // header["processes"], header["processes"])
+    start = sent / found[_GATHER, small] - sent / link if link < float("inf") else 0.0
     return Device(
         flops / 1e12,
         found[_MEMORY, "per device"],
@@ -255,4 +288,7 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
         flops=flops,
         optimizer=found[_OPTIMIZER, "AdamW under ZeRO-3"],
         overlaps=header["device"] != "cpu",
+        message_seconds=(max(0.0, start), 0.0),
+        # gloo has no reduce-scatter: it sends what an all-reduce sends.
+        scatter_ratio=link / found[_REDUCE, large] if link < float("inf") else 1.0,
     )

@@ -111,6 +111,8 @@ def _traffic(timings: StepTimings) -> _Values:
     yield "sent by a device", "MiB", sum(timings.sent.values()) / _MIB
     yield "sent by a device to gather", "MiB", timings.sent.get(GATHER, 0.0) / _MIB
     yield "sent by a device to reduce", "MiB", timings.sent.get(REDUCE, 0.0) / _MIB
+    yield "collectives that gather", "", timings.collectives.get(GATHER, 0.0)
+    yield "collectives that reduce", "", timings.collectives.get(REDUCE, 0.0)
     yield "read from drives", "MiB", timings.read_from_drives / _MIB
     yield from _device_trace(timings.device)
 

@@ -34,6 +34,7 @@ class StepTimings:
         contents: Contents of all timed steps together, as ``count`` gave them.
         device: What the GPU did in the traced step, on the main process; None elsewhere.
         sent: Bytes that this rank sends in a step, by part.
+        collectives: Collectives of a step, by part.
         device_memory: Bytes of tensors at the peak of a step.
         resting_memory: Bytes of tensors between two steps. A CPU has those of offloaded tensors among both.
         read_from_drives: Bytes that this process reads from drives in a timed step; the page cache is no drive.
@@ -44,6 +45,7 @@ class StepTimings:
     contents: Counter[str] = field(default_factory=Counter)
     device: DeviceTrace | None = None
     sent: dict[str, float] = field(default_factory=dict)
+    collectives: dict[str, float] = field(default_factory=dict)
     device_memory: float = 0.0
     resting_memory: float = 0.0
     read_from_drives: float = 0.0
@@ -101,13 +103,14 @@ def time_steps(
             step()
         timings.device_memory = memory.peak
     clock = PartClock(now, DATA_WAIT)
-    with parts_timed(engine, clock) as sent:
+    with parts_timed(engine, clock) as counted:
         for _ in range(steps):
             clock.lap()
             step(clock)
             spent = clock.lap()
             timings.profiled.append({name: spent[name] / 1e9 for name in names})
-        timings.sent = {name: size / steps for name, size in sent.items()}
+        timings.sent = {name: size / steps for name, size in counted.sent.items()}
+        timings.collectives = {name: count / steps for name, count in counted.collectives.items()}
     if on_gpu:
         with TemporaryDirectory() as folder:
             path = trace or Path(folder) / "trace.json"

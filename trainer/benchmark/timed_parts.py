@@ -18,11 +18,11 @@ from trainer.tasks.contrastive.towers import ContrastiveTowers
 
 
 @contextmanager
-def parts_timed(engine: Engine, clock: PartClock) -> Iterator[Counter[str]]:
+def parts_timed(engine: Engine, clock: PartClock) -> Iterator[TimedBackend]:
     """Make the model's forwards and the collectives parts of ``clock`` while the context is open.
 
     Yields:
-        Bytes that this rank sends, by part ("gather" or "reduce").
+        What counts the collectives of this rank and the bytes that it sends.
     """
     handles = []
     for name, module in timed_modules(engine.module).items():
@@ -32,7 +32,7 @@ def parts_timed(engine: Engine, clock: PartClock) -> Iterator[Counter[str]]:
         ]
     try:
         with replaced_backend(partial(TimedBackend, clock=clock)) as timed:
-            yield timed.sent
+            yield timed
     finally:
         for handle in handles:
             handle.remove()
@@ -96,11 +96,17 @@ def sent_bytes(operation: str, input_bytes: int, ranks: int) -> float:
 
 
 class TimedBackend:
-    """Wrap DeepSpeed's communication backend: time its collectives and the waits for them, and count their bytes."""
+    """Wrap DeepSpeed's communication backend: time its collectives and the waits for them, and count them.
+
+    Attributes:
+        sent: Bytes that this rank sends, by part ("gather" or "reduce").
+        collectives: Number of collectives, by part.
+    """
 
     def __init__(self, backend: Any, clock: PartClock) -> None:
         self._backend, self._clock = backend, clock
         self.sent: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._backend, name)
@@ -116,6 +122,7 @@ class TimedBackend:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         # A fraction of a byte can only come from a tensor that the ranks do not divide.
         self.sent[kind.part] += round(sent_bytes(name, size, self._backend.get_world_size(kwargs.get("group"))))
+        self.collectives[kind.part] += 1
         return work if work is None else _TimedWork(work, kind.part, self._clock)
 
 

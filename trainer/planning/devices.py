@@ -23,6 +23,7 @@ class Device:
         reserved: Bytes that no tensor can use: the CUDA context and the buffers of NCCL and cuBLAS.
         fragmentation: Bytes that the allocator cannot use, as a share of those in tensors.
         message_seconds: Seconds that a collective takes before its first byte, and again for each rank in the ring.
+        scatter_ratio: How many times as long a byte of a reduce-scatter takes as one of an all-gather.
     """
 
     tflops: float
@@ -36,6 +37,7 @@ class Device:
     reserved: float = 0.0
     fragmentation: float = 0.0
     message_seconds: tuple[float, float] = (0.0, 0.0)
+    scatter_ratio: float = 1.0
 
 
 def _nvidia(tflops: float, memory_gib: float, host_link: float, node_link: float, network: float) -> Device:

@@ -143,16 +143,21 @@ def predict(
     parameters = (counted.held, counted.trainable, counted.vision)
     replicated = config.deepspeed.replicates_frozen
     sizes = Sizes(*parameters, itemsize, cluster.size, counted.largest_block, counted.standardized, replicated)
-    traffic = counted.traffic(zero, cluster.size, sum(plan.num_micro_batches for plan in plans), recomputed, replicated)
+    num_micro_batches = sum(plan.num_micro_batches for plan in plans)
+    # As ``deepspeed_engine.engine`` decides it.
+    together = cluster.device.overlaps or config.deepspeed.offload_param.device == "nvme"
+    traffic = counted.traffic(zero, cluster.size, num_micro_batches, recomputed, replicated, together)
+    once_more = counted.recomputed_again(recomputed, together=together)
     micro_batches = [
         (plan.source.name, activations.estimate(largest_micro_batch(plan), recomputed), plan.num_micro_batches)
         for plan in plans
     ]
     work = Work(
         flops=_executed_flops(counted, plans, recomputed),
-        passes=(2 + recomputed / counted.useful.num_blocks) * sum(plan.num_micro_batches for plan in plans),
+        streamed=num_micro_batches * (2 * counted.held + once_more),
         sent=itemsize * traffic.elements,
         messages=traffic.messages,
+        scattered=itemsize * traffic.scattered,
     )
     return Prediction(
         counted.total,
@@ -188,15 +193,17 @@ class Work:
 
     Attributes:
         flops: Operations that it executes.
-        passes: How often it goes through all parameters, forward or backward.
+        streamed: Parameters that its forwards and backwards go through, counted each time.
         sent: Bytes that it sends.
         messages: Collectives.
+        scattered: Those of the bytes that reduce-scatters send.
     """
 
     flops: float
-    passes: float
+    streamed: float
     sent: float
     messages: int
+    scattered: float = 0.0
 
 
 def seconds_of_step(
@@ -206,11 +213,11 @@ def seconds_of_step(
     device, itemsize = cluster.device, sizes.itemsize
     from_host = 0.0
     if config.deepspeed.offload_param.device != "none":
-        from_host += work.passes * itemsize * sizes.total / cluster.size
+        from_host += itemsize * work.streamed / cluster.size
     optimizer_on_host = config.deepspeed.offload_optimizer.device != "none"
     if optimizer_on_host:
         from_host += (_GRADIENT_BYTES + itemsize) * sizes.trainable / cluster.size
-    sent = work.sent
+    sent = work.sent + (device.scatter_ratio - 1) * work.scattered
     if cluster.nodes > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
         sent /= 2  # the backward gathers within the node: ZeRO++ (arXiv:2306.10209), section 3.2
     start, hop = device.message_seconds

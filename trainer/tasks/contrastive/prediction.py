@@ -169,7 +169,7 @@ class ContrastivePredictor:
             ]
         return Work(
             flops=sum(self.executed_flops(one.rows, one.columns, one.rows_again) for one in problems),
-            passes=passes_over_parameters(counts),
+            streamed=passes_over_parameters(counts) * sizes.total,
             sent=sum(part.size for part in sent),
             messages=sum(part.messages for part in sent),
         )
@@ -193,7 +193,7 @@ def _mean(works: Sequence[Work]) -> Work:
     count = len(works)
     return Work(
         flops=sum(work.flops for work in works) / count,
-        passes=sum(work.passes for work in works) / count,
+        streamed=sum(work.streamed for work in works) / count,
         sent=sum(work.sent for work in works) / count,
         messages=round(sum(work.messages for work in works) / count),
     )

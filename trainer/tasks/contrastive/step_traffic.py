@@ -12,7 +12,7 @@ from torch import nn
 from trainer.config.contrastive_config import ClipConfig
 from trainer.config.run_config import ContrastiveRunConfig
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
-from trainer.planning.traffic import PERSISTENCE_THRESHOLD, whole_parameters_traffic
+from trainer.planning.traffic import NORM_MESSAGES, PERSISTENCE_THRESHOLD, whole_parameters_traffic
 from trainer.tasks.contrastive.step_memory import Problem
 from trainer.tasks.contrastive.towers import IMAGE_TOWER
 
@@ -83,8 +83,9 @@ class TowerSizes:
             far = max(0, sum(gathered) - zero.get("stage3_max_reuse_distance", DEFAULT_LIVE_PARAMETERS) // 2)
             passes = count * (1 + far / max(1, sum(gathered)))
         elements = passes * sum(gathered) + count * self.total + (self.total - sum(gathered))
-        messages = round(passes * len(gathered))
-        return SentBytes(itemsize * share * elements, messages + count * buckets + 1)
+        messages = round(passes * len(gathered)) + count * buckets
+        small = len(self._all) - len(gathered)
+        return SentBytes(itemsize * share * elements, messages + small + NORM_MESSAGES)
 
     def clipping(self, config: ContrastiveRunConfig, ranks: int) -> SentBytes:
         """Return what clipping each tower by itself sends, where every norm is above its limit.
