@@ -49,9 +49,10 @@ RUN if [ "$DEVICE" = cpu ]; then export FLAMINGO_BUILD=cpu; fi \
 
 FROM runtime-${DEVICE} AS runtime
 ARG DEVICE
-# g++ compiles DeepSpeed's own ops when a setting asks for them; ssh and pdsh reach other nodes.
+# g++ and libaio compile DeepSpeed's own ops when a setting asks for them; ssh and pdsh reach other nodes.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ python3 python3-dev openssh-client pdsh iproute2 tini \
+    && apt-get install -y --no-install-recommends g++ libaio-dev python3 python3-dev openssh-client pdsh iproute2 \
+        tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 flamingo \
     && mkdir -p /work \

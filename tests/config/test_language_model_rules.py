@@ -232,3 +232,22 @@ def test_a_drive_needs_libaio(write_yaml: WriteYaml, tmp_path: Path, monkeypatch
     (tmp_path / "libaio.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path))
     assert find(write_yaml, tmp_path, {"name": "owner/name"}, deepspeed=settings) == []
+
+
+def test_a_drive_and_a_gpu_need_a_cuda_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's builder of the op for drives runs nvcc where torch sees a GPU."""
+    for name in ("bin/nvcc", "nvidia-smi", "c++", "ninja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "libaio.h").touch()
+    monkeypatch.setattr(missing_libraries.ctypes.util, "find_library", lambda name: "libaio.so.1")
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "runtime-only"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert missing_libraries.nvme_obstacle() is None
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert "CUDA_HOME" in str(missing_libraries.nvme_obstacle())
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert missing_libraries.nvme_obstacle() is None

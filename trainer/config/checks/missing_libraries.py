@@ -88,6 +88,8 @@ def nvme_obstacle() -> str | None:
     missing = _missing_build_tools()
     if missing:
         return f"DeepSpeed compiles its op for drives at the first use and needs {' and '.join(missing)}; install it"
+    if _trains_on_nvidia() and not _has_nvcc():
+        return "DeepSpeed compiles its op for drives with a CUDA toolkit where there is a GPU; set CUDA_HOME to one"
     return None
 
 
@@ -137,6 +139,17 @@ def _missing_build_tools() -> list[str]:
     if missing == ["ninja"] and importlib.util.find_spec("ninja") is not None:
         return []
     return missing
+
+
+def _trains_on_nvidia() -> bool:
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and shutil.which("nvidia-smi") is not None
+
+
+def _has_nvcc() -> bool:
+    """Return whether torch finds a CUDA toolkit: in CUDA_HOME, of the nvcc in PATH, or at the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = Path(home, "bin", "nvcc") if home else shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc")
+    return os.access(found, os.X_OK)
 
 
 def _cpu_adam_obstacle() -> str | None:
