@@ -76,7 +76,9 @@ def test_a_temporary_folder_with_a_name_too_long_for_a_socket(manifest: Path, tm
     folder = tmp_path / ("x" * 60) / ("y" * 60)
     folder.mkdir(parents=True)
     result = load(manifest, TMPDIR=str(folder))
-    assert result.returncode == 1
+    if result.returncode == 0:  # Python 3.14 and later take another folder for their sockets
+        assert result.stdout == "done\n"
+        return
     assert "told: " in result.stderr and str(folder) in result.stderr and "data.num_workers" in result.stderr
 
 
