@@ -1,44 +1,68 @@
 #!/usr/bin/env bash
-# Build the Dockerfile's CPU image with podman on a base that debootstrap makes, for machines that reach Debian's and
-# Python's package registries but no image registry. Then run the image's default command, and print its size.
+# Build the Dockerfile's CPU or CUDA image with podman on bases that debootstrap makes, for machines that reach Debian's
+# and Python's package registries but no image registry. Then run the image on the CPU, and print its size.
 #
-#   tests/container/build_cpu.sh WORK_FOLDER      as root; needs podman, buildah, crun, debootstrap and 30 GB
+#   tests/container/build_image.sh cpu|cuda WORK_FOLDER   as root; needs podman, buildah, crun, debootstrap and 30 GB
+#   TORCH_CUDA_ARCH_LIST=9.0a                             cards of the CUDA kernels (default: the Dockerfile's)
 #
-# pip and apt inside take this machine's configuration and certificates, which do not get into the image.
+# The CUDA image gets a base with nvcc to build on, and one without any CUDA to run on. pip and apt inside take this
+# machine's configuration and certificates, which do not get into the image.
 set -euo pipefail
-work=$(mkdir -p "$1" && cd "$1" && pwd)
+device=$1
+work=$(mkdir -p "$2" && cd "$2" && pwd)
 cd "$(dirname "$0")/../.."
-base=localhost/flamingo-base image=localhost/flamingo-trainer:cpu
-limits="${NICE:-10}"
+source tests/container/base.sh
+base=localhost/flamingo-base:$device toolkit=localhost/flamingo-base:toolkit image=localhost/flamingo-trainer:$device
+low() { nice -n "${NICE:-10}" "$@"; }
 
-if [ ! -e "$work/root/etc/debian_version" ]; then
-    mirror=$(sed -n 's/^URIs: *//p; s/^deb \(http[^ ]*\) .*/\1/p' /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null |
-        grep -v security | head -n 1)
-    nice -n "$limits" debootstrap --variant=minbase --include=ca-certificates bookworm "$work/root" "$mirror"
-fi
-tar -C "$work/root" -c . | podman import - "$base" >/dev/null
+# Once, because another base has no cached steps: import_once IMAGE ARGUMENTS_OF_TAR
+import_once() {
+    if ! podman image exists "$1"; then tar -c "${@:2}" | podman import - "$1" >/dev/null; fi
+}
+
+arguments=()
+case "$device" in
+    cpu)
+        debian_root bookworm "$work/bookworm" ca-certificates
+        import_once "$base" -C "$work/bookworm" .
+        toolkit=$base
+        ;;
+    cuda) # as new as the Ubuntu of the Dockerfile's base
+        debian_root trixie "$work/trixie" ca-certificates
+        import_once "$base" -C "$work/trixie" --exclude './usr/local/cuda*' .
+        add_cuda "$work/trixie" "$work/cuda-packages"
+        import_once "$toolkit" -C "$work/trixie" .
+        arguments+=(--build-arg MAX_JOBS=1)
+        if [ -n "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+            arguments+=(--build-arg TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST")
+        fi
+        ;;
+    *) echo "usage: $0 cpu|cuda WORK_FOLDER" >&2; exit 2 ;;
+esac
 
 mounts=(-v /etc/ssl/certs:/etc/ssl/certs:ro -v /etc/apt/apt.conf.d:/etc/apt/apt.conf.d:ro)
 if [ -f /etc/pip.conf ]; then mounts+=(-v /etc/pip.conf:/etc/pip.conf:ro); fi
-# Old versions of podman build the stages that are not used, too: these get the same base.
-nice -n "$limits" podman build --isolation chroot --network host --pull=never --format docker "${mounts[@]}" \
-    --build-arg DEVICE=cpu --build-arg CPU_IMAGE="$base" --build-arg CUDA_IMAGE="$base" \
-    --build-arg CUDA_RUNTIME="$base" --tag "$image" .
+# Old versions of podman build the stages that are not used, too: these get a base all the same.
+low podman build --isolation chroot --network host --pull=never --format docker "${mounts[@]}" \
+    --build-arg DEVICE="$device" --build-arg CPU_IMAGE="$base" --build-arg CUDA_IMAGE="$toolkit" \
+    --build-arg CUDA_RUNTIME="$base" "${arguments[@]}" --tag "$image" .
 podman image inspect --format '{{.Size}} bytes, user {{.Config.User}}, command {{.Config.Cmd}}' "$image"
 
 container=$(buildah from --pull-never "$image")
 trap 'buildah rm "$container" >/dev/null' EXIT
 # chroot isolation, which needs no cgroups; buildah takes the user of the image, and no default command.
-inside() { nice -n "$limits" buildah run --isolation chroot "$@"; }
+inside() { low buildah run --isolation chroot "$@"; }
 inside "$container" -- id -un
-inside "$container" -- tini -s -- python -m trainer.doctor
+inside "$container" -- env DS_ACCELERATOR=cpu tini -s -- python -m trainer.doctor
+if [ "$device" = cuda ]; then
+    # Without a GPU the library still loads, and registers its kernels for CUDA.
+    inside "$container" -- python -c '
+import torch, model.ops.library as library
+assert library.load_errors()["cpu"] is None and library._load("cuda") is None
+for name in ("masked_cross_attention", "resampler_attention"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flamingo::{name}", "CUDA"), name
+print("CUDA kernels load, for", *library.cuda_architectures())'
+fi
 inside -v "$PWD/configs:/work/configs:ro" "$container" -- \
     python -m trainer.plan configs/flamingo-3b.yaml --nodes 1 --devices-per-node 8
-inside "$container" -- bash -c '
-    cd /tmp
-    shared=/opt/flamingo/share/flamingo-trainer
-    python $shared/launch_scripts/prepare_digits.py --output data/quickstart
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-    deepspeed --num_accelerators 2 --module trainer.pretrain_lm $shared/configs/quickstart/language_model.yaml \
-        --training.steps 3 --schedule.warmup_steps 1
-    ls runs/quickstart/language_model/export'
+inside -v "$PWD/tests/container:/tests:ro" "$container" -- bash /tests/train_inside.sh

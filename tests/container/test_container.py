@@ -124,8 +124,8 @@ def test_the_cpu_image_builds_and_runs(tmp_path: Path) -> None:
     missing = [program for program in ("podman", "buildah", "debootstrap", "crun") if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    script = ROOT / "tests" / "container" / "build_cpu.sh"
-    done = subprocess.run([script, tmp_path], capture_output=True, text=True, check=False)
+    script = ROOT / "tests" / "container" / "build_image.sh"
+    done = subprocess.run([script, "cpu", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Training is possible here." in done.stdout
     assert "user flamingo" in done.stdout

@@ -77,8 +77,8 @@ NOT_RUN = {
     r"python -m trainer\.study configs/studies/paper-table-3\.yaml": "takes an hour",
     r"launch_scripts/combine_vision\.sh": "takes an hour",
     r"launch_scripts/test\.sh|pytest.*|pre-commit install|ruff .*|mypy|lint-imports": "the tests and checks themselves",
-    r"docker .*": "needs a registry of images; tests/container/build_cpu.sh builds the CPU image with podman",
-    r"apptainer .*|srun .*": "needs apptainer and a cluster",
+    r"docker .*": "needs a registry of images; tests/container/build_image.sh builds the images with podman",
+    r"apptainer .*|srun .*": "needs a cluster; tests/container/build_apptainer.sh builds the image on another base",
 }
 
 # Blocks of Python, YAML and JSON, by page and language, with the test that runs or loads them. ``PAGES`` of
