@@ -42,6 +42,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
     assert all(row["value"] > 0 for row in rows)
     assert {row["case"] for row in rows} == {
         "blocks",
+        "ZeRO-3",
         "optimizer",
         "all_gather_into_tensor",
         "reduce_scatter_tensor",
@@ -77,6 +78,7 @@ def test_messages_and_reduce_scatters_have_a_time_of_their_own(tmp_path: Path) -
         row("optimizer", "AdamW under ZeRO-3", 1e9),
         row("memory", "per device", 1),
     ]
+    rows += [row("ZeRO-3", "weights made whole", 5e8)]
     rows += [row("all_gather_into_tensor", f"{small} bytes", small / 2 / (0.002 + 10e-9 * small / 2))]
     rows += [row("all_gather_into_tensor", f"{large} bytes", 1e8)]
     rows += [row("reduce_scatter_tensor", f"{large} bytes", 1e8 / 3)]
@@ -86,6 +88,7 @@ def test_messages_and_reduce_scatters_have_a_time_of_their_own(tmp_path: Path) -
     assert device.network == device.node_link == 1e8
     assert device.message_seconds == (pytest.approx(0.002), 0.0)
     assert device.scatter_ratio == pytest.approx(3)
+    assert device.made_whole == 5e8
 
 
 @pytest.mark.parametrize(

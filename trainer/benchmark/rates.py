@@ -1,9 +1,9 @@
 """``[deepspeed ... --module] trainer.benchmark rates``: measure the speeds for ``trainer.plan --rates``.
 
-It measures forward and backward of two frozen blocks with a cross-attention, at a few widths, on a CPU under ZeRO-3;
-DeepSpeed's optimizer step; the collectives of ZeRO-3 over the processes; and on a GPU the host link. Start it as the
-run will be started, with as many processes per node and as many threads. Each rate is the median of its repetitions on
-the slowest process.
+It measures forward and backward of two frozen blocks with a cross-attention, at a few widths; on a CPU what ZeRO-3
+adds to them; DeepSpeed's optimizer step; the collectives of ZeRO-3 over the processes; and on a GPU the host link.
+Start it as the run will be started, with as many processes per node and as many threads. Each rate is the median of its
+repetitions on the slowest process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MESSAGE_BYTES = (2**16, 2**20, 2**24)  # of all processes together
 _TRAINED = 2**24  # parameters that the optimizer steps
 _STATE_BYTES = ADAMW_STATE_BYTES + 4  # per parameter, with its float32 gradient
 _COMPUTE, _GATHER, _REDUCE = "blocks", "all_gather_into_tensor", "reduce_scatter_tensor"
-_OPTIMIZER, _HOST_LINK, _MEMORY = "optimizer", "host link", "memory"
+_OPTIMIZER, _HOST_LINK, _MEMORY, _ZERO = "optimizer", "host link", "memory", "ZeRO-3"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -122,11 +122,12 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Measurement]:
         use_cpu_matmul("auto")  # as the engine does
     for width in _WIDTHS[world.device.type]:
         model, inputs, operations = _blocks(width, dtype, world)
-        if world.device.type == "cuda":
-            seconds = _slowest(world, partial(_forward_backward, model, inputs), repeats)
-        else:
-            seconds = _seconds_under_zero(model, inputs, world, repeats)
+        seconds = _slowest(world, partial(_forward_backward, model, inputs), repeats)
         yield row(_COMPUTE, f"width {width}", "FLOP/s", operations / seconds)
+    if world.device.type == "cpu":  # a GPU computes meanwhile
+        size = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize
+        added = _seconds_under_zero(model, inputs, world, repeats) - seconds
+        yield row(_ZERO, "weights made whole", "B/s", size / max(added, 1e-9))
     yield row(_OPTIMIZER, "AdamW under ZeRO-3", "B/s", _optimizer_rate(world, kind, repeats))
     if world.size > 1:
         for operation in (_GATHER, _REDUCE):
@@ -175,7 +176,7 @@ def _forward_backward(model: Flamingo, inputs: dict[str, Tensor]) -> None:
 def _seconds_under_zero(model: Flamingo, inputs: dict[str, Tensor], world: World, repeats: int) -> float:
     """Return the median seconds of forward and backward under ZeRO-3 without its collectives, on the slowest process.
 
-    A processor itself does what ZeRO-3 adds to the computation: it copies weights and gradients, and runs hooks.
+    A processor itself copies weights and gradients, makes memory for them, and runs ZeRO-3's hooks.
     """
     engine = Engine(model, OptimizerConfig(), _zero_settings(next(model.parameters()).dtype), world)
     clock = PartClock(device_clock(world), _COMPUTE)
@@ -289,6 +290,7 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
         optimizer=found[_OPTIMIZER, "AdamW under ZeRO-3"],
         overlaps=header["device"] != "cpu",
         message_seconds=(max(0.0, start), 0.0),
+        made_whole=found.get((_ZERO, "weights made whole")),
         # gloo has no reduce-scatter: it sends what an all-reduce sends.
         scatter_ratio=link / found[_REDUCE, large] if link < float("inf") else 1.0,
     )

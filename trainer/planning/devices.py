@@ -23,6 +23,8 @@ class Device:
         reserved: Bytes that no tensor can use: the CUDA context and the buffers of NCCL and cuBLAS.
         fragmentation: Bytes that the allocator cannot use, as a share of those in tensors.
         message_seconds: Seconds that a collective takes before its first byte, and again for each rank in the ring.
+        made_whole: Measured bytes per second of weights that ZeRO-3 makes whole, where it takes time from the
+            computation; None elsewhere.
         scatter_ratio: How many times as long a byte of a reduce-scatter takes as one of an all-gather.
     """
 
@@ -37,6 +39,7 @@ class Device:
     reserved: float = 0.0
     fragmentation: float = 0.0
     message_seconds: tuple[float, float] = (0.0, 0.0)
+    made_whole: float | None = None
     scatter_ratio: float = 1.0
 
 

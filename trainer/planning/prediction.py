@@ -158,6 +158,7 @@ def predict(
         sent=itemsize * traffic.elements,
         messages=traffic.messages,
         scattered=itemsize * traffic.scattered,
+        made_whole=itemsize * num_micro_batches * counted.held * (zero["stage"] == 3),
     )
     return Prediction(
         counted.total,
@@ -197,6 +198,7 @@ class Work:
         sent: Bytes that it sends.
         messages: Collectives.
         scattered: Those of the bytes that reduce-scatters send.
+        made_whole: Bytes of weights that ZeRO-3 makes whole.
     """
 
     flops: float
@@ -204,6 +206,7 @@ class Work:
     sent: float
     messages: int
     scattered: float = 0.0
+    made_whole: float = 0.0
 
 
 def seconds_of_step(
@@ -223,7 +226,8 @@ def seconds_of_step(
     start, hop = device.message_seconds
     state = (ADAMW_STATE_BYTES + _GRADIENT_BYTES + itemsize) * sizes.trainable / cluster.size
     return {
-        "compute": work.flops / (device.flops or EFFICIENCY * device.tflops * 1e12),
+        "compute": work.flops / (device.flops or EFFICIENCY * device.tflops * 1e12)
+        + (work.made_whole / device.made_whole if device.made_whole else 0.0),
         "network": sent / (device.node_link if cluster.nodes == 1 else device.network)
         + work.messages * (start + hop * cluster.size),
         "host link": from_host / device.host_link,
