@@ -121,7 +121,8 @@ FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Row
   }
 }
 
-template <Type kType, int kWidth, class Problem, bool kWritesKeys>
+// With kSplits several thread blocks share the keys of a row tile, and each writes a part of dQ.
+template <Type kType, int kWidth, class Problem, bool kWritesKeys, bool kSplits = false>
 FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(kWritesKeys))
 backward_rows(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
@@ -132,7 +133,8 @@ backward_rows(const typename Problem::Params p) {
   const Rows rows = Problem::row_tile(p, block_x());
   copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   copy_tile<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
-  const Range blocks = Problem::blocks_of_tile(p, rows);
+  Range blocks = Problem::blocks_of_tile(p, rows);
+  if constexpr (kSplits) blocks = share_of(blocks, block_z(), p.splits);
   const Visible visible = Problem::visible(p, rows);
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
 
@@ -191,8 +193,12 @@ backward_rows(const typename Problem::Params p) {
     }
   });
   const float scaled = out_factor(p) * p.scale;
-  store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled, exists_first,
-                            exists_second);
+  if constexpr (kSplits)
+    store_parts<kWidth>(p.parts + (static_cast<int64_t>(block_z()) * p.rows + rows.first) * row_stride + head * kWidth,
+                        row_stride, dq, scaled, scaled, exists_first, exists_second);
+  else
+    store_rows<kType, kWidth>(p.dq + rows.first * row_stride + head * kWidth, row_stride, dq, scaled, scaled,
+                              exists_first, exists_second);
 }
 
 // Numbers the row tiles of a key block: those of one head of the queries, then those of the next one that shares it.
@@ -235,11 +241,13 @@ FLAMINGO_DEVICE RowStatistics stored_statistics(const Params& p, const Rows& row
 }
 
 // Computes the gradients of one key block from the rows `range` of all heads that share its keys, one after the other.
-// With kWritesRows no row sees another block, and dQ is written here. `some_rows` tells Problem::keys the medium.
-template <Type kType, int kWidth, class Problem, bool kWritesRows>
+// With kWritesRows no row sees another block, and dQ is written here. `some_rows` tells Problem::keys the medium. With
+// kSplits several thread blocks share the rows, and each writes a part of dK and dV.
+template <Type kType, int kWidth, class Problem, bool kWritesRows, bool kSplits = false>
 FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const Rows& some_rows, int block,
                                        int key_head, const Range& range) {
   constexpr int kSize = Tile<kWidth>::kSize;
+  constexpr bool kForgetCopies = kWidth == 64 && kWritesRows;  // 4 bytes would be spilled otherwise
   constexpr bool kForget = kWidth == 128 && !kWritesRows;  // 28 bytes would be spilled otherwise
   uint16_t* k = shared_memory();
   uint16_t* v = k + kSize;
@@ -249,9 +257,9 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
   int left = range.begin < range.end ? (range.end - range.begin + kTile - 1) / kTile * Problem::shared_by(p) : 0;  // tiles
   const auto copy_rows = [&](uint16_t* stage, const RowTile& tile) {
     const Rows rows = tile.rows(range);
-    copy_tile<kWidth>(stage, p.q + rows.first * p.q_row + tile.head * p.q_head, p.q_row, rows.valid);
-    copy_tile<kWidth>(stage + kSize, p.grad + rows.first * p.grad_row + tile.head * p.grad_head, p.grad_row,
-                      rows.valid);
+    copy_tile<kWidth, kForgetCopies>(stage, p.q + rows.first * p.q_row + tile.head * p.q_head, p.q_row, rows.valid);
+    copy_tile<kWidth, kForgetCopies>(stage + kSize, p.grad + rows.first * p.grad_row + tile.head * p.grad_head,
+                                     p.grad_row, rows.valid);
   };
 
   const Keys keys = Problem::keys(p, some_rows, block, key_head);
@@ -298,10 +306,19 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
   const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
   const float factor = out_factor(p), scaled = factor * p.scale;
   const int64_t key_stride = static_cast<int64_t>(Problem::key_heads(p)) * kWidth;
-  store_rows<kType, kWidth>(out.dk, key_stride, dk, scaled, scaled, first, second);
-  store_rows<kType, kWidth>(out.dv, key_stride, dv, factor, factor, first, second);
-  if constexpr (kWritesRows)
-    store_partial(p.partial + (static_cast<int64_t>(block) * Problem::key_heads(p) + key_head) * 4, delta);
+  if constexpr (kSplits) {
+    const int64_t size = static_cast<int64_t>(p.media) * p.latents * key_stride;
+    float* parts = p.parts + 2 * block_z() * size + (out.dk - p.dk);
+    store_parts<kWidth>(parts, key_stride, dk, scaled, scaled, first, second);
+    store_parts<kWidth>(parts + size, key_stride, dv, factor, factor, first, second);
+  } else {
+    store_rows<kType, kWidth>(out.dk, key_stride, dk, scaled, scaled, first, second);
+    store_rows<kType, kWidth>(out.dv, key_stride, dv, factor, factor, first, second);
+  }
+  if constexpr (kWritesRows) {
+    const int64_t writer = kSplits ? static_cast<int64_t>(block) * p.splits + block_z() : block;
+    store_partial(p.partial + (writer * Problem::key_heads(p) + key_head) * 4, delta);
+  }
 }
 
 }  // namespace cuda

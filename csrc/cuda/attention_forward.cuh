@@ -95,15 +95,10 @@ attention_forward(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
   const int head = block_y(), key_head = Problem::key_head(p, head);
-  int tile = block_x(), split = 0;
-  if constexpr (kSplits) {
-    tile = block_x() / p.splits;
-    split = block_x() % p.splits;
-  }
-  const Rows rows = Problem::row_tile(p, tile);
+  const Rows rows = Problem::row_tile(p, block_x());
   copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   typename Problem::Walk walk(p, rows, key_head);
-  if constexpr (kSplits) walk.take(split, p.splits);
+  if constexpr (kSplits) walk.take(block_z(), p.splits);
   const float log2_scale = p.scale * 1.4426950408889634f;
 
   Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
@@ -134,7 +129,7 @@ attention_forward(const typename Problem::Params p) {
   const float factor_second = sum_second > 0.0f ? factor / sum_second : 0.0f;
   const bool exists_first = fragment_row() < rows.valid, exists_second = fragment_row() + 8 < rows.valid;
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
-  const int64_t first_row = static_cast<int64_t>(split) * p.rows + rows.first;
+  const int64_t first_row = (kSplits ? static_cast<int64_t>(block_z()) * p.rows : 0) + rows.first;
   if constexpr (kSplits)
     store_parts<kWidth>(p.parts + first_row * row_stride + head * kWidth, row_stride, sum, factor_first, factor_second,
                         exists_first, exists_second);

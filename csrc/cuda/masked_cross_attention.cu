@@ -103,12 +103,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_cross_attention_backward(
   p.dv = out(dv);
 
   const int64_t tiles = (q.size(0) + kTile - 1) / kTile;
-  const int64_t partials = one_block_a_row(p) ? k.size(0) * p.key_heads : tiles * p.heads;
+  p.splits = wanted_splits(p);
+  const int64_t partials = one_block_a_row(p) ? p.splits * k.size(0) * p.key_heads : tiles * p.heads;
   const int64_t statistics = one_block_a_row(p) ? 0 : q.size(0) * p.heads;
   const Tensor partial = torch::stable::new_empty(q, {partials, 4}, ScalarType::Float);
   const Tensor lse = torch::stable::new_empty(q, {2, statistics}, ScalarType::Float);
   const Tensor ranges =
       token_ranges.has_value() ? *token_ranges : media_token_ranges(media_index, first_media, k.size(0));
+  const Tensor parts = torch::stable::new_empty(q, {p.splits, 2, p.splits == 1 ? 0 : k.numel()}, ScalarType::Float);
+  const Tensor order = torch::stable::new_empty(q, {one_block_a_row(p) ? p.media : 0}, ScalarType::Int);
+  p.parts = floats(parts);
+  p.order = static_cast<int*>(order.data_ptr());
   p.partial = floats(partial);
   p.lse = floats(lse);
   p.delta = floats(lse) + statistics;

@@ -40,11 +40,32 @@ plan_rows(const Params p) {
   }
 }
 
-// Clears the gradients of rows that see no medium, which no block of keys would write. A thread block has 64 rows of
-// all heads: usually none is blind, and then it only reads 64 indices.
+// Whether the thread blocks with the most rows start first: in the backward by one kernel, where it does not spill.
+template <int kWidth, bool kWritesRows>
+constexpr bool kLongestFirst = kWidth == 64 && kWritesRows;
+
+// Orders the media by the rows that may see them, longest first, so that no thread block with much work starts last. A
+// warp finds the place of a medium. With many media no order pays.
+FLAMINGO_DEVICE void order_media(const CrossAttentionParams& p) {
+  constexpr int kMostMedia = 1024;
+  const auto rows_of = [&](int medium) { return max(0, p.row_end[medium] - p.row_begin[medium]); };
+  const int warps = kThreads / 32 * max(1, (p.rows + kTile - 1) / kTile);
+  for (int medium = block_x() * (kThreads / 32) + warp_number(); medium < p.media; medium += warps) {
+    uint32_t place = 0;  // media before this one
+    const int mine = rows_of(medium);
+    for (int other = lane_number(); other < p.media && p.media <= kMostMedia; other += 32)
+      place += rows_of(other) > mine || (rows_of(other) == mine && other < medium);
+    for (int distance = 16; distance > 0; distance /= 2) place += exchange(place, distance);
+    if (lane_number() == 0) p.order[p.media <= kMostMedia ? static_cast<int>(place) : medium] = medium;
+  }
+}
+
+// Orders the media, and clears the gradients of rows that see no medium, which no block of keys would write. A thread
+// block has 64 rows of all heads: usually none is blind, and then it only reads 64 indices.
 template <int kWidth>
 FLAMINGO_KERNEL(kThreads, 1)
 clear_blind_rows(const CrossAttentionParams p) {
+  if constexpr (kLongestFirst<kWidth, true>) order_media(p);
   const Rows rows = CrossAttention<kWidth>::row_tile(p, block_x());
   const int chunks = p.heads * (kWidth / 8);
   for (int i = warp_number(); i < rows.valid; i += kThreads / 32) {
@@ -56,12 +77,28 @@ clear_blind_rows(const CrossAttentionParams p) {
 }
 
 // Gives one block of keys to a thread block. With kWritesRows it also writes dQ of the rows that see the block.
-template <Type kType, int kWidth, bool kWritesRows>
+// With kSplits several thread blocks share the rows.
+template <Type kType, int kWidth, bool kWritesRows, bool kSplits = false>
 FLAMINGO_KERNEL(kThreads, backward_blocks<kWidth>(kWritesRows))
 cross_attention_backward_keys(const CrossAttentionParams p) {
   using Problem = CrossAttention<kWidth>;
-  backward_of_block<kType, kWidth, Problem, kWritesRows>(p, {0, 0}, block_x(), block_y(),
-                                                         Problem::rows_of_block(p, block_x()));
+  int block = block_x(), key_head = block_y();
+  if constexpr (kLongestFirst<kWidth, kWritesRows>) {  // all heads of a medium follow each other
+    block = p.order[block_y()];   // a block of keys is a medium
+    key_head = block_x();
+  }
+  Range range = Problem::rows_of_block(p, block);
+  if constexpr (kSplits) range = share_of_rows(range, block_z(), p.splits);
+  backward_of_block<kType, kWidth, Problem, kWritesRows, kSplits>(p, {0, 0}, block, key_head, range);
+}
+
+// Adds the parts of dK (y = 0) and dV of a backward with splits.
+template <Type kType, int kWidth>
+FLAMINGO_KERNEL(kThreads, 4)
+sum_key_parts(const CrossAttentionParams p) {
+  const int64_t size = static_cast<int64_t>(p.media) * p.latents * p.key_heads * kWidth;
+  const int64_t at = (static_cast<int64_t>(block_x()) * kThreads + thread_number()) * 8;
+  if (at < size) sum_parts<kType>((block_y() ? p.dv : p.dk) + at, p.parts + block_y() * size + at, 2 * size, p.splits);
 }
 
 }  // namespace cuda

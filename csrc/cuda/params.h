@@ -13,6 +13,12 @@ enum class Type { kBFloat16, kFloat16 };
 constexpr int kThreads = 128;  // of a block: four warps of sixteen rows (or keys) each
 constexpr int kTile = 64;      // query rows, or keys, handled together
 
+struct Grid {  // thread blocks of a launch: block_x, block_y and block_z count to these
+  int64_t blocks;
+  int heads;
+  int splits = 1;  // blocks that share the work of one
+};
+
 struct Index {  // an index tensor of int32 or int64
   const void* data;
   int wide;  // int64 if not 0, else int32
@@ -48,6 +54,9 @@ struct CrossAttentionParams : AttentionParams {
   Index first_media;  // [rows]; data is null in the mode "one medium"
   int* row_begin;     // [media]: the rows that see a medium lie in row_begin..row_end; backward
   int* row_end;
+  int* order;    // [media]: longest first; backward by one kernel
+  int splits;    // thread blocks that share the rows of a key block in the backward, at least 1
+  float* parts;  // [splits, 2, media, latents, key_heads, width]: their gradients of k and v
 };
 
 // Returns whether a row attends to one block of keys only. Then one kernel computes the whole backward.
@@ -63,9 +72,9 @@ struct ResamplerParams : AttentionParams {
   int64_t k_latents_row, k_latents_head, v_latents_row, v_latents_head;
   int media, latents, features;
   Index cu_media;  // [media + 1]
-  int splits;       // thread blocks that share the keys of a row tile in the forward, at least 1
-  float* parts;     // [splits, rows, heads, width]: their outputs
-  float* part_lse;  // [splits, rows, heads]
+  int splits;       // thread blocks that share the keys of a row tile, at least 1
+  float* parts;     // [splits, rows, heads, width]: their outputs, or gradients of q
+  float* part_lse;  // [splits, rows, heads]; forward
 };
 
 // Returns how many thread blocks shall share the work of one. It depends on shapes alone, so that results are the same
@@ -76,6 +85,15 @@ inline int wanted_splits(int64_t blocks, int64_t visits) {
   if (blocks == 0 || blocks >= kEnoughBlocks) return 1;
   const int64_t most = visits / kFewestVisits, wanted = (kEnoughBlocks + blocks - 1) / blocks;
   return static_cast<int>(most < 2 ? 1 : wanted < most ? wanted : most);
+}
+
+// A row tile of all heads that share a key block goes to one thread block, so there are no more splits than row tiles.
+inline int wanted_splits(const CrossAttentionParams& p) {
+  if (p.media == 0) return 1;
+  const int64_t key_blocks = static_cast<int64_t>(p.media) * ((p.latents + kTile - 1) / kTile);
+  const int64_t tiles = p.rows / p.media / kTile;  // of a medium, where a row sees one
+  const int wanted = wanted_splits(key_blocks * p.key_heads, tiles * p.shared_by);
+  return static_cast<int>(tiles < 2 ? 1 : wanted < tiles ? wanted : tiles);
 }
 
 inline int wanted_splits(const ResamplerParams& p) {

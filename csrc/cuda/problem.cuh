@@ -14,6 +14,19 @@ struct Range {
   int begin, end;
 };
 
+// Returns the share of one of several thread blocks. The first ones have one more where it does not come out even.
+FLAMINGO_DEVICE Range share_of(const Range& all, int split, int splits) {
+  const int each = (all.end - all.begin) / splits, more = (all.end - all.begin) % splits;
+  const int begin = all.begin + split * each + min(split, more);
+  return {begin, begin + each + (split < more)};
+}
+
+// Does the same with the tiles of a range of rows, which may be empty.
+FLAMINGO_DEVICE Range share_of_rows(const Range& all, int split, int splits) {
+  const Range tiles = share_of({0, (max(0, all.end - all.begin) + kTile - 1) / kTile}, split, splits);
+  return {all.begin + tiles.begin * kTile, min(all.end, all.begin + tiles.end * kTile)};
+}
+
 // Up to 64 keys, of one head.
 struct Keys {
   const uint16_t *k, *v;
@@ -230,9 +243,9 @@ struct ResamplerAttention {
 
     // Leaves the share of one of several thread blocks.
     FLAMINGO_DEVICE void take(int split, int splits) {
-      const int begin = left * split / splits;
-      left = left * (split + 1) / splits - begin;
-      feature += begin * kTile;
+      const Range share = share_of({0, left}, split, splits);
+      left = share.end - share.begin;
+      feature += share.begin * kTile;
     }
     FLAMINGO_DEVICE int valid() const { return min(kTile, feature < end ? end - feature : p.latents - (feature - after)); }
     FLAMINGO_DEVICE bool sees_first() const { return exists_first; }

@@ -25,6 +25,7 @@ namespace cuda {
 FLAMINGO_DEVICE int thread_number() { return threadIdx.x; }
 FLAMINGO_DEVICE int block_x() { return blockIdx.x; }
 FLAMINGO_DEVICE int block_y() { return blockIdx.y; }
+FLAMINGO_DEVICE int block_z() { return blockIdx.z; }
 
 FLAMINGO_DEVICE uint16_t* shared_memory() {
   extern __shared__ __align__(128) uint16_t memory[];

@@ -107,6 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> resampler_attention_backward(
   p.o = in(o);
   p.lse = floats(lse);
   p.delta = floats(delta);
+  p.splits = wanted_splits(p);
+  const Tensor parts = torch::stable::new_empty(lse, {p.splits, p.splits == 1 ? 0 : q.numel()});
+  p.parts = floats(parts);
   p.dq = out(dq);
   p.dk_features = out(dk_features);
   p.dv_features = out(dv_features);

@@ -25,11 +25,12 @@ struct Tile {
 // Starts copying columns [8 kFirst, 8 (kFirst + kChunks)) of `valid` rows of a matrix; the other rows become zero. A
 // thread copies the same column of every kStep-th row. kStep is a multiple of eight, so the permutation of the chunks
 // is the same in all of them, and both addresses advance by constants.
-template <int kWidth, int kFirst, int kChunks>
+template <int kWidth, int kFirst, int kChunks, bool kForget>
 FLAMINGO_DEVICE void copy_columns(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
   constexpr int kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kStep % 8 == 0, "");
-  const int chunk = kFirst + thread_number() % kChunks, first = thread_number() / kChunks;
+  const int thread = kForget ? forget(thread_number()) : thread_number();
+  const int chunk = kFirst + thread % kChunks, first = thread / kChunks;
   const uint16_t* source = matrix + first * stride + chunk * 8;
   uint16_t* target = tile + Tile<kWidth>::offset(first, chunk);
 #pragma unroll
@@ -39,14 +40,15 @@ FLAMINGO_DEVICE void copy_columns(uint16_t* tile, const uint16_t* matrix, int64_
   }
 }
 
-// Starts copying `valid` rows of a matrix; the other rows of the tile become zero.
-template <int kWidth>
+// Starts copying `valid` rows of a matrix; the other rows of the tile become zero. With kForget no register keeps the
+// addresses between two calls.
+template <int kWidth, bool kForget = false>
 FLAMINGO_DEVICE void copy_tile(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
   if constexpr (kWidth == 96) {  // twelve chunks a row do not divide the threads
-    copy_columns<kWidth, 0, 8>(tile, matrix, stride, valid);
-    copy_columns<kWidth, 8, 4>(tile, matrix, stride, valid);
+    copy_columns<kWidth, 0, 8, kForget>(tile, matrix, stride, valid);
+    copy_columns<kWidth, 8, 4, kForget>(tile, matrix, stride, valid);
   } else {
-    copy_columns<kWidth, 0, kWidth / 8>(tile, matrix, stride, valid);
+    copy_columns<kWidth, 0, kWidth / 8, kForget>(tile, matrix, stride, valid);
   }
 }
 
@@ -188,6 +190,41 @@ FLAMINGO_DEVICE void store_parts(float* matrix, int64_t stride, const float (&x)
     for (int n = 0; n < kWidth / 8; ++n)
       *reinterpret_cast<TwoFloats*>(row + n * 8) = {{x[n][half * 2] * factor, x[n][half * 2 + 1] * factor}};
   }
+}
+
+constexpr int kPartsAtOnce = 4;  // that a thread reads before it adds them
+
+// Reads eight numbers of a part that one of several thread blocks wrote, or zeros where there is no such part. `stride`
+// numbers lie between the parts.
+FLAMINGO_DEVICE void load_part(FourFloats& low, FourFloats& high, const float* parts, int64_t stride, int split,
+                               int splits) {
+  low = high = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  if (split >= splits) return;
+  const FourFloats* part = reinterpret_cast<const FourFloats*>(parts + split * stride);
+  low = part[0];
+  high = part[1];
+}
+
+// Adds the parts in their order. A thread has eight numbers.
+template <Type kType>
+FLAMINGO_DEVICE void sum_parts(uint16_t* out, const float* parts, int64_t stride, int splits) {
+  float sum[8] = {};
+  for (int first = 0; first < splits; first += kPartsAtOnce) {
+    FourFloats low[kPartsAtOnce], high[kPartsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) load_part(low[i], high[i], parts, stride, first + i, splits);
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sum[k] += low[i].values[k];
+        sum[k + 4] += high[i].values[k];
+      }
+  }
+  Chunk chunk;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) chunk.words[i] = pack<kType>(sum[2 * i], sum[2 * i + 1]);
+  *reinterpret_cast<Chunk*>(out) = chunk;
 }
 
 }  // namespace cuda

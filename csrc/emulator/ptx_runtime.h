@@ -63,9 +63,9 @@ void ptx_configure(uint64_t seed, int copies) {
   simt::machine.copies = static_cast<simt::Copies>(copies);
 }
 
-int ptx_launch(int kernel, int blocks, int heads, int threads, int shared_bytes, const uint8_t* params) {
+int ptx_launch(int kernel, int blocks, int heads, int splits, int threads, int shared_bytes, const uint8_t* params) {
   try {
-    simt::launch(blocks, heads, threads, shared_bytes, [=] { kernels[kernel].kernel(params); });
+    simt::launch({blocks, heads, splits}, threads, shared_bytes, [=] { kernels[kernel].kernel(params); });
     return 0;
   } catch (const simt::Failure& failure) {
     std::snprintf(failure_text, sizeof(failure_text), "%s", failure.reason.c_str());

@@ -61,7 +61,8 @@ int emulate_row_ranges(const CrossAttentionParams* p) {
 int emulate_resampler(int type, int width, int backward, const ResamplerParams* p) {
   return dispatch<ResamplerLaunches>(type, width, backward, *p);
 }
-int emulator_wanted_splits(const ResamplerParams* p) { return wanted_splits(*p); }
+int emulator_cross_splits(const CrossAttentionParams* p) { return wanted_splits(*p); }
+int emulator_resampler_splits(const ResamplerParams* p) { return wanted_splits(*p); }
 int emulator_params_bytes(int resampler) {
   return resampler ? sizeof(ResamplerParams) : sizeof(CrossAttentionParams);
 }

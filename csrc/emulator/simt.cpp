@@ -90,9 +90,10 @@ bool Machine::enabled(const char* kind, const char* file, int line) {
   return static_cast<int>(sites.size()) - 1 != skipped_site;
 }
 
-void Machine::run_block(int x, int y) {
+void Machine::run_block(int x, int y, int z) {
   block_x = x;
   block_y = y;
+  block_z = z;
   warp_arrived.assign(threads / 32, 0);
   warp_generation.assign(threads / 32, 0);
   barrier_arrived = 0;
@@ -120,13 +121,14 @@ void Machine::run_block(int x, int y) {
     if (!fiber.done) throw Failure{"a barrier that not all threads reach"};
 }
 
-void launch(int blocks, int heads, int threads, int shared_bytes, const std::function<void()>& kernel) {
+void launch(const cuda::Grid& grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   machine.threads = threads;
   machine.kernel = kernel;
   machine.fibers.resize(threads);
   machine.shared.assign(shared_bytes + 128, 0);
-  for (int y = 0; y < heads; ++y)
-    for (int x = 0; x < blocks; ++x) machine.run_block(x, y);
+  for (int z = 0; z < grid.splits; ++z)
+    for (int y = 0; y < grid.heads; ++y)
+      for (int x = 0; x < grid.blocks; ++x) machine.run_block(x, y, z);
 }
 
 }  // namespace simt

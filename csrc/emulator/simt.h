@@ -67,7 +67,7 @@ struct Machine {
   int skipped_site = -1;  // index into sites
   std::vector<Site> sites;
 
-  int threads = 0, current = 0, block_x = 0, block_y = 0;
+  int threads = 0, current = 0, block_x = 0, block_y = 0, block_z = 0;
   std::vector<Fiber> fibers;
   std::vector<int> warp_arrived, warp_generation;
   int barrier_arrived = 0;
@@ -83,7 +83,7 @@ struct Machine {
   // Whether the barrier or wait at this place takes part; places are numbered in the order of their first use.
   bool enabled(const char* kind, const char* file, int line);
   void yield();
-  void run_block(int x, int y);
+  void run_block(int x, int y, int z);
 };
 
 extern Machine machine;
@@ -101,7 +101,7 @@ void together(Work work) {
   }
 }
 
-void launch(int blocks, int heads, int threads, int shared_bytes, const std::function<void()>& kernel);
+void launch(const cuda::Grid& grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -121,6 +121,7 @@ namespace cuda {
 inline int thread_number() { return simt::machine.current; }
 inline int block_x() { return simt::machine.block_x; }
 inline int block_y() { return simt::machine.block_y; }
+inline int block_z() { return simt::machine.block_z; }
 inline uint16_t* shared_memory() {
   return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(simt::machine.shared.data()) + 127) & ~127ull);
 }
@@ -208,8 +209,8 @@ inline void lower_to(int* p, int x) { *p = *p < x ? *p : x; }
 inline void raise_to(int* p, int x) { *p = *p > x ? *p : x; }
 
 template <class Params>
-int launch(void (*kernel)(Params), int64_t blocks, int heads, int threads, int shared_bytes, const Params& p, void*) {
-  simt::launch(static_cast<int>(blocks), heads, threads, shared_bytes, [kernel, p] { kernel(p); });
+int launch(void (*kernel)(Params), const Grid& grid, int threads, int shared_bytes, const Params& p, void*) {
+  simt::launch(grid, threads, shared_bytes, [kernel, p] { kernel(p); });
   return 0;
 }
 

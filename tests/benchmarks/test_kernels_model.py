@@ -82,6 +82,16 @@ def test_more_resident_blocks_hide_latency_and_misses_cost(kernel: sass.Kernel) 
     assert multiprocessor_model.seconds(kernel, blocks[:12], 1, 0.0) == pytest.approx(alone / 2, rel=0.05)
 
 
+def test_a_wait_leaves_the_newest_groups_of_copies_on_their_way(kernel: sass.Kernel) -> None:
+    code = sass._parse(disassembly(CODE.replace("SB0, 0x0", "SB0, 0x1")))["kernel"]
+    paths = [sass_paths.issued(kernel, 64, 1)]
+    all_groups, all_but_one = (
+        multiprocessor_model.seconds(sass.Kernel("kernel", 64, 0, instructions), paths, 1, 1.0)
+        for instructions in (kernel.code, code)
+    )
+    assert all_but_one < all_groups - 300 / multiprocessor_model.CLOCK
+
+
 def test_a_store_of_one_word_a_lane_sends_a_quarter_of_the_bytes() -> None:
     def with_store(modifiers: str) -> sass.Kernel:
         text = "\n    ".join([f"STG.E{modifiers} desc[UR4][R2.64], R4"] * 50)
@@ -104,17 +114,39 @@ def test_registers_and_shared_memory_limit_the_blocks(kernel: sass.Kernel) -> No
 def test_launches_visit_the_tiles_of_the_shape() -> None:
     [forward], [backward] = kernels_model.cross_launches(CrossShape(8, 2048, 16, 16, 64))
     assert forward.visits == (1,) * 256, "media end at tiles"
-    assert backward.visits == (2,) * 128 and backward.flag
+    assert backward.visits == (2,) * 128 and backward.flags == (True, False)
     [uneven], _ = kernels_model.cross_launches(CrossShape(8, 2048, 16, 16, 64, uneven=True))
     assert set(uneven.visits) == {1, 2}
-    _, (rows, keys) = kernels_model.cross_launches(CrossShape(1, 128, 1, 8, 128, num_latents=130, num_kv_heads=2))
+    _, (rows, keys, _) = kernels_model.cross_launches(CrossShape(1, 128, 1, 8, 128, num_latents=130, num_kv_heads=2))
     assert (rows.visits, rows.heads, rows.passes) == ((3, 3), 8, 2)
-    assert (keys.visits, keys.heads, keys.flag) == ((2 * 4,) * 3, 2, False)
+    assert (keys.visits, keys.heads, keys.flags) == ((2 * 4,) * 3, 2, (False, True))
     [resampled], _ = kernels_model.resampler_launches(ResamplerShape(3, 130, 2, 64))
     assert resampled.visits == (4, 4, 4)
-    [long, combine], _ = kernels_model.resampler_launches(ResamplerShape(2, 2048, 32, 64))
-    assert (long.visits, long.flag) == ((5, 6, 5, 6, 5, 6) * 2, True)
-    assert (len(combine.visits), combine.input_bytes) == (2 * 64 * 32 * 8 // 128, 6 * 4 * 2 * 64 * 32 * 64)
+
+
+def test_a_block_starts_where_one_ends_first() -> None:
+    assert kernels_model.busiest([4] * 132 + [1] * 132, 1, int) == [4, 1]
+    assert kernels_model.busiest([1] * 131 + [4] + [2] * 131, 1, int) == [4]
+    assert kernels_model.busiest([1] * 132 + [2], 2, int) == [1, 2]
+
+
+def test_the_longest_media_come_first_with_all_heads() -> None:
+    uneven = CrossShape(1, 640, 4, 2, 64, uneven=True)  # 64, 128, 192 and 256 tokens
+    _, [backward] = kernels_model.cross_launches(uneven)
+    assert backward.block_visits() == [4, 4, 3, 3, 2, 2, 1, 1]
+    _, [wide] = kernels_model.cross_launches(CrossShape(1, 640, 4, 2, 128, uneven=True))
+    assert wide.block_visits() == [1, 2, 3, 4] * 2
+
+
+def test_launches_of_long_media_are_split_and_summed() -> None:
+    launches = kernels_model.resampler_launches(ResamplerShape(2, 2048, 32, 64))
+    for (split, combine), flags in zip(launches, ((True,), (True, True)), strict=True):
+        assert (split.visits, split.heads, split.flags) == ((33, 33), 32, flags)
+        assert split.block_visits() == [6] * 3 * 64 + [5] * 3 * 64
+        assert (len(combine.visits), combine.input_bytes) == (2 * 64 * 32 * 8 // 128, 6 * 4 * 2 * 64 * 32 * 64)
+    _, (split, combine) = kernels_model.cross_launches(CrossShape(8, 2048, 1, 16, 64))
+    assert (split.block_visits(), split.flags) == ([11] * 2 * 8 * 16 + [10] * 8 * 16, (True, True))
+    assert (len(combine.visits), combine.input_bytes) == (2 * 8 * 64 * 16 * 8 // 128, 3 * 4 * 2 * 8 * 64 * 16 * 64)
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +180,7 @@ def test_the_paths_of_compiled_kernels_compute_all_products() -> None:
     except sass.ToolMissingError as error:
         pytest.skip(str(error))
     found = {x.name: sass_paths.products_a_tile(x, 64) for x in compiled if sass_paths.main_loops(x)}
-    expected = {"attention_forward": 2, "backward_rows": 5, "ELi64ELb0EEEvNS0_20": 4, "ELi64ELb1EEEvNS0_20": 5}
+    expected = {"attention_forward": 2, "backward_rows": 5}
+    expected |= {f"ELi64ELb{alone}ELb{split}EEEvNS0_20": 4 + alone for alone in (0, 1) for split in (0, 1)}
     for part, products in expected.items():
         assert [count for name, count in found.items() if part in name] == [products], part

@@ -45,6 +45,9 @@ class _CrossAttentionParams(_AttentionParams):
         ("first_media", _Index),
         ("row_begin", _POINTER),
         ("row_end", _POINTER),
+        ("order", _POINTER),
+        ("splits", _INT),
+        ("parts", _POINTER),
     ]
 
 
@@ -120,11 +123,14 @@ class Emulator:
         seed: Seed of the order of warps.
         copies: Name of a policy in ``COPIES`` for when copies land.
         skipped_site: Number of the barrier or wait to switch off; -1 for none.
-        splits: Thread blocks that share the keys of a row tile in the resampler's forward.
+        splits: Thread blocks that share the keys of a row tile (resampler), or the rows of a key block (backward of the
+            cross-attention by one kernel).
         token_ranges: int32 [2, M], what the last call found, as ``flamingo::media_token_ranges`` returns it.
+        order: int32 [M], the media of the last call, longest first (backward by one kernel of head_dim 64).
     """
 
     token_ranges: Tensor
+    order: Tensor
     splits: int = 1
 
     def __init__(self, library: Path) -> None:
@@ -150,10 +156,17 @@ class Emulator:
             for i in range(library.emulator_site_count())
         ]
 
-    def wanted_splits(self, num_media: int, num_latents: int, num_features: int, num_heads: int) -> int:
-        """Return the splits that the CUDA binding chooses for a resampler of this shape."""
+    def cross_splits(self, rows: int, num_media: int, num_latents: int, num_heads: int, num_kv_heads: int) -> int:
+        """Return the splits that the CUDA binding chooses for a cross-attention of one medium a row."""
+        shared_by = num_heads // num_kv_heads
+        p = _CrossAttentionParams(rows=rows, media=num_media, latents=num_latents, heads=num_heads)
+        p.key_heads, p.shared_by = num_kv_heads, shared_by
+        return int(self._library.emulator_cross_splits(ctypes.byref(p)))
+
+    def resampler_splits(self, num_media: int, num_latents: int, num_features: int, num_heads: int) -> int:
+        """Return the splits that the CUDA binding chooses for a resampler."""
         p = _ResamplerParams(media=num_media, latents=num_latents, features=num_features, heads=num_heads)
-        return int(self._library.emulator_wanted_splits(ctypes.byref(p)))
+        return int(self._library.emulator_resampler_splits(ctypes.byref(p)))
 
     def cross_attention(
         self,
@@ -167,13 +180,15 @@ class Emulator:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return output, dq, dk, dv and the gradient of out_scale, like ``model.ops.masked_cross_attention``.
 
-        The ranges of tokens are kept in ``token_ranges``.
+        The ranges of tokens are kept in ``token_ranges``, the order of the media in ``order``.
         """
         rows, num_heads, head_dim = q.shape
         num_media, num_latents = k.shape[:2]
-        blocks = max(-(-rows // 64), num_media * -(-num_latents // 64))
+        blocks = max(-(-rows // 64), num_media * -(-num_latents // 64) * self.splits)
         out, dq, dk, dv = (_garbage(x.shape, q.dtype) for x in (q, q, k, v))
         partial = torch.zeros(blocks * num_heads, 4)
+        parts = _garbage((self.splits, 2, *k.shape), torch.float32)
+        order = torch.full((num_media,), -7, dtype=torch.int32)
         begin, end = torch.full((num_media,), -7, dtype=torch.int32), torch.full((num_media,), -7, dtype=torch.int32)
         p = _CrossAttentionParams(
             media=num_media,
@@ -184,6 +199,9 @@ class Emulator:
             first_media=_index(first_media),
             row_begin=begin.data_ptr(),
             row_end=end.data_ptr(),
+            order=order.data_ptr(),
+            splits=self.splits,
+            parts=parts.data_ptr(),
             partial=partial.data_ptr(),
             out_scale=None if out_scale is None else out_scale.data_ptr(),
             k=k.data_ptr(),
@@ -196,7 +214,7 @@ class Emulator:
         p.scale = head_dim**-0.5
         self._run("emulate_cross_attention", q, p)
         del keep
-        self.token_ranges = torch.stack([begin, end])
+        self.token_ranges, self.order = torch.stack([begin, end]), order
         return out, dq, dk, dv, partial.sum()
 
     def resampler(

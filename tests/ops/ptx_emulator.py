@@ -27,6 +27,7 @@ OPS = ("masked_cross_attention", "resampler_attention")
 _THREADS, _PLAN_THREADS, _TILE = 128, 256, 64
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 Change = Callable[[str], str]
+_Grid = tuple[int, int, int, int, int]  # blocks, heads, splits, threads, bytes of shared memory
 
 
 def cache_folder() -> Path:
@@ -93,43 +94,57 @@ class PtxEmulator(Emulator):
         self.seed, self.copies, self.skipped_site = 0, "by chance", -1
 
     def _run(self, function: str, q: Tensor, p: Any) -> None:
-        row_tiles = _tiles(p.rows)
+        row_tiles, split = _tiles(p.rows), p.splits > 1
+        backward = (p.splits, _THREADS, shared_bytes(self._head_dim))
         if function == "emulate_cross_attention":
             op, key_blocks = self._libraries[OPS[0]], p.media * _tiles(p.latents)
-            launches = [("attention_forward", row_tiles, _THREADS, self._forward_bytes())]
+            launches = [("attention_forward", (row_tiles, p.heads, 1, _THREADS, self._forward_bytes()))]
             self._find_ranges(p)
-            if not p.first_media.data and p.latents <= _TILE:
-                launches += [("clear_blind_rows", row_tiles, _THREADS, 0)]
-                launches += [(self._keys_kernel(writes_rows=True), key_blocks, _THREADS, shared_bytes(self._head_dim))]
+            alone = not p.first_media.data and p.latents <= _TILE
+            if alone:
+                launches += [("clear_blind_rows", (max(row_tiles, 1), 1, 1, _THREADS, 0))]
             else:
-                launches += [("backward_rows", row_tiles, _THREADS, shared_bytes(self._head_dim))]
-                launches += [(self._keys_kernel(writes_rows=False), key_blocks, _THREADS, shared_bytes(self._head_dim))]
+                launches += [("backward_rows", (row_tiles, p.heads, 1, *backward[1:]))]
+            longest_first = alone and self._head_dim == 64
+            keys = (p.key_heads, key_blocks) if longest_first else (key_blocks, p.key_heads)
+            launches += [(self._keys_kernel(alone=alone, split=split), (*keys, *backward))]
+            if split:
+                launches += [("sum_key_parts", self._chunks(p.media * p.latents * p.key_heads, 2))]
         else:
             op, row_tiles = self._libraries[OPS[1]], p.media * _tiles(p.latents)
-            has_splits, alone = p.splits > 1, p.latents <= _TILE  # the last template arguments
-            forward = f"attention_forward.*Lb{int(has_splits)}E"
-            launches = [(forward, row_tiles * p.splits, _THREADS, self._forward_bytes())]
-            if has_splits:
-                launches += [("combine_parts", -(-p.rows * p.heads * self._head_dim // 8 // _THREADS), _THREADS, 0)]
-            launches += [(f"backward_rows.*Lb{int(alone)}E", row_tiles, _THREADS, shared_bytes(self._head_dim))]
+            alone = p.latents <= _TILE
+            forward = (row_tiles, p.heads, p.splits, _THREADS, self._forward_bytes())
+            launches = [(f"attention_forward.*Lb{int(split)}E", forward)]
+            if split:
+                launches += [("combine_parts", self._chunks(p.rows * p.heads))]
+            launches += [(f"backward_rows.*Lb{int(alone)}ELb{int(split)}E", (row_tiles, p.heads, *backward))]
+            if split:
+                launches += [("sum_row_parts", self._chunks(p.rows * p.heads))]
             if not alone:
                 slots = p.features // _TILE + p.media + row_tiles
-                launches += [("resampler_backward_keys", slots, _THREADS, shared_bytes(self._head_dim))]
-        for kernel, blocks, threads, shared in launches:
-            heads = 1 if shared == 0 else p.key_heads if "backward_keysI" in kernel else p.heads
-            op.launch(kernel, (blocks, heads, threads, shared), p, self.seed, COPIES[self.copies])
+                launches += [("resampler_backward_keys", (slots, p.heads, 1, *backward[1:]))]
+        for kernel, grid in launches:
+            op.launch(kernel, grid, p, self.seed, COPIES[self.copies])
 
     def _find_ranges(self, p: Any) -> None:
         for kernel, threads in (("empty_ranges", p.media), ("plan_rows", p.rows)):
-            grid = (-(-threads // _PLAN_THREADS), 1, _PLAN_THREADS, 0)
+            grid = (-(-threads // _PLAN_THREADS), 1, 1, _PLAN_THREADS, 0)
             self._ranges.launch(kernel, grid, p, self.seed, COPIES[self.copies])
+
+    def _chunks(self, rows: int, outputs: int = 1) -> _Grid:
+        """Return the grid of a sum of parts, whose threads have eight columns of a row."""
+        return (-(-rows * self._head_dim // 8 // _THREADS), outputs, 1, _THREADS, 0)
 
     def _forward_bytes(self) -> int:
         pitch = 128 if self._head_dim == 96 else self._head_dim
         return 5 * pitch * _TILE * 2
 
-    def _keys_kernel(self, *, writes_rows: bool) -> str:
-        return f"backward_keysILNS0_4TypeE{TYPES[self._dtype]}ELi{self._head_dim}ELb{int(writes_rows)}"
+    def _chunk_blocks(self, rows: int) -> int:
+        return -(-rows * self._head_dim // 8 // _THREADS)
+
+    def _keys_kernel(self, *, alone: bool, split: bool) -> str:
+        flags = f"Lb{int(alone)}ELb{int(split)}E"
+        return f"backward_keysILNS0_4TypeE{TYPES[self._dtype]}ELi{self._head_dim}E{flags}"
 
 
 class _Library:
@@ -141,7 +156,7 @@ class _Library:
         while name := self._library.ptx_kernel_name(len(self._names)):
             self._names.append(name.decode())
 
-    def launch(self, kernel: str, grid: tuple[int, int, int, int], params: Any, seed: int, copies: int) -> None:
+    def launch(self, kernel: str, grid: _Grid, params: Any, seed: int, copies: int) -> None:
         [number] = [i for i, name in enumerate(self._names) if re.search(kernel, name)]
         self._library.ptx_configure(seed, copies)
         if grid[0] and self._library.ptx_launch(number, *grid, ctypes.byref(params)):

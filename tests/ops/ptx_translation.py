@@ -19,7 +19,8 @@ _TYPES = {
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _COMPARISONS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}  # unsigned
 _BINARY = {"add": "+", "sub": "-", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
-_SPECIAL = {"%tid.x": "uint32_t(thread_number())", "%ctaid.x": "uint32_t(block_x())", "%ctaid.y": "uint32_t(block_y())"}
+_SPECIAL = {"%tid.x": "uint32_t(thread_number())"}
+_SPECIAL |= {f"%ctaid.{axis}": f"uint32_t(block_{axis}())" for axis in "xyz"}
 _ASSERTION = re.compile(r"\{\s*\.reg \.b32 temp_param_reg;.*?call\.uni\s*__assertfail.*?\}", re.DOTALL)
 
 

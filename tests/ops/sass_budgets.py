@@ -26,10 +26,12 @@ _BEGIN, _END = "<!-- budgets: python -m tests.ops.sass_budgets -->\n", "<!-- end
 
 
 def short_name(kernel: sass.Kernel) -> str:
-    """Return the name of a kernel. " alone" marks the whole backward in one kernel, " split" a forward with splits."""
+    """Return the name of a kernel. " alone" marks the whole backward in one kernel, " split" a kernel with splits."""
     found = re.search("attention_forward|backward_rows|backward_keys", kernel.name)
     assert found is not None, kernel.name
-    return found[0] + ((" split" if "forward" in found[0] else " alone") if "Lb1E" in kernel.name else "")
+    flags = [flag == "1" for flag in re.findall("Lb([01])E", kernel.name)]
+    alone, split = flags if len(flags) == 2 else (False, *flags) if flags else (False, False)
+    return found[0] + " alone" * alone + " split" * split
 
 
 def measured_budgets(instantiation: str, architecture: str, kernels: Sequence[sass.Kernel]) -> dict[str, list[int]]:

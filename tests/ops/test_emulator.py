@@ -28,8 +28,8 @@ from tests.ops.cases import (
     resampler_case,
 )
 from tests.ops.emulator import COPIES, EmulationError, Emulator
-from trainer.benchmark.attention_baselines import ResamplerShape
-from trainer.benchmark.kernels_model import wanted_splits
+from trainer.benchmark.attention_baselines import CrossShape, ResamplerShape
+from trainer.benchmark.kernels_model import cross_splits, resampler_splits
 
 TYPES_AND_HEAD_DIMS = [
     (torch.bfloat16, 64),
@@ -89,12 +89,24 @@ def test_a_resampler_whose_keys_are_split(splitting: Emulator, dtype: torch.dtyp
         check(splitting, expect(resampler_case(lengths, **options)))
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), TYPES_AND_HEAD_DIMS, ids=str)
+def test_a_cross_attention_whose_rows_are_split(splitting: Emulator, dtype: torch.dtype, head_dim: int) -> None:
+    """Of three splits of a medium that one row or none sees, some get no row."""
+    text = [0] * 200 + [-1, 2]
+    cases = ((text, 2, None, 64), (PACKED, 3, 2, 63), (UNORDERED, 3, 1, 62), (text, 3, 1, 70))
+    for seed, (index, splits, num_kv_heads, num_latents) in enumerate(cases):
+        splitting.seed, splitting.copies, splitting.splits = seed, list(COPIES)[seed % len(COPIES)], splits
+        options = {"num_kv_heads": num_kv_heads, "num_latents": num_latents, "head_dim": head_dim, "dtype": dtype}
+        check(splitting, expect(cross_case(index, num_media=8, num_heads=2, seed=seed, **options)))
+
+
 def test_splits_do_not_depend_on_the_order_of_warps(splitting: Emulator) -> None:
     case, runs = resampler_case([400], dtype=torch.bfloat16), []
+    text = cross_case([0] * 300, num_media=1, dtype=torch.bfloat16)
     splitting.splits = 3
     for seed in range(3):
         splitting.seed = seed
-        runs.append(splitting.resampler(*case))
+        runs.append([*splitting.resampler(*case), *splitting.cross_attention(*text[:5], None, text.grad)])
     for results in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
 
@@ -103,11 +115,15 @@ def test_the_number_of_splits_is_that_of_the_model(emulator: Emulator) -> None:
     found = []
     for media, features, heads, latents in itertools.product((1, 4, 40), (0, 256, 2048), (2, 16), (5, 64, 130)):
         shape = ResamplerShape(media, features, heads, 64, latents)
-        found.append(emulator.wanted_splits(media, latents, media * features, heads))
-        assert found[-1] == wanted_splits(shape), shape
+        found.append(emulator.resampler_splits(media, latents, media * features, heads))
+        assert found[-1] == resampler_splits(shape), shape
+        text = CrossShape(2, max(features, media), media, heads, 64, latents, num_kv_heads=heads // 2)
+        found.append(emulator.cross_splits(2 * text.length, 2 * media, latents, heads, heads // 2))
+        assert found[-1] == cross_splits(text), text
     assert min(found) == 1 and max(found) > 6
-    assert emulator.wanted_splits(4, 64, 4 * 2048, 16) == 6 and emulator.wanted_splits(40, 64, 40 * 256, 16) == 1
-    assert emulator.wanted_splits(0, 64, 0, 16) == 1, "no media"
+    assert emulator.resampler_splits(4, 64, 4 * 2048, 16) == 6 and emulator.resampler_splits(40, 64, 40 * 256, 16) == 1
+    assert emulator.cross_splits(8 * 2048, 8, 64, 16, 16) == 3
+    assert emulator.resampler_splits(0, 64, 0, 16) == 1 and emulator.cross_splits(64, 0, 64, 16, 16) == 1, "no media"
 
 
 @pytest.mark.parametrize(("so_far", "num_kv_heads"), [(False, 2), (True, 1)], ids=["one medium", "so far"])
@@ -141,6 +157,16 @@ def test_the_ranges_of_tokens_are_those_of_the_cpu(
     emulator.cross_attention(*case[:5], None, case.grad)
     expected = torch.ops.flamingo.media_token_ranges(case.media_index, case.first_media, 8)
     assert torch.equal(emulator.token_ranges, expected)
+
+
+@pytest.mark.parametrize("num_media", [8, 1025])
+def test_the_longest_media_come_first(emulator: Emulator, num_media: int) -> None:
+    """With more than 1,024 media no order pays."""
+    case = cross_case(PACKED, num_media=num_media, num_latents=1, num_heads=1, dtype=torch.bfloat16)
+    emulator.cross_attention(*case[:5], None, case.grad)
+    begin, end = emulator.token_ranges
+    longest_first = (end - begin).clamp_min(0).argsort(descending=True, stable=True)
+    assert torch.equal(emulator.order.long(), longest_first if num_media == 8 else torch.arange(num_media))
 
 
 @pytest.mark.parametrize("index", [[-1] * 5, [0], [7], [0, -1] * 40], ids=["blind", "one row", "last medium", "gaps"])
@@ -265,6 +291,7 @@ MUTANTS = {
     "rows of a fragment shifted": ("tile.cuh", "fragment_row() + half * 8)", "fragment_row() + half * 7)"),
     "wrong rows of a matrix": ("tile.cuh", "n * 16 + (lane & 7) + ((lane >> 4) << 3)", "n * 16 + (lane & 7)"),
     "no mean in the gradient": ("attention_backward.cuh", "s[n][i] * (dp[n][i] - delta);", "s[n][i] * dp[n][i];"),
+    "two media in one place": ("masked_cross_attention.cuh", "other < medium);", "false);"),
     "values' gradient scaled": ("attention_backward.cuh", "dv, factor, factor,", "dv, scaled, scaled,"),
 }
 
@@ -287,15 +314,32 @@ def build_mutant(folder: Path, file: str, original: str, replacement: str) -> Em
 @functools.cache
 def split_cases() -> list[Expected]:
     options = {"num_heads": 2, "dtype": torch.bfloat16}
-    return [expect(resampler_case(lengths, num_latents=n, **options)) for n, lengths in ((64, [200, 0]), (70, [90]))]
+    media = [expect(resampler_case(lengths, num_latents=n, **options)) for n, lengths in ((64, [200, 0]), (70, [90]))]
+    text = [cross_case([0] * 300 + [2], num_media=3, num_latents=n, num_kv_heads=1, **options) for n in (64, 140)]
+    return [*media, *map(expect, text)]
 
 
 MUTANTS_OF_SPLITS = {
-    "a block of keys left out": ("problem.cuh", "left * (split + 1) / splits - begin;", "left / splits;"),
-    "a block of keys twice": ("problem.cuh", "const int begin = left * split / splits;", "const int begin = 0;"),
-    "parts in one place": ("attention_forward.cuh", "static_cast<int64_t>(split) * p.rows", "0"),
+    "a block of keys left out": ("problem.cuh", "begin + each + (split < more)", "begin + each"),
+    "a block of keys twice": ("problem.cuh", "split * each + min(split, more)", "split * each"),
+    "parts in one place": ("attention_forward.cuh", "static_cast<int64_t>(block_z()) * p.rows", "0"),
     "weights not added up": ("resampler_attention.cuh", "weights += weight;", "weights += 1.0f;"),
-    "a part left out": ("resampler_attention.cuh", "int split = 0; split", "int split = 1; split"),
+    "a part left out": ("resampler_attention.cuh", "int first = 0; first", "int first = 1; first"),
+    "first parts not rescaled": ("resampler_attention.cuh", "sum[i] *= rescale;", "sum[i] *= 1.0f;"),
+    "gradient of q without a part": ("tile.cuh", "int first = 0; first < splits", "int first = 1; first < splits"),
+    "gradients of v as those of k": ("attention_backward.cuh", "(parts + size, key_stride", "(parts, key_stride"),
+    "a part without rows not written": (
+        "masked_cross_attention.cuh",
+        "  backward_of_block<",
+        "  if (range.begin >= range.end) return;\n  backward_of_block<",
+    ),
+    "gradient of v not cleared": ("attention_backward.cuh", "clear(dv);", "if (range.begin == 0) clear(dv);"),
+    "rows of the first tile": ("problem.cuh", "{all.begin + tiles.begin * kTile,", "{all.begin,"),
+    "rows of the next part": ("problem.cuh", "min(all.end, all.begin + tiles.end * kTile)", "all.end"),
+    "parts of the wrong place": ("attention_backward.cuh", "2 * block_z() * size", "block_z() * size"),
+    "parts of q in one place": ("attention_backward.cuh", "static_cast<int64_t>(block_z()) * p.rows", "0"),
+    "a part of the gate's gradient lost": ("attention_backward.cuh", "(block) * p.splits + block_z()", "(block)"),
+    "gradients of k as those of v": ("masked_cross_attention.cuh", "block_y() * size + at", "at"),
     "lse of the largest part": ("resampler_attention.cuh", "maximum + natural_log(weights);", "maximum;"),
 }
 
@@ -304,7 +348,7 @@ MUTANTS_OF_SPLITS = {
 @pytest.mark.parametrize("name", MUTANTS_OF_SPLITS)
 def test_a_changed_kernel_with_splits_is_caught(name: str, tmp_path: Path) -> None:
     mutant = build_mutant(tmp_path, *MUTANTS_OF_SPLITS[name])
-    mutant.splits = 3
+    mutant.splits = 5
     assert is_caught(mutant, seeds=1, cases=split_cases)
 
 
@@ -313,7 +357,7 @@ def test_every_barrier_and_every_wait_of_splits_is_needed(small_emulator: Emulat
     small_emulator.splits = 2
     try:
         assert not is_caught(small_emulator, seeds=1, cases=split_cases)
-        for site in (site for site in small_emulator.sites() if site.file == "attention_forward.cuh"):
+        for site in (site for site in small_emulator.sites() if site.file.startswith("attention_")):
             small_emulator.skipped_site = site.number
             assert is_caught(small_emulator, seeds=3, cases=split_cases), site
     finally:

@@ -58,6 +58,10 @@ def test_compiled_kernels_are_as_exact_as_plain_torch(head_dim: int, dtype: torc
             check(emulator, expect(resampler_case(lengths, num_latents=num_latents, seed=seed, **same)))
         emulator.splits = 2
         check(emulator, expect(resampler_case([140, 1], num_latents=7, **same)))
+        check(emulator, expect(resampler_case([90], num_latents=70, **same)))
+        for num_latents in (64, 70):
+            case = cross_case([0] * 150 + [2], num_media=3, num_latents=num_latents, num_kv_heads=1, **same)
+            check(emulator, expect(case))
         emulator.splits = 1
 
 

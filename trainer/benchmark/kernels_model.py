@@ -8,7 +8,8 @@ rows say "modeled", because nothing is measured. ``ratio`` is the share of the f
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ _PRODUCTS = {"forward": 2, "backward": 5}  # of matrices, for each tile
 _FIRST_LAUNCH, _NEXT_LAUNCH = 3e-6, 1e-6  # seconds: launching and draining kernels
 _TILE, _BYTES = sass_paths.TILE, 2  # rows of a tile, bytes of a number
 _MOST_VISITS, _MOST_WAVES = 10, 3  # of a played sample; longer work is scaled by its instructions
-FORWARD, COMBINE, ROWS, KEYS = "attention_forward", "combine_parts", "backward_rows", "backward_keys"
+FORWARD, ROWS, KEYS = "attention_forward", "backward_rows", "backward_keys"
+COMBINE, SUM_ROWS, SUM_KEYS = "combine_parts", "sum_row_parts", "sum_key_parts"
 _ENOUGH_BLOCKS, _FEWEST_VISITS = 384, 4  # wanted_splits of csrc/cuda/params.h
 
 
@@ -37,24 +39,35 @@ class Launch:
     Attributes:
         op: Op, such as "masked_cross_attention".
         kernel: Part of the kernel's name.
-        flag: Its last template argument: whether it is the whole backward, or a forward with splits; None for others.
+        flags: Its last template arguments: whether it is the whole backward (of a backward), and whether it has splits.
         head_dim: Width of a head.
-        visits: Tiles that each block visits, for the blocks of one head.
+        visits: Tiles of each block of one head.
         heads: Heads of the grid.
         owned: Tiles that a block copies once.
         passes: How often a block visits its tiles.
         input_bytes: Bytes of all inputs, each once.
+        splits: Thread blocks that share the tiles of one.
+        longest_first: Whether the blocks with the most tiles start first.
     """
 
     op: str
     kernel: str
-    flag: bool | None
+    flags: tuple[bool, ...]
     head_dim: int
     visits: tuple[int, ...]
     heads: int
     owned: int
     passes: int
     input_bytes: int
+    splits: int = 1
+    longest_first: bool = False
+
+    def block_visits(self) -> list[int]:
+        """Return the tiles that each block visits, in the order of the grid."""
+        shares = [[_share(n, split, self.splits) for n in self.visits] for split in range(self.splits)]
+        if self.longest_first:
+            return [n for visits in shares for n in sorted(visits, reverse=True) for _ in range(self.heads)]
+        return [n for visits in shares for n in visits * self.heads]
 
 
 def run(cross: Sequence[CrossShape], resampler: Sequence[ResamplerShape]) -> list[Measurement]:
@@ -99,39 +112,67 @@ def cross_launches(shape: CrossShape) -> tuple[list[Launch], list[Launch]]:
     least = shape.min_bytes(_BYTES)[0]
     output = _BYTES * shape.rows * shape.length * shape.num_heads * shape.head_dim
     read = (least - output, least)  # the backward also reads the output's gradient
-    forward = Launch(op, FORWARD, False, shape.head_dim, rows, shape.num_heads, 1, 1, read[0])
+    forward = Launch(op, FORWARD, (False,), shape.head_dim, rows, shape.num_heads, 1, 1, read[0])
     alone = blocks_of_medium == 1
-    by_keys = Launch(op, KEYS, alone, shape.head_dim, keys, key_heads, 2, 1, read[1])
-    by_rows = Launch(op, ROWS, False, shape.head_dim, rows, shape.num_heads, 2, 2, read[1])
-    return [forward], [by_keys] if alone else [by_rows, by_keys]
+    splits = cross_splits(shape)
+    flags, ordered = (alone, splits > 1), alone and shape.head_dim == 64
+    by_keys = Launch(op, KEYS, flags, shape.head_dim, keys, key_heads, 2, 1, read[1], splits, ordered)
+    by_rows = Launch(op, ROWS, (False, False), shape.head_dim, rows, shape.num_heads, 2, 2, read[1])
+    k_and_v = 2 * shape.rows * shape.num_media * shape.num_latents * key_heads * shape.head_dim
+    backward = [by_keys] if alone else [by_rows, by_keys]
+    return [forward], backward + ([_sum(op, SUM_KEYS, shape.head_dim, k_and_v, splits)] if splits > 1 else [])
 
 
 def resampler_launches(shape: ResamplerShape) -> tuple[list[Launch], list[Launch]]:
     """Return the launches of forward and backward of a resampler with up to 64 latents."""
     op, read, count = "resampler_attention", shape.min_bytes(_BYTES)[0], -(-shape.num_features // _TILE) + 1
-    visits, splits = (count,) * shape.num_media, wanted_splits(shape)
-    shares = tuple(count * (i + 1) // splits - count * i // splits for i in range(splits)) * shape.num_media
-    forward = [Launch(op, FORWARD, splits > 1, shape.head_dim, shares, shape.num_heads, 1, 1, read)]
-    if splits > 1:
-        columns = shape.num_media * shape.num_latents * shape.num_heads * shape.head_dim
-        blocks, part_bytes = -(-columns // 8 // sass_paths.THREADS), 4 * splits * columns
-        forward.append(Launch(op, COMBINE, None, shape.head_dim, (1,) * blocks, 1, 0, 0, part_bytes))
-    return forward, [Launch(op, ROWS, True, shape.head_dim, visits, shape.num_heads, 2, 1, read)]
+    splits = resampler_splits(shape)
+    visits, has_splits = (count,) * shape.num_media, splits > 1
+    forward = [Launch(op, FORWARD, (has_splits,), shape.head_dim, visits, shape.num_heads, 1, 1, read, splits)]
+    backward = [Launch(op, ROWS, (True, has_splits), shape.head_dim, visits, shape.num_heads, 2, 1, read, splits)]
+    if has_splits:
+        numbers = shape.num_media * shape.num_latents * shape.num_heads * shape.head_dim
+        forward.append(_sum(op, COMBINE, shape.head_dim, numbers, splits))
+        backward.append(_sum(op, SUM_ROWS, shape.head_dim, numbers, splits))
+    return forward, backward
 
 
-def wanted_splits(shape: ResamplerShape) -> int:
-    """Return how many thread blocks share the keys of a row tile in a forward, as csrc/cuda/params.h decides."""
+def _sum(op: str, kernel: str, head_dim: int, numbers: int, splits: int) -> Launch:
+    """Return the launch that adds the parts of a kernel with splits. A thread computes eight numbers."""
+    blocks = -(-numbers // 8 // sass_paths.THREADS)
+    return Launch(op, kernel, (), head_dim, (1,) * blocks, 1, 0, 0, 4 * splits * numbers)
+
+
+def _share(tiles: int, split: int, splits: int) -> int:
+    """Return how many of the tiles one of several thread blocks visits, or 1: share_of of csrc/cuda/problem.cuh."""
+    return max(1, tiles // splits + (split < tiles % splits))
+
+
+def cross_splits(shape: CrossShape) -> int:
+    """Return how many thread blocks share the rows of a key block in the backward."""
+    key_heads = shape.num_kv_heads or shape.num_heads
+    key_blocks = shape.rows * shape.num_media * -(-shape.num_latents // _TILE)
+    tiles = shape.length // shape.num_media // _TILE
+    return max(1, min(_wanted_splits(key_blocks * key_heads, tiles * (shape.num_heads // key_heads)), tiles))
+
+
+def resampler_splits(shape: ResamplerShape) -> int:
+    """Return how many thread blocks share the keys of a row tile."""
     tiles = -(-shape.num_latents // _TILE)
-    blocks = shape.num_media * tiles * shape.num_heads
+    return _wanted_splits(shape.num_media * tiles * shape.num_heads, shape.num_features // _TILE + tiles)
+
+
+def _wanted_splits(blocks: int, visits: int) -> int:
+    """Return what csrc/cuda/params.h decides."""
     if blocks == 0 or blocks >= _ENOUGH_BLOCKS:
         return 1
-    return max(1, min(-(-_ENOUGH_BLOCKS // blocks), (shape.num_features // _TILE + tiles) // _FEWEST_VISITS))
+    return max(1, min(-(-_ENOUGH_BLOCKS // blocks), visits // _FEWEST_VISITS))
 
 
 def find_kernel(launch: Launch, kernels: Sequence[sass.Kernel]) -> sass.Kernel:
     """Return the kernel of a launch."""
-    flag = "" if launch.flag is None else f"Lb{int(launch.flag)}E"
-    [found] = [kernel for kernel in kernels if launch.kernel in kernel.name and flag in kernel.name]
+    flags = "".join(f"Lb{int(flag)}E" for flag in launch.flags)
+    [found] = [kernel for kernel in kernels if launch.kernel in kernel.name and flags in kernel.name]
     return found
 
 
@@ -139,29 +180,46 @@ def _seconds(launch: Launch) -> float:
     kernel = find_kernel(launch, _kernels(launch.op, launch.head_dim))
     shared = block_bytes(launch.kernel, launch.head_dim)
     resident = multiprocessor_model.resident_blocks(kernel, shared, ARCHITECTURE)
-    visits = (launch.visits * launch.heads)[:: multiprocessor_model.MULTIPROCESSORS]  # the busiest one's
-    slots = {n: len(_path(launch.op, kernel, launch.head_dim, n)) for n in (1, 2)}
+    first, second = (len(_path(launch.op, kernel, launch.head_dim, n)) for n in (1, 2))
+
+    def slots(visits: int) -> int:
+        return first + (visits - 1) * (second - first)
+
+    visits = busiest(launch.block_visits(), resident, slots)
     sample = [min(n, _MOST_VISITS) for n in visits[: _MOST_WAVES * resident]]
     paths = [_path(launch.op, kernel, launch.head_dim, n) for n in sample]
-    copied = (
-        sum(launch.owned + 2 * launch.passes * n for n in launch.visits)
-        * launch.heads
-        * _TILE
-        * launch.head_dim
-        * _BYTES
-    )
+    tiles = sum(launch.owned + 2 * launch.passes * n for n in launch.block_visits())
+    copied = tiles * _TILE * launch.head_dim * _BYTES
     share = min(1.0, launch.input_bytes / copied) if copied else 0.0
     seconds = multiprocessor_model.seconds(kernel, paths, resident, share)
-    total, played = (sum(slots[1] + (n - 1) * (slots[2] - slots[1]) for n in counts) for counts in (visits, sample))
-    # Combining reads the parts from the L2 cache, where they have just been written.
-    least = launch.input_bytes / _L2_BYTES_PER_SECOND if launch.kernel == COMBINE else 0.0
+    total, played = (sum(slots(n) for n in counts) for counts in (visits, sample))
+    # A sum reads the parts from the L2 cache, where they have just been written.
+    least = 0.0 if copied else launch.input_bytes / _L2_BYTES_PER_SECOND
     return max(seconds * total / played, least)
+
+
+def busiest(visits: Sequence[int], resident: int, slots: Callable[[int], int]) -> list[int]:
+    """Return the tiles of the blocks that the busiest multiprocessor gets.
+
+    Args:
+        visits: Tiles of each block, in the order of the grid. A block starts where one ends first.
+        resident: Blocks that a multiprocessor holds.
+        slots: Instructions of a block by its tiles.
+    """
+    count = multiprocessor_model.MULTIPROCESSORS
+    places = [(0, place) for place in range(count * resident)]  # when they are free
+    found: list[list[int]] = [[] for _ in range(count)]
+    for n in visits:
+        free, place = heapq.heappop(places)
+        found[place % count].append(n)
+        heapq.heappush(places, (free + slots(n), place))
+    return max(found, key=lambda blocks: sum(map(slots, blocks)))
 
 
 def block_bytes(kernel: str, head_dim: int) -> int:
     """Return the shared memory of a block: csrc/cuda/attention_forward.cuh and attention_backward.cuh."""
     pitch = 128 if head_dim == 96 else head_dim
-    if kernel == COMBINE:
+    if kernel in (COMBINE, SUM_ROWS, SUM_KEYS):
         return 0
     return 5 * pitch * _TILE * _BYTES if kernel.startswith(FORWARD) else shared_bytes(head_dim)
 

@@ -44,6 +44,7 @@ class _Warp:
     at: int = 0
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
     copies_arrive: float = 0.0
+    groups_arrive: list[float] = field(default_factory=list)  # of committed copies
 
 
 @dataclass
@@ -115,7 +116,7 @@ class _Multiprocessor:
         if instruction.waits_for:
             cycle = max(cycle, *(warp.scoreboards[k] for k in range(6) if instruction.waits_for >> k & 1))
         if instruction.name == "DEPBAR":
-            cycle = max(cycle, warp.scoreboards[0], warp.copies_arrive)
+            cycle = max(cycle, *warp.groups_arrive[: len(warp.groups_arrive) - _pending_groups(instruction)][-1:], 0.0)
         return max(cycle, self._path_free - _QUEUE) if unit == "memory" else cycle
 
     def _issue(self, now: float, warp: _Warp, scheduler: int, i: int) -> None:
@@ -136,7 +137,8 @@ class _Multiprocessor:
         elif instruction.name == "STG":
             self._memory_free = max(self._memory_free, now) + _stored_bytes(instruction) / BYTES_PER_CYCLE
         elif instruction.name == "LDGDEPBAR":
-            done = max(now, warp.copies_arrive)
+            warp.groups_arrive.append(max(now, warp.copies_arrive))
+            return
         if instruction.write_barrier < 6:
             warp.scoreboards[instruction.write_barrier] = max(warp.scoreboards[instruction.write_barrier], done)
         if instruction.read_barrier < 6:
@@ -168,6 +170,11 @@ class _Multiprocessor:
                 for waiting in warp.block.waiting:
                     heapq.heappush(self._ready, (now + _BARRIER, waiting))
                 warp.block.waiting = []
+
+
+def _pending_groups(instruction: Instruction) -> int:
+    """Return how many groups of copies may still be on their way after a wait: DEPBAR.LE SB0, 0x1."""
+    return int(instruction.text.rpartition(",")[2], 16)
 
 
 def _stored_bytes(instruction: Instruction) -> int:
