@@ -1,5 +1,8 @@
 // Computes the forward of both ops. A thread block owns 64 query rows of one head and visits their keys 64 at a time,
 // with a running maximum and sum. While one block of keys is used, the next is being copied.
+//
+// Width 64 has two stages of keys and values. Other widths have three tiles that keys and values use in turns, so that a
+// multiprocessor of sm_90 holds three thread blocks instead of two.
 #pragma once
 #include "problem.cuh"
 
@@ -7,8 +10,11 @@ namespace flamingo {
 namespace cuda {
 
 template <int kWidth>
+constexpr bool kTakesTurns = kWidth != 64;
+
+template <int kWidth>
 constexpr int forward_shared_bytes() {
-  return 5 * Tile<kWidth>::kSize * static_cast<int>(sizeof(uint16_t));
+  return (kTakesTurns<kWidth> ? 4 : 5) * Tile<kWidth>::kSize * static_cast<int>(sizeof(uint16_t));
 }
 
 // Running statistics of the two rows of a thread; the sums are of this lane's columns only.
@@ -83,27 +89,16 @@ FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with 4 blocks
+constexpr int kWideBlocks = 2, kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with 4 blocks
 #else
-constexpr int kResamplerBlocks = 4;
+constexpr int kWideBlocks = 3, kResamplerBlocks = 4;
 #endif
 
-// With kSplits several thread blocks share the keys of a row tile. Each writes a part: an output of its own.
-template <Type kType, int kWidth, class Problem, bool kSplits = false>
-FLAMINGO_KERNEL(kThreads, kWidth != 64 ? 2 : Problem::kSavesStatistics ? kResamplerBlocks : 4)
-attention_forward(const typename Problem::Params p) {
-  uint16_t* queries = shared_memory();
-  uint16_t* stages = queries + Tile<kWidth>::kSize;  // two times keys and values
-  const int head = block_y(), key_head = Problem::key_head(p, head);
-  const Rows rows = Problem::row_tile(p, block_x());
-  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-  typename Problem::Walk walk(p, rows, key_head);
-  if constexpr (kSplits) walk.take(block_z(), p.splits);
-  const float log2_scale = p.scale * 1.4426950408889634f;
-
-  Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
-  float sum[kWidth / 8][4];
-  clear(sum);
+// Visits the blocks of keys of a row tile. Two stages of keys and values follow the queries in shared memory.
+template <Type kType, int kWidth, class Walk>
+FLAMINGO_DEVICE void visit_in_stages(Walk& walk, uint16_t* queries, Softmax& state, float (&sum)[kWidth / 8][4],
+                                     float log2_scale) {
+  uint16_t* stages = queries + Tile<kWidth>::kSize;
   if (walk.left > 0) copy_keys<kWidth>(stages, walk.keys());
   commit_copies();
   for (int stage = 0; walk.left > 0; stage ^= 1) {
@@ -122,6 +117,68 @@ attention_forward(const typename Problem::Params p) {
     update_softmax(state, s, sum, log2_scale);
     accumulate_rows<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
   }
+}
+
+// Does the same with three tiles instead of two stages: while keys and values are used one after the other, the next
+// ones are copied into the tile that is free.
+template <Type kType, int kWidth, class Walk>
+FLAMINGO_DEVICE void visit_in_turns(Walk& walk, uint16_t* queries, Softmax& state, float (&sum)[kWidth / 8][4],
+                                    float log2_scale) {
+  const auto copy_k = [&](uint16_t* tile) {
+    const Keys keys = walk.keys();
+    if (walk.left > 0) copy_tile<kWidth>(tile, keys.k, keys.k_stride, keys.valid);
+    commit_copies();
+  };
+  const auto copy_v = [&](uint16_t* tile) {
+    const Keys keys = walk.keys();
+    if (walk.left > 0) copy_tile<kWidth>(tile, keys.v, keys.v_stride, keys.valid);
+    commit_copies();
+  };
+  uint16_t *k = queries + Tile<kWidth>::kSize, *v = k + Tile<kWidth>::kSize, *unused = v + Tile<kWidth>::kSize;
+  copy_k(k);
+  copy_v(v);
+  while (walk.left > 0) {
+    const bool sees_first = walk.sees_first(), sees_second = walk.sees_second();
+    const bool sees_any = any_lane(sees_first || sees_second);
+    const int valid = walk.valid();
+    wait_copies<1>();
+    barrier();  // all warps can read these keys, and no warp reads the values before them any more
+    walk.advance();
+    copy_k(unused);
+    float s[8][4];
+    if (sees_any) {
+      multiply_transposed<kType, kWidth>(s, queries, k);
+      mask_scores(s, valid, sees_first, sees_second);
+      update_softmax(state, s, sum, log2_scale);
+    }
+    wait_copies<1>();
+    barrier();  // all warps can read these values, and no warp reads the keys any more
+    copy_v(k);
+    if (sees_any) accumulate_rows<kType, kWidth>(sum, s, v);
+    uint16_t* const read = v;
+    v = k;
+    k = unused;
+    unused = read;
+  }
+}
+
+// With kSplits several thread blocks share the keys of a row tile. Each writes a part: an output of its own.
+template <Type kType, int kWidth, class Problem, bool kSplits = false>
+FLAMINGO_KERNEL(kThreads, kWidth != 64 ? kWideBlocks : Problem::kSavesStatistics ? kResamplerBlocks : 4)
+attention_forward(const typename Problem::Params p) {
+  uint16_t* queries = shared_memory();
+  const int head = block_y(), key_head = Problem::key_head(p, head);
+  const Rows rows = Problem::row_tile(p, block_x());
+  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  typename Problem::Walk walk(p, rows, key_head);
+  if constexpr (kSplits) walk.take(block_z(), p.splits);
+  const float log2_scale = p.scale * 1.4426950408889634f;
+
+  Softmax state = {minus_infinity(), minus_infinity(), 0.0f, 0.0f};
+  float sum[kWidth / 8][4];
+  clear(sum);
+  if constexpr (kTakesTurns<kWidth>) visit_in_turns<kType, kWidth>(walk, queries, state, sum, log2_scale);
+  else visit_in_stages<kType, kWidth>(walk, queries, state, sum, log2_scale);
 
   const float sum_first = sum_of_row(state.sum_first), sum_second = sum_of_row(state.sum_second);
   const float factor = kSplits ? 1.0f : out_factor(p);

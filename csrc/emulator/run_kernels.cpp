@@ -24,8 +24,10 @@ int dispatch(int type, int width, int backward, const Params& p) {
 #define FLAMINGO_CASE(T, W)                                    \
   if (type == static_cast<int>(Type::T) && width == W)         \
     return guarded([&] { return backward ? Launches<Type::T, W>::backward(p, nullptr) : Launches<Type::T, W>::forward(p, nullptr); });
+#if defined(FLAMINGO_EMULATE_ONE)
+  FLAMINGO_CASE(kBFloat16, FLAMINGO_EMULATE_ONE)
+#else
   FLAMINGO_CASE(kBFloat16, 64)
-#if !defined(FLAMINGO_EMULATE_ONE)
   FLAMINGO_CASE(kBFloat16, 96)
   FLAMINGO_CASE(kBFloat16, 128)
   FLAMINGO_CASE(kFloat16, 64)

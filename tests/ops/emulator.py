@@ -98,17 +98,17 @@ def why_unavailable() -> str | None:
     return None if shutil.which("g++") else "no g++ to build the emulator"
 
 
-def build(folder: Path, csrc: Path = CSRC, *, one_width: bool = False) -> Emulator:
+def build(folder: Path, csrc: Path = CSRC, *, only: int | None = None) -> Emulator:
     """Compile the emulator and the kernels into ``folder``.
 
     Args:
         folder: Folder for the library.
         csrc: Folder of the sources.
-        one_width: Whether to compile bfloat16 of head_dim 64 alone.
+        only: The only head_dim to compile, in bfloat16; None compiles all, and float16.
     """
     library = folder / "libemulator.so"
-    command = ["g++", "-std=c++17", "-O1" if one_width else "-O2", "-shared", "-fPIC", "-DFLAMINGO_EMULATOR", "-w"]
-    command += ["-DFLAMINGO_EMULATE_ONE"] if one_width else []
+    command = ["g++", "-std=c++17", "-O1" if only else "-O2", "-shared", "-fPIC", "-DFLAMINGO_EMULATOR", "-w"]
+    command += [f"-DFLAMINGO_EMULATE_ONE={only}"] if only else []
     sources = [str(csrc / "emulator" / name) for name in ("simt.cpp", "run_kernels.cpp")]
     result = subprocess.run([*command, "-o", str(library), *sources], capture_output=True, text=True, check=False)
     if result.returncode != 0:

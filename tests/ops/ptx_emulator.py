@@ -137,7 +137,7 @@ class PtxEmulator(Emulator):
 
     def _forward_bytes(self) -> int:
         pitch = 128 if self._head_dim == 96 else self._head_dim
-        return 5 * pitch * _TILE * 2
+        return (5 if self._head_dim == 64 else 4) * pitch * _TILE * 2
 
     def _chunk_blocks(self, rows: int) -> int:
         return -(-rows * self._head_dim // 8 // _THREADS)

@@ -253,7 +253,7 @@ def is_caught(emulator: Emulator, seeds: int, cases: Callable[[], list[Expected]
 @pytest.fixture(scope="module")
 def small_emulator(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Emulator:
     """Build bfloat16 of head_dim 64 alone, so that its list of sites is complete after one run."""
-    built = emulation.build(Path(tmp_path_factory.mktemp("one_width")), one_width=True)
+    built = emulation.build(Path(tmp_path_factory.mktemp("head_dim_64")), only=64)
     assert all(passes(built, seed, copies) for seed in range(2) for copies in COPIES)
     return built
 
@@ -302,13 +302,47 @@ def test_a_changed_kernel_is_caught(name: str, small_emulator: Emulator, tmp_pat
     assert is_caught(build_mutant(tmp_path, *MUTANTS[name]), seeds=1)
 
 
-def build_mutant(folder: Path, file: str, original: str, replacement: str) -> Emulator:
+def build_mutant(folder: Path, file: str, original: str, replacement: str, head_dim: int = 64) -> Emulator:
     shutil.copytree(emulation.CSRC, folder / "csrc")
     source = folder / "csrc" / "cuda" / file
     text = source.read_text()
     assert original in text, "the mutant no longer fits the source"
     source.write_text(text.replace(original, replacement))
-    return emulation.build(folder, folder / "csrc", one_width=True)
+    return emulation.build(folder, folder / "csrc", only=head_dim)
+
+
+@functools.cache
+def wide_cases() -> list[Expected]:
+    """Return cases of head_dim 128, where keys and values use three tiles in turns."""
+    options = {"num_heads": 1, "head_dim": 128, "dtype": torch.bfloat16}
+    text = cross_case(LONG_TEXT[:100], num_media=4, num_latents=140, so_far=True, **options)
+    return [expect(text), expect(resampler_case([200, 60], num_latents=30, **options))]
+
+
+MUTANTS_OF_TURNS = {
+    "values in the place of the next keys": ("attention_forward.cuh", "copy_v(k);", "copy_v(unused);"),
+    "keys over the values in use": ("attention_forward.cuh", "copy_k(unused);", "copy_k(v);"),
+    "tiles not exchanged": ("attention_forward.cuh", "unused = read;", "unused = k;"),
+    "a barrier that not all warps reach": ("attention_forward.cuh", "copy_k(unused);", "if (!sees_any) continue;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS_OF_TURNS)
+def test_a_changed_kernel_with_turns_is_caught(name: str, tmp_path: Path) -> None:
+    assert is_caught(build_mutant(tmp_path, *MUTANTS_OF_TURNS[name], 128), seeds=1, cases=wide_cases)
+
+
+@pytest.mark.slow
+def test_every_barrier_and_every_wait_of_turns_is_needed(tmp_path: Path) -> None:
+    wide = emulation.build(tmp_path, only=128)
+    assert not is_caught(wide, seeds=1, cases=wide_cases)
+    assert all(passes(wide, 0, copies, wide_cases) for copies in COPIES)
+    sites = [site for site in wide.sites() if site.file == "attention_forward.cuh"]
+    assert len(sites) == 4
+    for site in sites:
+        wide.skipped_site = site.number
+        assert is_caught(wide, seeds=3, cases=wide_cases), site
 
 
 @functools.cache

@@ -31,6 +31,13 @@ def test_head_dim_64_leaves_room_for_more_blocks(name: str) -> None:
             assert registers <= 168 and blocks == 3
 
 
+@pytest.mark.parametrize("name", [name for name in INSTANTIATIONS if "_64_" not in name])
+def test_wide_forwards_leave_room_for_three_blocks(name: str) -> None:
+    for kernel, (registers, blocks, *_) in BUDGETS[f"{name} sm_90a"].items():
+        if "forward" in kernel:
+            assert registers <= 168 and blocks == 3
+
+
 def test_short_names() -> None:
     names = {
         "_ZN13backward_rowsILi64ELb1ELb1EEEv": "backward_rows alone split",

@@ -221,7 +221,8 @@ def block_bytes(kernel: str, head_dim: int) -> int:
     pitch = 128 if head_dim == 96 else head_dim
     if kernel in (COMBINE, SUM_ROWS, SUM_KEYS):
         return 0
-    return 5 * pitch * _TILE * _BYTES if kernel.startswith(FORWARD) else shared_bytes(head_dim)
+    forward = (5 if head_dim == 64 else 4) * pitch * _TILE * _BYTES
+    return forward if kernel.startswith(FORWARD) else shared_bytes(head_dim)
 
 
 @functools.cache
