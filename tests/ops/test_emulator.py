@@ -219,6 +219,7 @@ def long_cases() -> list[Expected]:
         expect(cross_case(LONG_TEXT[:200], num_media=4, num_latents=140, so_far=True, **options)),
         expect(resampler_case([200, 60], num_latents=30, **options)),
         expect(resampler_case([70, 90], num_latents=200, **options)),
+        expect(cross_case([0] * 5 + [1] * 5, num_media=2, **options)),  # equally long media
     ]
 
 
