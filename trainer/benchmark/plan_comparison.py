@@ -56,7 +56,7 @@ def _pairs(prediction: Prediction, measured: dict[str, float]) -> Iterator[tuple
     yield "memory of a device", "MiB", prediction.total_memory / _MIB, measured["peak memory of a device"]
     yield "sent by a device in a step", "MiB", prediction.sent / _MIB, measured["sent by a device"]
     collectives = measured.get("collectives that gather", 0.0) + measured.get("collectives that reduce", 0.0)
-    if collectives:
+    if collectives and prediction.messages:  # a single process sends nothing, and older results have no count
         yield "collectives of a step", "", prediction.messages, collectives
     yield "a step", "s", prediction.step_seconds, measured["step, median"]
     computing = sum(
