@@ -137,17 +137,19 @@ class ModelSizes:
             again += self.recomputed_again(recomputed, threshold, replicated, together)
         elements = share * (micro_batches * (gathered + again + self.trainable) + persistent)
         small = sum(parameter.numel() <= threshold for parameter in _moved(self._all, replicated))
-        gathers = self._gathers(zero, gathered, again, self._fetches[together].in_backward(recomputed), together)
+        gathers = self._gathers(zero, gathered, again, self._fetches[together], recomputed)
         messages = micro_batches * (gathers + buckets) + small + NORM_MESSAGES
         return Traffic(elements, messages, share * micro_batches * self.trainable)
 
-    def _gathers(self, zero: Mapping[str, Any], gathered: float, again: float, fetches: int, together: bool) -> int:
+    def _gathers(
+        self, zero: Mapping[str, Any], gathered: float, again: float, fetches: _Fetches, recomputed: int
+    ) -> int:
         """Return the messages in which a micro-batch gathers what its forward and its backward need."""
         live = zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)
         ahead = min(zero.get("stage3_prefetch_bucket_size", _PREFETCHED), live)
         if ahead:  # what is gathered ahead shares a message with what is used
             return sum(min(self._units, math.ceil(elements / ahead)) for elements in (gathered, again))
-        return self._fetches[together].total + (fetches if again else 0)
+        return fetches.total + (fetches.in_backward(recomputed) if again else 0)
 
     def _held(self, parameter: nn.Parameter) -> float:
         return parameter.numel() * parameter.element_size() / self._itemsize
