@@ -13,8 +13,9 @@ from trainer.entry import exit_now
 def main() -> int:
     """Train with the bug; return the exit code of ``trainer.train.main``."""
     from trainer import loop, train
+    from trainer.observers.step_observer import StepObserver
 
-    class Bug(loop.StepObserver):
+    class Bug(StepObserver):
         def begin(self, step: int, engine: Any, skip_reason: str | None) -> None:
             if step == 4 and os.environ["RANK"] == "1":
                 raise ValueError("a bug at step 4")

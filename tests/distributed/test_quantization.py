@@ -59,11 +59,11 @@ def test_two_processes_train_over_codes_as_one_and_send_what_the_plan_predicts()
                 assert found[f"{method} {stage}"] == pytest.approx(losses_of_one, rel=1e-5), (method, stage)
         assert one[f"{method} 2"] == pytest.approx(one[f"{method} 1"], rel=1e-5)
     for found in two:
-        [(whole, planned_whole), *quantized] = found["sent"]
-        assert planned_whole == pytest.approx(whole, rel=0.01)
-        for method, (sent, planned) in zip(METHODS, quantized, strict=True):
-            assert planned == pytest.approx(sent, rel=0.01), method
-            assert sent < MOST_SENT[method] * whole
+        whole, *quantized = found["sent"]
+        assert whole.planned_sent == pytest.approx(whole.sent, rel=0.01)
+        for method, traffic in zip(METHODS, quantized, strict=True):
+            assert traffic.planned_sent == pytest.approx(traffic.sent, rel=0.01), method
+            assert traffic.sent < MOST_SENT[method] * whole.sent
 
 
 def stopped_and_resumed(world: Any, settings: dict[str, dict[str, Any]]) -> None:
