@@ -54,12 +54,14 @@ class Activations:
         peak: Most that exists at any moment of forward and backward, ``saved`` included.
         blocks: Share of ``saved`` of each block of the language model with the cross-attention before it.
         vision: Most that exists until the vision tower is done.
+        head: Share of ``saved`` of what follows the last block: the output embedding and the loss.
     """
 
     saved: int
     peak: int
     blocks: tuple[int, ...]
     vision: int
+    head: int = 0
 
 
 def count_activations(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linear = F.linear) -> Activations:
@@ -98,7 +100,7 @@ def _count(model: Flamingo, batch: MicroBatch, dtype: torch.dtype, linear: Linea
         inputs = _make_inputs(model, batch)
         step = _Step(model)
         torch.func.functional_call(step, {f"model.{name}": tensor for name, tensor in state.items()}, (inputs,))
-    return Activations(step.saved.total, step.peak, tuple(step.saved.blocks), step.vision)
+    return Activations(step.saved.total, step.peak, tuple(step.saved.blocks), step.vision, step.saved.head)
 
 
 class _Step(nn.Module):
@@ -170,11 +172,12 @@ class SavedTensors:
     Attributes:
         total: Bytes.
         blocks: Bytes that each block of the language model was the first to keep.
+        head: Bytes that were first kept after the last block.
     """
 
     def __init__(self, model: Flamingo) -> None:
         """Count for the parameters and blocks of ``model``."""
-        self.total = 0
+        self.total = self.head = 0
         self.blocks = [0] * model.language_model.num_blocks
         self._model = model
         self._block: int | None = None
@@ -202,7 +205,7 @@ class SavedTensors:
             handle.remove()
 
     def _enter(self, block: int | None) -> None:
-        self._block = block
+        self._block, self.head = block, 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
         identity = storage_id(tensor)
@@ -213,6 +216,7 @@ class SavedTensors:
         self._seen.add(identity)
         size = tensor.untyped_storage().nbytes()
         self.total += size
+        self.head += size
         if self._block is not None:
             self.blocks[self._block] += size
         return tensor

@@ -62,7 +62,7 @@ class ActivationMemory:
         none, every = self.count(batch, 0), self.count(batch, blocks)
         kept = (*every.blocks[:recomputed], *none.blocks[recomputed:])
         saved = none.saved - sum(none.blocks) + sum(kept)
-        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept, none.vision)
+        return Activations(saved, max(saved + none.peak - none.saved, every.peak), kept, none.vision, none.head)
 
 
 def _extrapolate(one: Activations, two: Activations, rows: int) -> Activations:
@@ -72,8 +72,8 @@ def _extrapolate(one: Activations, two: Activations, rows: int) -> Activations:
         return first + (rows - 1) * (second - first)
 
     blocks = tuple(at(first, second) for first, second in zip(one.blocks, two.blocks, strict=True))
-    vision = at(one.vision, two.vision)
-    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks, vision)
+    vision, head = at(one.vision, two.vision), at(one.head, two.head)
+    return Activations(at(one.saved, two.saved), at(one.peak, two.peak), blocks, vision, head)
 
 
 def recomputed_blocks(config: FlamingoRunConfig, memory: ActivationMemory, plans: Iterable[SourcePlan]) -> int:

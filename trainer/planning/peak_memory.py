@@ -3,7 +3,8 @@
 Some tensors stay (parameters, optimizer state, buckets); others exist only at some moments. A step needs most memory
 at one of these: when a micro-batch's loss is computed; when its backward begins (ZeRO-1 and 2 allocate their reduce
 bucket then); when its gradients are reduced; or, under ZeRO-3, in the vision tower, while the parameters behind it are
-gathered. DeepSpeed 0.19 was observed to allocate these tensors (``tests/planning/test_peak_memory.py``).
+gathered, or in the last block, while the pieces of the parameters that were gathered last still exist. DeepSpeed 0.19
+was observed to allocate these tensors (``tests/planning/test_peak_memory.py``).
 """
 
 from __future__ import annotations
@@ -172,8 +173,8 @@ def _moments_of_zero_3(
 ) -> Iterator[tuple[str, Parts]]:
     """Yield what exists beside the permanent tensors.
 
-    A gathered parameter exists twice until it is used: as the pieces of the ranks, and assembled. A single rank that
-    holds all parameters on its device gathers nothing.
+    A gathered parameter exists twice until all that were gathered with it are used: as the pieces of the ranks, and
+    assembled. A single rank that holds all parameters on its device gathers nothing.
     """
     most = zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS)
     gathers = sizes.ranks > 1 or _offloads(zero, "param")
@@ -181,8 +182,10 @@ def _moments_of_zero_3(
     live, behind = (sizes.itemsize * min(many, most) * gathers for many in (sizes.gathered, behind_tower))
     together = max(zero["stage3_prefetch_bucket_size"], 0 if sizes.replicated else sizes.largest_block)
     in_flight = sizes.itemsize * gathers * min(sizes.gathered, together)
-    gathered = {"gathered parameters": live, "gathered, not yet assembled": in_flight}
+    gathered = {"gathered parameters": live, "gathered, in pieces": in_flight}
     yield "the vision tower", gathered | {"temporaries": activations.vision}
+    last = {"gathered parameters": behind, "gathered, in pieces": min(in_flight, behind)}
+    yield "the last block", last | {"saved activations": activations.saved - activations.head}
     yield "the loss", {"gathered parameters": behind, **_at_the_loss(activations)}
     reduced = sizes.itemsize * min(sizes.trainable, zero["reduce_bucket_size"])
     converted = _FLOAT32 * sizes.trainable / sizes.ranks if sizes.itemsize < _FLOAT32 else 0.0
