@@ -153,6 +153,26 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, columns: int, 
     return values * by_block.expand(-1, -1, block).reshape(rows, -1)[:, :columns]
 
 
+def dequantize_bytes(method: QuantizationMethod, itemsize: int) -> float:
+    """Return the bytes that ``dequantize`` reads and writes for each weight.
+
+    Args:
+        method: How the weights are kept.
+        itemsize: Bytes of a weight of the result.
+    """
+    scaled = 2 * itemsize  # reads the values and writes the weights; few bytes are scales
+    if method == "int8":
+        return 1 + itemsize + scaled
+    indices = 0.5 + 2 * 2  # a byte and an int32 serve two weights; the int32 is written and read
+    return indices + itemsize + scaled
+
+
+def num_quantized(module: nn.Module) -> int:
+    """Return how many weights of a module are kept as codes."""
+    layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def levels() -> list[float]:
     """Return the 16 levels of nf4 from -1 to 1: 8 quantiles above zero, 7 below it, and zero."""
 

@@ -43,6 +43,7 @@ def test_the_plan_of_two_processes_follows_their_rates(tmp_path: Path, capsys: p
     assert {row["case"] for row in rows} == {
         "blocks",
         "ZeRO-3",
+        "dequantize",
         "optimizer",
         "all_gather_into_tensor",
         "reduce_scatter_tensor",
@@ -77,6 +78,7 @@ def test_messages_and_reduce_scatters_have_a_time_of_their_own(tmp_path: Path) -
         row("blocks", "width 512", 1e9),
         row("optimizer", "AdamW under ZeRO-3", 1e9),
         row("memory", "per device", 1),
+        row("dequantize", "int8", 4e8),
     ]
     rows += [row("ZeRO-3", "weights made whole", 5e8)]
     rows += [row("all_gather_into_tensor", f"{small} bytes", small / 2 / (0.002 + 10e-9 * small / 2))]
@@ -89,6 +91,7 @@ def test_messages_and_reduce_scatters_have_a_time_of_their_own(tmp_path: Path) -
     assert device.message_seconds == (pytest.approx(0.002), 0.0)
     assert device.scatter_ratio == pytest.approx(3)
     assert device.made_whole == 5e8
+    assert device.dequantized == {"int8": 4e8}
 
 
 @pytest.mark.parametrize(

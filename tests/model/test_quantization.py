@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from model import quantization
 from model.config import FlamingoConfig, QuantizationMethod, TrainableConfig
 from model.factory import build_flamingo
 from model.flops import UsefulFlops
@@ -16,7 +19,8 @@ from model.generation import generate
 from model.parameters import frozen_digests, frozen_fingerprint, frozen_parameters, num_weights
 from model.pretrained import from_pretrained, save_flamingo
 from model.quantization import BLOCKS, QuantizedLinear, dequantize, level_pairs, levels, quantize
-from tests.model.builders import BEYOND, random_media, tiny_config, wake
+from tests.model.builders import BEYOND, random_media, random_text, tiny_config, wake
+from trainer.planning.traffic import ModelSizes
 
 METHODS: tuple[QuantizationMethod, ...] = ("int8", "nf4")
 DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
@@ -114,3 +118,22 @@ def test_a_language_model_that_trains_is_refused(mode: str) -> None:
     trainable = TrainableConfig(language_model=mode)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"quantization int8 .* {mode}"):
         build_flamingo(replace(quantized_config("int8"), trainable=trainable), BEYOND)
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_codes_turn_into_numbers_as_often_as_the_plan_counts(recomputed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = []
+
+    def counting(*arguments: Any) -> Tensor:
+        turned.append((weight := dequantize(*arguments)).numel())
+        return weight
+
+    monkeypatch.setattr(quantization, "dequantize", counting)
+    model = build_flamingo(quantized_config("int8"), BEYOND)
+    model.set_activation_checkpointing(recomputed)
+    turned.clear()  # building compares logits
+    text, images = random_text(2, 12), random_media(2)
+    model(input_ids=text, labels=text, media_index=torch.zeros_like(text), media=images).loss.backward()
+    sizes = ModelSizes(model)
+    assert sizes.dequantized(recomputed) == sum(turned)
+    assert sizes.dequantized(1) > sizes.dequantized(0) > 0

@@ -75,6 +75,13 @@ def test_the_smallest_micro_batch_that_hides_the_streaming(capsys: pytest.Captur
     assert "hidden by 25 rows or more" in (printed := capsys.readouterr().out)
     assert "micro-batch of 16 rows does NOT hide it" in printed
 
+    def with_codes(config: Any, cluster: Any) -> Any:
+        """Predict 0.2 s more of computation for each of the four micro-batches, whatever their rows."""
+        return SimpleNamespace(seconds=seconds(config, cluster).seconds | {"dequantize": 4 * 0.2})
+
+    [found] = smallest_hidden_micro_batches(config, cluster, with_codes)
+    assert found.rows == 15
+
 
 def prepare(monkeypatch: pytest.MonkeyPatch, config: FlamingoRunConfig, **raw: int) -> None:
     """Prepare a run of one process whose model is one wide block."""

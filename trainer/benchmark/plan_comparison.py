@@ -64,7 +64,7 @@ def _pairs(prediction: Prediction, measured: dict[str, float]) -> Iterator[tuple
         for name, value in measured.items()
         if name.startswith("part: ") and name.removeprefix("part: ") not in _NOT_COMPUTING
     )
-    yield "computing", "s", prediction.seconds["compute"], computing
+    yield "computing", "s", prediction.computing, computing
     network = measured["part: gather"] + measured["part: reduce"]
     yield "waiting for the network", "s", prediction.seconds["network"], network
     yield "optimizer", "s", prediction.seconds["optimizer"], measured["part: optimizer"]

@@ -1,14 +1,15 @@
 """``[deepspeed ... --module] trainer.benchmark rates``: measure the speeds for ``trainer.plan --rates``.
 
 It measures forward and backward of two frozen blocks with a cross-attention, at a few widths; on a CPU what ZeRO-3
-adds to them; DeepSpeed's optimizer step; the collectives of ZeRO-3 over the processes; and on a GPU the host link.
-Start it as the run will be started, with as many processes per node and as many threads. Each rate is the median of its
-repetitions on the slowest process.
+adds to them; turning the codes of quantized weights into numbers; DeepSpeed's optimizer step; the collectives of ZeRO-3
+over the processes; and on a GPU the host link. Start it as the run will be started, with as many processes per node and
+as many threads. Each rate is the median of its repetitions on the slowest process.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -24,11 +25,12 @@ import torch.distributed
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from model.config import DType
+from model.config import DType, QuantizationMethod
 from model.factory import build_flamingo, torch_dtype
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops, Workload
 from model.presets import get_preset
+from model.quantization import BLOCKS, dequantize, level_pairs, quantize
 from trainer.benchmark.part_clock import GATHER, REDUCE, PartClock, device_clock
 from trainer.benchmark.result_file import Measurement, read_result, write_result
 from trainer.benchmark.timed_parts import parts_timed, sent_bytes
@@ -49,7 +51,8 @@ _MESSAGE_BYTES = (2**16, 2**20, 2**24)  # of all processes together
 _TRAINED = 2**24  # parameters that the optimizer steps
 _STATE_BYTES = ADAMW_STATE_BYTES + 4  # per parameter, with its float32 gradient
 _COMPUTE, _GATHER, _REDUCE = "blocks", "all_gather_into_tensor", "reduce_scatter_tensor"
-_OPTIMIZER, _HOST_LINK, _MEMORY, _ZERO = "optimizer", "host link", "memory", "ZeRO-3"
+_CODES = (1024, 4096)  # weights that are quantized
+_OPTIMIZER, _HOST_LINK, _MEMORY, _ZERO, _DEQUANTIZE = "optimizer", "host link", "memory", "ZeRO-3", "dequantize"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,6 +131,9 @@ def measure(world: World, dtype: DType, repeats: int) -> Iterator[Measurement]:
         size = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize
         added = _seconds_under_zero(model, inputs, world, repeats) - seconds
         yield row(_ZERO, "weights made whole", "B/s", size / max(added, 1e-9))
+    for method in BLOCKS:
+        seconds = _slowest(world, _dequantization(method, kind, world), repeats)
+        yield row(_DEQUANTIZE, method, "weights/s", math.prod(_CODES) / seconds)
     yield row(_OPTIMIZER, "AdamW under ZeRO-3", "B/s", _optimizer_rate(world, kind, repeats))
     if world.size > 1:
         for operation in (_GATHER, _REDUCE):
@@ -171,6 +177,13 @@ def _blocks(width: int, dtype: DType, world: World) -> tuple[Flamingo, dict[str,
 
 def _forward_backward(model: Flamingo, inputs: dict[str, Tensor]) -> None:
     model(**inputs).loss.backward()
+
+
+def _dequantization(method: QuantizationMethod, dtype: torch.dtype, world: World) -> Callable[[], Any]:
+    """Return a call that turns the codes of a weight into numbers."""
+    codes, scales = quantize(torch.randn(_CODES, dtype=dtype, device=world.device), method)
+    pairs = level_pairs().to(world.device) if method == "nf4" else None
+    return lambda: dequantize(codes, scales, dtype, _CODES[1], pairs)
 
 
 def _seconds_under_zero(model: Flamingo, inputs: dict[str, Tensor], world: World, repeats: int) -> float:
@@ -291,6 +304,7 @@ def measured_device(path: Path, dtype: str, processes: int, width: int) -> Devic
         overlaps=header["device"] != "cpu",
         message_seconds=(max(0.0, start), 0.0),
         made_whole=found.get((_ZERO, "weights made whole")),
+        dequantized={method: found[_DEQUANTIZE, method] for method in BLOCKS if (_DEQUANTIZE, method) in found},
         # gloo has no reduce-scatter: it sends what an all-reduce sends.
         scatter_ratio=link / found[_REDUCE, large] if link < float("inf") else 1.0,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.config import QuantizationMethod
 
 _GIB = 2.0**30
 
@@ -26,6 +29,8 @@ class Device:
         made_whole: Measured bytes per second of weights that ZeRO-3 makes whole, where it takes time from the
             computation; None elsewhere.
         scatter_ratio: How many times as long a byte of a reduce-scatter takes as one of an all-gather.
+        memory_link: Bytes per second between the device and its own memory; infinite where it is unknown.
+        dequantized: Measured weights per second that turn from codes into numbers, by method.
     """
 
     tflops: float
@@ -41,9 +46,13 @@ class Device:
     message_seconds: tuple[float, float] = (0.0, 0.0)
     made_whole: float | None = None
     scatter_ratio: float = 1.0
+    memory_link: float = float("inf")
+    dequantized: Mapping[QuantizationMethod, float] = field(default_factory=dict)
 
 
-def _nvidia(tflops: float, memory_gib: float, host_link: float, node_link: float, network: float) -> Device:
+def _nvidia(
+    tflops: float, memory_gib: float, memory_link: float, host_link: float, node_link: float, network: float
+) -> Device:
     """Describe a GPU by its data sheet, with assumptions on what its libraries take.
 
     The context takes about 0.5 GiB, NCCL's buffers and cuBLAS's workspaces about 1 GiB. Expandable segments leave a few
@@ -58,16 +67,17 @@ def _nvidia(tflops: float, memory_gib: float, host_link: float, node_link: float
         reserved=1.5 * _GIB,
         fragmentation=0.04,
         message_seconds=(20e-6, 2e-6),
+        memory_link=memory_link,
     )
 
 
 # Rates are those of NVIDIA's data sheets. network assumes an adapter for each device: 400 Gbit/s, and 200 Gbit/s beside
 # an A100.
 DEVICES = {
-    "a100-40": _nvidia(312, 39.4, 25e9, 300e9, 25e9),
-    "a100-80": _nvidia(312, 79.2, 25e9, 300e9, 25e9),
-    "h100": _nvidia(989, 79.1, 50e9, 450e9, 50e9),
-    "h200": _nvidia(989, 139.8, 50e9, 450e9, 50e9),
-    "b200": _nvidia(2250, 178.3, 50e9, 900e9, 50e9),
-    "rtx-4090": _nvidia(165, 23.6, 25e9, 25e9, 12e9),
+    "a100-40": _nvidia(312, 39.4, 1555e9, 25e9, 300e9, 25e9),
+    "a100-80": _nvidia(312, 79.2, 2039e9, 25e9, 300e9, 25e9),
+    "h100": _nvidia(989, 79.1, 3350e9, 50e9, 450e9, 50e9),
+    "h200": _nvidia(989, 139.8, 4800e9, 50e9, 450e9, 50e9),
+    "b200": _nvidia(2250, 178.3, 8000e9, 50e9, 900e9, 50e9),
+    "rtx-4090": _nvidia(165, 23.6, 1008e9, 25e9, 25e9, 12e9),
 }

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from model.config import QuantizationMethod
 from model.flamingo import Flamingo
 from model.flops import Workload
+from model.quantization import dequantize_bytes
 from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import FlamingoRunConfig, RunConfig
 from trainer.data.stream.step_plan import SourcePlan, plan_step
@@ -24,6 +26,7 @@ EFFICIENCY = 0.5  # share of the dense peak that large matrix products reach; an
 _HOST_BYTES_PER_SECOND = 20e9  # memory that a host reads and writes in an optimizer step; an assumption
 _DEVICE_BYTES_PER_SECOND = 1e12  # the same of an accelerator
 _GRADIENT_BYTES = 4  # float32
+_MEMORY_EFFICIENCY = 0.8  # share of the memory's rate that elementwise kernels reach; an assumption
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,13 @@ class Prediction:
         """Seconds of a step: the slowest of what overlaps, or the sum where nothing overlaps, and the optimizer."""
         together = max if self.device.overlaps else sum
         return (
-            together([self.seconds[name] for name in ("compute", "network", "host link")]) + self.seconds["optimizer"]
+            together([self.computing, self.seconds["network"], self.seconds["host link"]]) + self.seconds["optimizer"]
         )
+
+    @property
+    def computing(self) -> float:
+        """Seconds of forward and backward, with the time to turn codes into numbers."""
+        return self.seconds["compute"] + self.seconds.get("dequantize", 0.0)
 
     def days(self, samples: float) -> float:
         """Return the days that training on so many samples takes."""
@@ -159,6 +167,8 @@ def predict(
         messages=traffic.messages,
         scattered=itemsize * traffic.scattered,
         made_whole=itemsize * num_micro_batches * counted.held * (zero["stage"] == 3),
+        dequantized=num_micro_batches * counted.dequantized(recomputed),
+        quantization=config.model.language_model.quantization,
     )
     return Prediction(
         counted.total,
@@ -199,6 +209,8 @@ class Work:
         messages: Collectives.
         scattered: Those of the bytes that reduce-scatters send.
         made_whole: Bytes of weights that ZeRO-3 makes whole.
+        dequantized: Weights that it turns from codes into numbers, counted each time.
+        quantization: How the weights are kept.
     """
 
     flops: float
@@ -207,6 +219,20 @@ class Work:
     messages: int
     scattered: float = 0.0
     made_whole: float = 0.0
+    dequantized: float = 0.0
+    quantization: Literal["none"] | QuantizationMethod = "none"
+
+    def dequantize_seconds(self, device: Device, itemsize: int) -> dict[str, float]:
+        """Return the seconds that a device takes to turn codes into numbers; empty without codes.
+
+        Args:
+            device: The device.
+            itemsize: Bytes of a number.
+        """
+        if self.quantization == "none":
+            return {}
+        rate = _MEMORY_EFFICIENCY * device.memory_link / dequantize_bytes(self.quantization, itemsize)
+        return {"dequantize": self.dequantized / device.dequantized.get(self.quantization, rate)}
 
 
 def seconds_of_step(
@@ -228,6 +254,7 @@ def seconds_of_step(
     return {
         "compute": work.flops / (device.flops or EFFICIENCY * device.tflops * 1e12)
         + (work.made_whole / device.made_whole if device.made_whole else 0.0),
+        **work.dequantize_seconds(device, itemsize),
         "network": sent / (device.node_link if cluster.nodes == 1 else device.network)
         + work.messages * (start + hop * cluster.size),
         "host link": from_host / device.host_link,

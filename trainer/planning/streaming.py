@@ -39,7 +39,8 @@ def smallest_hidden_micro_batches(
     """Yield an answer for each source; nothing where the parameters stay on the device.
 
     Parameters stream as often for a micro-batch of one row as for a larger one, and its computation grows with its
-    rows. So the quotient of the two for the micro-batch as it is gives the rows.
+    rows. So the quotient of the two for the micro-batch as it is gives the rows. Turning codes into numbers takes as
+    long for any micro-batch, and hides its own share.
 
     Args:
         config: The run.
@@ -54,7 +55,8 @@ def smallest_hidden_micro_batches(
         seconds = predict(alone, cluster).seconds
         stream = (seconds["host link"] - _without_parameters(alone, cluster, predict)) / share.num_micro_batches
         compute = seconds["compute"] / share.num_micro_batches / share.micro_batch_size
-        rows = math.ceil(stream / compute)
+        codes = seconds.get("dequantize", 0.0) / share.num_micro_batches
+        rows = max(1, math.ceil((stream - codes) / compute))
         yield Hidden(
             source.name,
             stream,

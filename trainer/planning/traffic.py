@@ -17,6 +17,7 @@ from torch import nn
 from model.flamingo import Flamingo
 from model.flops import UsefulFlops
 from model.parameters import num_weights, trainable_parameters
+from model.quantization import num_quantized
 from model.standardized_convolutions import STANDARDIZED
 from trainer.planning.peak_memory import DEFAULT_LIVE_PARAMETERS
 
@@ -96,6 +97,7 @@ class ModelSizes:
             for index, block in enumerate(model.language_model.decoder_blocks())
         ]
         self._blocks = [[list(part.parameters()) for part in block] for block in parts]
+        self._quantized = [num_quantized(block) for block in model.language_model.decoder_blocks()]
         self._fetches = {
             together: _Fetches.of(model, parts, set(frozen) if together else set()) for together in (False, True)
         }
@@ -150,6 +152,14 @@ class ModelSizes:
         if ahead:  # what is gathered ahead shares a message with what is used
             return sum(min(self._units, math.ceil(elements / ahead)) for elements in (gathered, again))
         return fetches.total + (fetches.in_backward(recomputed) if again else 0)
+
+    def dequantized(self, recomputed: int) -> int:
+        """Return how many weights a micro-batch turns from codes into numbers, each as often as it does.
+
+        Args:
+            recomputed: Number of the language model's first blocks that are recomputed.
+        """
+        return 2 * sum(self._quantized) + sum(self._quantized[:recomputed])  # forward, backward, recomputation
 
     def _held(self, parameter: nn.Parameter) -> float:
         return parameter.numel() * parameter.element_size() / self._itemsize
