@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.ops import cuda_limits, library
+from model.ops import cuda_limits, library, self_check
 
 BACKENDS = ("auto", "fused", "reference")
 OPS = ("masked_cross_attention", "resampler_attention")
@@ -88,6 +88,8 @@ def use_fused(op: str, q: Tensor, backend: str | None) -> bool:
 def why_not_fused(device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return None if the kernels take this device, dtype and head_dim, forward and backward, else the reason.
 
+    The first call for a GPU, a dtype and a head_dim compares the kernels with plain torch (``model.ops.self_check``).
+
     Args:
         device: Type of the device.
         index: Its number; None for the only one, or the current one.
@@ -104,8 +106,7 @@ def why_not_fused(device: str, index: int | None, dtype: torch.dtype, head_dim: 
     if device == "cuda" and head_dim not in cuda_limits.HEAD_DIMS:
         return f"no kernels for head_dim {head_dim} on cuda"
     if device == "cuda":
-        found = cuda_limits.card(torch.cuda.current_device() if index is None else index)
-        return cuda_limits.obstacle(found, head_dim, library.cuda_architectures())
+        return _card_obstacle(torch.cuda.current_device() if index is None else index, dtype, head_dim)
     if head_dim % 16:
         return f"head_dim must be a multiple of 16, not {head_dim}"
     return None
@@ -128,11 +129,19 @@ def status() -> list[OpStatus]:
     return rows
 
 
+def _card_obstacle(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why a GPU cannot run the kernels of a type and width, or None."""
+    obstacle = cuda_limits.obstacle(cuda_limits.card(index), head_dim, library.cuda_architectures())
+    return obstacle or self_check.disagreement(torch.device("cuda", index), dtype, head_dim)
+
+
 def _card_status(op: str, index: int, covered: str) -> OpStatus:
     """Return what a GPU can run of an op, by head_dim."""
-    found, built = cuda_limits.card(index), library.cuda_architectures()
-    reasons = {head_dim: cuda_limits.obstacle(found, head_dim, built) for head_dim in cuda_limits.HEAD_DIMS}
-    able = [str(head_dim) for head_dim, reason in reasons.items() if reason is None]
-    text = f"{found.name}: {covered}, head_dim {', '.join(able)}" if able else ""
-    missing = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason is not None))
+    reasons = {
+        head_dim: [_card_obstacle(index, dtype, head_dim) for dtype in DTYPES["cuda"]]
+        for head_dim in cuda_limits.HEAD_DIMS
+    }
+    able = [str(head_dim) for head_dim, found in reasons.items() if not any(found)]
+    text = f"{cuda_limits.card(index).name}: {covered}, head_dim {', '.join(able)}" if able else ""
+    missing = "; ".join(dict.fromkeys(reason for found in reasons.values() for reason in found if reason is not None))
     return OpStatus(op, f"fused on cuda:{index}", bool(able), "; ".join(part for part in (text, missing) if part))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.ops import cuda_limits, dispatch, library
+from model.ops import cuda_limits, dispatch, library, self_check
 from model.ops.cuda_limits import Card, obstacle, shared_bytes
 
 A100 = Card("A100", (8, 0), 163 * 1024)
@@ -65,6 +65,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_limits, "card", lambda index: cards[index])
     monkeypatch.setattr(library, "load_errors", lambda: {"cpu": None, "cuda": None})
     monkeypatch.setattr(library, "cuda_architectures", lambda: DEFAULT)
+    monkeypatch.setattr(self_check, "disagreement", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
