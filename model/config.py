@@ -152,8 +152,7 @@ class LanguageModelConfig:
         name: Repository on the hub, or local folder, with weights and tokenizer. None builds random weights from
             ``architecture`` (benchmarks, tests, presets).
         revision: Revision on the hub: a branch, tag or commit.
-        architecture: Hugging Face config as a mapping with its ``model_type``, for random weights. ZeRO-3 draws them
-            in another order than stages 1 and 2, so an export of such a run fits only a run with the same stage.
+        architecture: Hugging Face config as a mapping with its ``model_type``, for random weights.
         tokenizer: Repository or folder of the tokenizer; None takes ``name``.
         attention: Hugging Face's ``attn_implementation``; None leaves the choice to transformers.
         quantization: "int8" keeps the linear layers of the frozen blocks in 8 bits, with a scale for every 128 numbers

@@ -25,6 +25,7 @@ from model.trainable_parts import set_trainable
 from model.vision_encoder import VisionEncoder, build_tower
 
 Partition = Callable[[], AbstractContextManager[Any]]
+Redraw = Callable[[nn.Module, Callable[[], nn.Module]], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +52,7 @@ def build_flamingo(
     seed: int = 0,
     gather: Gather = no_gather,
     partition: Partition = nullcontext,
+    redraw: Redraw | None = None,
 ) -> Flamingo:
     """Build the model with its frozen parts loaded and its trainable parts at their start.
 
@@ -65,6 +67,8 @@ def build_flamingo(
         partition: Context in which trainable modules are made (``deepspeed.zero.Init``). The language model is loaded
             outside it, because Hugging Face partitions by itself while an ``HfDeepSpeedConfig`` lives. The tower is
             built outside it, because open_clip's has a parameter without dimensions until it is cut down.
+        redraw: Gives a language model the weights of one that a function builds whole. transformers draws partitioned
+            random weights in another order; an export does not hold frozen ones, so they have to be those of any run.
 
     Raises:
         ValueError: A setting does not fit; the message names it.
@@ -77,8 +81,14 @@ def build_flamingo(
         )
     with _seeded(seed, 0):
         vision_encoder = VisionEncoder(build_tower(config.vision).to(dtype), config.vision)
-    with _seeded(seed, 1):
-        lm = build_language_model(config.language_model, dtype, random=trainable.language_model == "from_random")
+
+    def build_lm() -> Any:
+        with _seeded(seed, 1):
+            return build_language_model(config.language_model, dtype, random=trainable.language_model == "from_random")
+
+    lm = build_lm()
+    if redraw is not None and config.language_model.name is None and trainable.language_model in ("frozen", "lora"):
+        redraw(lm, build_lm)
     tokens.require_table(table_size(lm))
     input_start, output_start = _end_of_sequence_rows(lm, tokens.eos_id, gather)
     dim, num_blocks = read_sizes(lm)

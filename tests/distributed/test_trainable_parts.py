@@ -58,7 +58,7 @@ def losses(
         "zero_optimization": ON_DEVICE if replicate_frozen else STAGES[stage],
     }
     with partitioned_loading(settings) as build:
-        model = build_flamingo(config, BEYOND, gather=build.gather, partition=build.partition)
+        model = build_flamingo(config, BEYOND, gather=build.gather, partition=build.partition, redraw=build.redraw)
     look(model)
     frozen = frozen_digests(model, gathered_parameters)
     engine = Engine(model, OptimizerConfig(lr=1e-3), settings, world, replicate_frozen=replicate_frozen)

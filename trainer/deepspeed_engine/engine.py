@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from model.parameters import Gather, no_gather
 from trainer.config.run_config import OptimizerConfig
@@ -54,11 +55,13 @@ class PartitionedBuild:
         gather: Makes the given parameters readable in whole, whether or not they are partitioned.
         partition: Partitions the parameters of new modules as they are made.
         overwrite: Makes the given parameters whole, and keeps what is written to them.
+        redraw: Gives a partitioned model the weights of one that a function builds whole, on rank 0 only; a collective.
     """
 
     gather: Gather
     partition: Partition
     overwrite: Gather = no_gather
+    redraw: Callable[[nn.Module, Callable[[], nn.Module]], None] | None = None
 
 
 @contextmanager
@@ -77,7 +80,10 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[PartitionedBuild]:
     try:
         with shared_hpz_group(), shared_parameter_swapper():
             yield PartitionedBuild(
-                gathered_parameters, lambda: deepspeed.zero.Init(config_dict_or_path=settings), overwritten_parameters
+                gathered_parameters,
+                lambda: deepspeed.zero.Init(config_dict_or_path=settings),
+                overwritten_parameters,
+                partial(_redraw, alive),
             )
     finally:
         del alive
@@ -94,6 +100,21 @@ def overwritten_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContex
     """Make parameters whole and keep what rank 0 writes to them; a collective if ZeRO-3 partitioned them."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0) if partitioned else nullcontext()
+
+
+def _redraw(alive: HfDeepSpeedConfig, model: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Give a model the weights that ``build`` draws while transformers partitions nothing."""
+    drawn: dict[str, nn.Parameter] = {}
+    if torch.distributed.get_rank() == 0:
+        unset_hf_deepspeed_config()
+        try:
+            drawn = dict(build().named_parameters())
+        finally:
+            set_hf_deepspeed_config(alive)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad(), overwritten_parameters([parameter]):
+            if drawn:
+                parameter.copy_(drawn[name])
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def _load_partitioned(config: EvaluationConfig, device: torch.device) -> Flaming
             seed=description.seed,
             gather=build.gather,
             partition=build.partition,
+            redraw=build.redraw,
         )
     difference = explain_difference(description.frozen, frozen_digests(model, build.gather))
     if difference:

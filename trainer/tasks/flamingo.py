@@ -46,6 +46,7 @@ def build_flamingo_task(config: FlamingoRunConfig, world: World) -> Task:
             seed=config.training.seed,
             gather=build.gather,
             partition=build.partition,
+            redraw=build.redraw,
         )
         if config.model.start_from is not None:
             start_from_export(model, config.model.start_from, build.overwrite)
