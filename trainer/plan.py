@@ -16,6 +16,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device", default="h100", metavar="NAME", help="kind of device; a wrong name lists all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drive-gbytes",
+        type=float,
+        metavar="X",
+        help="GB per second that a node reads from its drives (default: 7, one PCIe 4.0 drive; unknown with --rates)",
     )
     parser.add_argument(
         "--rates", type=Path, metavar="FILE", help="result of trainer.benchmark rates --json (default: data sheets)"
@@ -194,7 +201,12 @@ def _search(config: RunConfig, planned: _Planned, cluster: Cluster) -> list[Foun
 def _cluster(config: RunConfig, planned: _Planned, options: argparse.Namespace) -> Cluster:
     from trainer.planning.prediction import Cluster
 
-    return Cluster(_device(config, planned.width, options), options.nodes, options.devices_per_node)
+    device = _device(config, planned.width, options)
+    if options.drive_gbytes is not None:
+        if not options.drive_gbytes > 0:
+            raise ValueError(f"--drive-gbytes {options.drive_gbytes:g} must be more than 0")
+        device = replace(device, drive=options.drive_gbytes * 1e9)
+    return Cluster(device, options.nodes, options.devices_per_node)
 
 
 def _device(config: RunConfig, width: int, options: argparse.Namespace) -> Device:

@@ -121,6 +121,31 @@ def test_a_configuration_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_node_reads_its_frozen_weights_at_the_speed_of_its_drives(capsys: pytest.CaptureFixture[str]) -> None:
+    from model.parameters import num_weights
+    from trainer.data.stream.step_plan import plan_step
+    from trainer.planning.random_weights import build_on_meta_device
+
+    drive = ["--deepspeed.offload_param", "{device: nvme, path: .}"]
+
+    def planned(*options: str) -> dict[str, float]:
+        assert plan.main([str(DEBUG), "--devices-per-node", "2", *drive, *options]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {line[1]: float(line[-2]) for line in lines if line[0] == "step" and line[1] != "total"}
+
+    one, ten = planned("--drive-gbytes", "1e-5"), planned("--drive-gbytes", "1e-4")
+    config = debug_config([])
+    model = build_on_meta_device(config.model)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    passes = 2 * sum(share.num_micro_batches for share in plan_step(config.data, 2))
+    assert one["drive"] == pytest.approx(4 * frozen * passes / 1e4, rel=0.01)
+    assert ten["drive"] == pytest.approx(one["drive"] / 10, rel=0.01)
+    assert ten["optimizer"] == one["optimizer"]
+    swapped = planned("--drive-gbytes", "1e-5", "--deepspeed.offload_optimizer", "{device: nvme, path: .}")
+    assert swapped["optimizer"] == pytest.approx(2 * 12 * (num_weights(model.parameters()) - frozen) / 1e4, rel=0.01)
+
+
+@pytest.mark.slow
 def test_as_few_blocks_are_recomputed_as_the_budget_allows() -> None:
     from trainer.data.stream.step_plan import plan_step
     from trainer.planning.activation_memory import ActivationMemory, recomputed_blocks
@@ -171,6 +196,7 @@ def test_a_configuration_that_does_not_fit_names_settings_that_do(capsys: pytest
             [NINE, "--nodes", "4", "--training.activation_checkpointing", "4", "--training.activation_memory_gib", "9"],
             "leave training.activation_checkpointing out",
         ),
+        ([NINE, "--nodes", "4", "--drive-gbytes", "0"], "--drive-gbytes 0 must be more than 0"),
         ([NINE, "--nodes", "4", "--write", "/no/such/folder/found.yaml"], "/no/such/folder"),
     ],
 )

@@ -82,6 +82,13 @@ def test_the_smallest_micro_batch_that_hides_the_streaming(capsys: pytest.Captur
     [found] = smallest_hidden_micro_batches(config, cluster, with_codes)
     assert found.rows == 15
 
+    def from_drives(config: Any, cluster: Any) -> Any:
+        """Predict 0.8 s on the drives for each of the four micro-batches, beside the 0.5 s on the link."""
+        return SimpleNamespace(seconds=seconds(config, cluster).seconds | {"drive": 4 * 0.8})
+
+    [found] = smallest_hidden_micro_batches(config, cluster, from_drives)
+    assert (found.rows, found.stream_seconds) == (40, pytest.approx(0.8))
+
 
 def prepare(monkeypatch: pytest.MonkeyPatch, config: FlamingoRunConfig, **raw: int) -> None:
     """Prepare a run of one process whose model is one wide block."""

@@ -100,6 +100,10 @@ def check_python(arguments: list[str]) -> None:
         end = rest.index("--")
         check_run("trainer.train", rest[end + 1 :])
         rest = rest[:end]
+    if settings := [at for at, word in enumerate(rest) if re.match(r"--\w+\.", word)]:
+        # Settings of the run whose configuration comes first, each with its value.
+        check_run("trainer.train", [rest[0], *(word for at in settings for word in rest[at : at + 2])])
+        rest = [word for at, word in enumerate(rest) if at not in settings]
     for word in rest:
         if word.startswith("--"):
             assert word.partition("=")[0] in text, f"{module} --help shows no {word}"

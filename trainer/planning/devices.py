@@ -29,6 +29,7 @@ class Device:
         made_whole: Measured bytes per second of weights that ZeRO-3 makes whole, where it takes time from the
             computation; None elsewhere.
         scatter_ratio: How many times as long a byte of a reduce-scatter takes as one of an all-gather.
+        drive: Bytes per second that a node reads from its drives or writes to them; infinite where it is unknown.
         memory_link: Bytes per second between the device and its own memory; infinite where it is unknown.
         dequantized: Measured weights per second that turn from codes into numbers, by method.
     """
@@ -46,6 +47,7 @@ class Device:
     message_seconds: tuple[float, float] = (0.0, 0.0)
     made_whole: float | None = None
     scatter_ratio: float = 1.0
+    drive: float = float("inf")
     memory_link: float = float("inf")
     dequantized: Mapping[QuantizationMethod, float] = field(default_factory=dict)
 
@@ -56,7 +58,8 @@ def _nvidia(
     """Describe a GPU by its data sheet, with assumptions on what its libraries take.
 
     The context takes about 0.5 GiB, NCCL's buffers and cuBLAS's workspaces about 1 GiB. Expandable segments leave a few
-    percent unused. A ring's message costs its kernel and about 2 microseconds for each rank.
+    percent unused. A ring's message costs its kernel and about 2 microseconds for each rank. A node has one
+    drive, on PCIe 4.0.
     """
     return Device(
         tflops,
@@ -67,6 +70,7 @@ def _nvidia(
         reserved=1.5 * _GIB,
         fragmentation=0.04,
         message_seconds=(20e-6, 2e-6),
+        drive=7e9,
         memory_link=memory_link,
     )
 

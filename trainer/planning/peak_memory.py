@@ -108,11 +108,12 @@ def host_memory(sizes: Sizes, zero: Mapping[str, Any], devices_per_node: int) ->
     An offloaded optimizer keeps its gradients on the host too. Loader processes and the page cache come on top.
     """
     share = devices_per_node / sizes.ranks
-    parameters = sizes.itemsize * sizes.total * share if _offload_device(zero, "param") == "cpu" else 0.0
-    on_host = _offload_device(zero, "optimizer") == "cpu"
+    # A drive holds the frozen parameters; those that train stay on the host.
+    on_host = {"cpu": sizes.total, "nvme": sizes.trainable}.get(_offload_device(zero, "param"), 0.0)
+    steps_on_host = _offload_device(zero, "optimizer") == "cpu"
     return {
-        "offloaded parameters": parameters,
-        "offloaded optimizer": (ADAMW_STATE_BYTES + _FLOAT32) * sizes.trainable * share * on_host,
+        "offloaded parameters": sizes.itemsize * on_host * share,
+        "offloaded optimizer": (ADAMW_STATE_BYTES + _FLOAT32) * sizes.trainable * share * steps_on_host,
     }
 
 

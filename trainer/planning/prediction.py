@@ -109,9 +109,8 @@ class Prediction:
     def step_seconds(self) -> float:
         """Seconds of a step: the slowest of what overlaps, or the sum where nothing overlaps, and the optimizer."""
         together = max if self.device.overlaps else sum
-        return (
-            together([self.computing, self.seconds["network"], self.seconds["host link"]]) + self.seconds["optimizer"]
-        )
+        beside = (self.seconds.get(name, 0.0) for name in ("network", "host link", "drive"))
+        return together([self.computing, *beside]) + self.seconds["optimizer"]
 
     @property
     def computing(self) -> float:
@@ -163,6 +162,7 @@ def predict(
     work = Work(
         flops=_executed_flops(counted, plans, recomputed),
         streamed=num_micro_batches * (2 * counted.held + once_more),
+        streamed_frozen=num_micro_batches * 2 * (counted.held - counted.trainable),
         sent=itemsize * traffic.elements,
         messages=traffic.messages,
         scattered=itemsize * traffic.scattered,
@@ -205,6 +205,7 @@ class Work:
     Attributes:
         flops: Operations that it executes.
         streamed: Parameters that its forwards and backwards go through, counted each time.
+        streamed_frozen: The frozen ones of them; a drive holds no others.
         sent: Bytes that it sends.
         messages: Collectives.
         scattered: Those of the bytes that reduce-scatters send.
@@ -217,6 +218,7 @@ class Work:
     streamed: float
     sent: float
     messages: int
+    streamed_frozen: float = 0.0
     scattered: float = 0.0
     made_whole: float = 0.0
     dequantized: float = 0.0
@@ -243,6 +245,9 @@ def seconds_of_step(
     from_host = 0.0
     if config.deepspeed.offload_param.device != "none":
         from_host += itemsize * work.streamed / cluster.size
+    # All devices of a node read their partitions from its drives.
+    on_drive = config.deepspeed.offload_param.device == "nvme"
+    from_drive = {"drive": itemsize * work.streamed_frozen / cluster.nodes / device.drive} if on_drive else {}
     optimizer_on_host = config.deepspeed.offload_optimizer.device != "none"
     if optimizer_on_host:
         from_host += (_GRADIENT_BYTES + itemsize) * sizes.trainable / cluster.size
@@ -258,6 +263,14 @@ def seconds_of_step(
         "network": sent / (device.node_link if cluster.nodes == 1 else device.network)
         + work.messages * (start + hop * cluster.size),
         "host link": from_host / device.host_link,
+        **from_drive,
         "optimizer": state
-        / (_HOST_BYTES_PER_SECOND if optimizer_on_host else device.optimizer or _DEVICE_BYTES_PER_SECOND),
+        / (_HOST_BYTES_PER_SECOND if optimizer_on_host else device.optimizer or _DEVICE_BYTES_PER_SECOND)
+        + _swapped(config, sizes, cluster) / device.drive,
     }
+
+
+def _swapped(config: RunConfig, sizes: Sizes, cluster: Cluster) -> float:
+    """Return the bytes of the optimizer's state that a node reads from its drives and writes to them in a step."""
+    on_drive = config.deepspeed.offload_optimizer.device == "nvme"
+    return 2 * ADAMW_STATE_BYTES * sizes.trainable / cluster.nodes if on_drive else 0.0

@@ -18,7 +18,7 @@ class Hidden:
 
     Attributes:
         source: Name of the source.
-        stream_seconds: Seconds in which the parameters pass over the host link for one micro-batch.
+        stream_seconds: Seconds in which the parameters come from the host or the drives for one micro-batch.
         rows_now: Rows of the micro-batch as configured.
         rows: Fewest rows whose computation takes as long.
         tokens: Tokens of these rows.
@@ -53,7 +53,8 @@ def smallest_hidden_micro_batches(
         alone = _with_only(config, source)
         share = divide_batch(config.data, source, cluster.size)
         seconds = predict(alone, cluster).seconds
-        stream = (seconds["host link"] - _without_parameters(alone, cluster, predict)) / share.num_micro_batches
+        from_host = seconds["host link"] - _without_parameters(alone, cluster, predict)
+        stream = max(from_host, seconds.get("drive", 0.0)) / share.num_micro_batches
         compute = seconds["compute"] / share.num_micro_batches / share.micro_batch_size
         codes = seconds.get("dequantize", 0.0) / share.num_micro_batches
         rows = max(1, math.ceil((stream - codes) / compute))
