@@ -25,10 +25,41 @@ constexpr int backward_shared_bytes() {
 }
 
 // Returns how many blocks shall fit on a multiprocessor, which limits the registers. `alone`: whether this kernel is the
-// whole backward. The other kernels would spill with 168 registers.
+// whole backward. Without products of warpgroups the other kernels would spill with 168 registers.
 template <int kWidth>
 constexpr int backward_blocks(bool alone) {
-  return kWidth == 64 && alone ? 3 : 2;
+  return kWidth == 64 && (alone || kWarpgroups) ? 3 : 2;
+}
+
+// Computes scores and dP, like compute_scores of the forward: s = a b^T and t = c d^T.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void compute_scores(float (&s)[8][4], const uint16_t* a, const uint16_t* b, float (&t)[8][4],
+                                    const uint16_t* c, const uint16_t* d) {
+  if constexpr (kWarpgroups) {
+    group_multiply_transposed<kType, kWidth>(s, a, b, t, c, d);
+  } else {
+    multiply_transposed<kType, kWidth>(s, a, b);
+    multiply_transposed<kType, kWidth>(t, c, d);
+  }
+}
+
+// Adds to gradients of keys: sum += w^T b.
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void add_keys(float (&sum)[kWidth / 8][4], const uint16_t* w, const uint16_t* b) {
+  if constexpr (kWarpgroups) group_accumulate_keys<kType, kWidth>(sum, w, b);
+  else accumulate_keys<kType, kWidth>(sum, w, b);
+}
+
+// Adds to gradients of keys and values: s += v^T a and t += w^T b.
+template <Type kType, int kWidth, bool kForget>
+FLAMINGO_DEVICE void add_keys(float (&s)[kWidth / 8][4], const uint16_t* v, const uint16_t* a,
+                              float (&t)[kWidth / 8][4], const uint16_t* w, const uint16_t* b) {
+  if constexpr (kWarpgroups) {
+    group_accumulate_keys<kType, kWidth>(s, v, a, t, w, b);
+  } else {
+    accumulate_keys<kType, kWidth, kForget>(s, v, a);
+    accumulate_keys<kType, kWidth, kForget>(t, w, b);
+  }
 }
 
 // Turns scores into weights and dP into dS, in place. Scores of unseen keys are minus infinity, so their weights are 0.
@@ -103,6 +134,12 @@ FLAMINGO_DEVICE void store_partial(float* partial, float delta) {
   if (lane_number() == 0) partial[warp_number()] = delta;
 }
 
+template <int kWidth>
+FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
+  copy_operand<kWidth>(stage, keys.k, keys.k_stride, keys.valid);
+  copy_operand<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
+}
+
 // Calls `use(block, keys tile)` for the key blocks of a row tile, one after the other. While one is used, the next is
 // copied into the other of two stages. Copies that were started before have arrived, too, at the first use.
 template <int kWidth, class Problem, class Use>
@@ -113,6 +150,7 @@ FLAMINGO_DEVICE void for_each_block(const typename Problem::Params& p, const Row
   for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = (block - blocks.begin) & 1;
     wait_copies<0>();
+    publish_writes();
     barrier();  // all warps can read this block, and no warp reads the other stage any more
     if (block + 1 < blocks.end)
       copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, Problem::keys(p, rows, block + 1, key_head));
@@ -131,16 +169,15 @@ backward_rows(const typename Problem::Params p) {
   uint16_t* weights = stages + 4 * Tile<kWidth>::kSize;  // P, then dS
   const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
-  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
-  copy_tile<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
+  copy_operand<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  copy_operand<kWidth>(grads, p.grad + rows.first * p.grad_row + head * p.grad_head, p.grad_row, rows.valid);
   Range blocks = Problem::blocks_of_tile(p, rows);
   if constexpr (kSplits) blocks = share_of(blocks, block_z(), p.splits);
   const Visible visible = Problem::visible(p, rows);
   const int64_t row_stride = static_cast<int64_t>(p.heads) * kWidth;
 
   const auto scores = [&](float (&s)[8][4], float (&dp)[8][4], int block, const uint16_t* keys) {
-    multiply_transposed<kType, kWidth>(s, queries, keys);
-    multiply_transposed<kType, kWidth>(dp, grads, keys + Tile<kWidth>::kSize);
+    compute_scores<kType, kWidth>(s, queries, keys, dp, grads, keys + Tile<kWidth>::kSize);
     mask_scores(s, Problem::keys(p, rows, block, key_head).valid, visible.sees_first(block), visible.sees_second(block));
   };
 
@@ -175,20 +212,21 @@ backward_rows(const typename Problem::Params p) {
     float s[8][4], dp[8][4];
     scores(s, dp, block, keys);
     weights_and_gradients(s, dp, statistics, p.scale);
-    accumulate_rows<kType, kWidth>(dq, dp, keys);
+    add_values<kType, kWidth>(dq, dp, keys);
     if constexpr (kWritesKeys) {
       store_weights<kType>(weights, s);
       store_weights<kType>(weights + Tile<64>::kSize, dp);
+      publish_writes();
       barrier();  // the weights of all rows are written
       const Keys out = Problem::keys(p, rows, forget(block), key_head);
       const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;
       float sum[kWidth / 8][4];
       clear(sum);
-      accumulate_keys<kType, kWidth>(sum, weights, grads);
+      add_keys<kType, kWidth>(sum, weights, grads);
       const float factor = out_factor(p), scaled = factor * p.scale;
       store_rows<kType, kWidth>(out.dv, row_stride, sum, factor, factor, first, second);
       clear(sum);
-      accumulate_keys<kType, kWidth>(sum, weights + Tile<64>::kSize, queries);
+      add_keys<kType, kWidth>(sum, weights + Tile<64>::kSize, queries);
       store_rows<kType, kWidth>(out.dk, row_stride, sum, scaled, scaled, first, second);
     }
   });
@@ -257,15 +295,15 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
   int left = range.begin < range.end ? (range.end - range.begin + kTile - 1) / kTile * Problem::shared_by(p) : 0;  // tiles
   const auto copy_rows = [&](uint16_t* stage, const RowTile& tile) {
     const Rows rows = tile.rows(range);
-    copy_tile<kWidth, kForgetCopies>(stage, p.q + rows.first * p.q_row + tile.head * p.q_head, p.q_row, rows.valid);
-    copy_tile<kWidth, kForgetCopies>(stage + kSize, p.grad + rows.first * p.grad_row + tile.head * p.grad_head,
-                                     p.grad_row, rows.valid);
+    copy_operand<kWidth, kForgetCopies>(stage, p.q + rows.first * p.q_row + tile.head * p.q_head, p.q_row, rows.valid);
+    copy_operand<kWidth, kForgetCopies>(stage + kSize, p.grad + rows.first * p.grad_row + tile.head * p.grad_head,
+                                        p.grad_row, rows.valid);
   };
 
   const Keys keys = Problem::keys(p, some_rows, block, key_head);
   const int valid_keys = keys.valid;
-  copy_tile<kWidth>(k, keys.k, keys.k_stride, valid_keys);
-  copy_tile<kWidth>(v, keys.v, keys.v_stride, valid_keys);
+  copy_operand<kWidth>(k, keys.k, keys.k_stride, valid_keys);
+  copy_operand<kWidth>(v, keys.v, keys.v_stride, valid_keys);
   RowTile tile = {range.begin, key_head * Problem::shared_by(p)};
   if (left > 0) copy_rows(stages + (left & 1) * 2 * kSize, tile);
   commit_copies();
@@ -276,6 +314,7 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
     const uint16_t* queries = stages + (left & 1) * 2 * kSize;
     const uint16_t* grads = queries + kSize;
     wait_copies<0>();
+    publish_writes();
     barrier();  // all warps can read this tile, and no warp reads the other stage or the weights any more
     if (left > 1) copy_rows(stages + (~left & 1) * 2 * kSize, tile.next(range));
     commit_copies();
@@ -283,8 +322,7 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
     const Visible visible = Problem::visible(p, rows);
     const bool sees_first = visible.sees_first(block), sees_second = visible.sees_second(block);
     float s[8][4], dp[8][4];
-    multiply_transposed<kType, kWidth>(s, queries, k);
-    multiply_transposed<kType, kWidth>(dp, grads, v);
+    compute_scores<kType, kWidth>(s, queries, k, dp, grads, v);
     mask_scores(s, valid_keys, sees_first, sees_second);
     if constexpr (kWritesRows) delta += softmax_and_gradients(s, dp, p.scale);
     else weights_and_gradients(s, dp, stored_statistics(p, rows, tile.head), p.scale);
@@ -293,14 +331,14 @@ FLAMINGO_DEVICE void backward_of_block(const typename Problem::Params& p, const 
     if constexpr (kWritesRows) {
       float dq[kWidth / 8][4];
       clear(dq);
-      accumulate_rows<kType, kWidth>(dq, dp, k);
+      add_values<kType, kWidth>(dq, dp, k);
       const float scaled = out_factor(p) * p.scale;
       store_rows<kType, kWidth>(p.dq + rows.first * row_stride + tile.head * kWidth, row_stride, dq, scaled, scaled,
                                 sees_first, sees_second);
     }
+    publish_writes();
     barrier();  // the weights of all rows are written
-    accumulate_keys<kType, kWidth, kForget>(dv, weights, grads);
-    accumulate_keys<kType, kWidth, kForget>(dk, weights + Tile<64>::kSize, queries);
+    add_keys<kType, kWidth, kForget>(dv, weights, grads, dk, weights + Tile<64>::kSize, queries);
   }
   const Keys out = Problem::keys(p, {forget(some_rows.first), some_rows.valid}, forget(block), forget(key_head));
   const bool first = fragment_row() < out.valid, second = fragment_row() + 8 < out.valid;

@@ -5,6 +5,7 @@
 // multiprocessor of sm_90 holds three thread blocks instead of two.
 #pragma once
 #include "problem.cuh"
+#include "warpgroup.cuh"
 
 namespace flamingo {
 namespace cuda {
@@ -82,16 +83,35 @@ FLAMINGO_DEVICE void update_softmax(Softmax& state, float (&s)[8][4], float (&su
 // Returns tanh(gate), or 1. It is read where it is used, so that no register holds it.
 FLAMINGO_DEVICE float out_factor(const AttentionParams& p) { return p.out_scale ? *p.out_scale : 1.0f; }
 
-template <int kWidth>
-FLAMINGO_DEVICE void copy_keys(uint16_t* stage, const Keys& keys) {
-  copy_tile<kWidth>(stage, keys.k, keys.k_stride, keys.valid);
-  copy_tile<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
+// Products, and the copies of what they read: those of a warpgroup where the hardware has them.
+template <int kWidth, bool kForget = false>
+FLAMINGO_DEVICE void copy_operand(uint16_t* tile, const uint16_t* matrix, int64_t stride, int valid) {
+  if constexpr (kWarpgroups) copy_panels<kWidth>(tile, matrix, stride, valid);
+  else copy_tile<kWidth, kForget>(tile, matrix, stride, valid);
+}
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void compute_scores(float (&s)[8][4], const uint16_t* queries, const uint16_t* keys) {
+  if constexpr (kWarpgroups) group_multiply_transposed<kType, kWidth>(s, queries, keys);
+  else multiply_transposed<kType, kWidth>(s, queries, keys);
+}
+template <Type kType, int kWidth>
+FLAMINGO_DEVICE void add_values(float (&sum)[kWidth / 8][4], const float (&weights)[8][4], const uint16_t* values) {
+  if constexpr (kWarpgroups) group_accumulate_rows<kType, kWidth>(sum, weights, values);
+  else accumulate_rows<kType, kWidth>(sum, weights, values);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kWideBlocks = 2, kResamplerBlocks = 3;  // ptxas for sm_80 would spill 4 bytes with 4 blocks
+// Returns whether a warp takes part in the products of a block of keys: all warps of a group have to.
+FLAMINGO_DEVICE bool takes_part(bool sees_first, bool sees_second) {
+  return kWarpgroups || any_lane(sees_first || sees_second);
+}
+
+// How many thread blocks of a forward shall fit on a multiprocessor.
+#if defined(FLAMINGO_WARPGROUPS)
+constexpr int kNarrowBlocks = 5, kResamplerBlocks = 5, kWideBlocks = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kNarrowBlocks = 4, kResamplerBlocks = 3, kWideBlocks = 2;  // ptxas would spill 4 bytes with 4 blocks
 #else
-constexpr int kWideBlocks = 3, kResamplerBlocks = 4;
+constexpr int kNarrowBlocks = 4, kResamplerBlocks = 4, kWideBlocks = 3;
 #endif
 
 // Visits the blocks of keys of a row tile. Two stages of keys and values follow the queries in shared memory.
@@ -99,23 +119,30 @@ template <Type kType, int kWidth, class Walk>
 FLAMINGO_DEVICE void visit_in_stages(Walk& walk, uint16_t* queries, Softmax& state, float (&sum)[kWidth / 8][4],
                                      float log2_scale) {
   uint16_t* stages = queries + Tile<kWidth>::kSize;
-  if (walk.left > 0) copy_keys<kWidth>(stages, walk.keys());
-  commit_copies();
+  const auto copy_keys = [&](uint16_t* stage) {
+    if (walk.left > 0) {
+      const Keys keys = walk.keys();
+      copy_operand<kWidth>(stage, keys.k, keys.k_stride, keys.valid);
+      copy_operand<kWidth>(stage + Tile<kWidth>::kSize, keys.v, keys.v_stride, keys.valid);
+    }
+    commit_copies();
+  };
+  copy_keys(stages);
   for (int stage = 0; walk.left > 0; stage ^= 1) {
     const uint16_t* keys = stages + stage * 2 * Tile<kWidth>::kSize;
     const bool sees_first = walk.sees_first(), sees_second = walk.sees_second();
     const int valid = walk.valid();
     wait_copies<0>();
+    publish_writes();
     barrier();  // all warps can read this block, and no warp reads the other stage any more
     walk.advance();
-    if (walk.left > 0) copy_keys<kWidth>(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize, walk.keys());
-    commit_copies();
-    if (!any_lane(sees_first || sees_second)) continue;
+    copy_keys(stages + (stage ^ 1) * 2 * Tile<kWidth>::kSize);
+    if (!takes_part(sees_first, sees_second)) continue;
     float s[8][4];
-    multiply_transposed<kType, kWidth>(s, queries, keys);
+    compute_scores<kType, kWidth>(s, queries, keys);
     mask_scores(s, valid, sees_first, sees_second);
     update_softmax(state, s, sum, log2_scale);
-    accumulate_rows<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
+    add_values<kType, kWidth>(sum, s, keys + Tile<kWidth>::kSize);
   }
 }
 
@@ -126,12 +153,12 @@ FLAMINGO_DEVICE void visit_in_turns(Walk& walk, uint16_t* queries, Softmax& stat
                                     float log2_scale) {
   const auto copy_k = [&](uint16_t* tile) {
     const Keys keys = walk.keys();
-    if (walk.left > 0) copy_tile<kWidth>(tile, keys.k, keys.k_stride, keys.valid);
+    if (walk.left > 0) copy_operand<kWidth>(tile, keys.k, keys.k_stride, keys.valid);
     commit_copies();
   };
   const auto copy_v = [&](uint16_t* tile) {
     const Keys keys = walk.keys();
-    if (walk.left > 0) copy_tile<kWidth>(tile, keys.v, keys.v_stride, keys.valid);
+    if (walk.left > 0) copy_operand<kWidth>(tile, keys.v, keys.v_stride, keys.valid);
     commit_copies();
   };
   uint16_t *k = queries + Tile<kWidth>::kSize, *v = k + Tile<kWidth>::kSize, *unused = v + Tile<kWidth>::kSize;
@@ -139,22 +166,24 @@ FLAMINGO_DEVICE void visit_in_turns(Walk& walk, uint16_t* queries, Softmax& stat
   copy_v(v);
   while (walk.left > 0) {
     const bool sees_first = walk.sees_first(), sees_second = walk.sees_second();
-    const bool sees_any = any_lane(sees_first || sees_second);
+    const bool part = takes_part(sees_first, sees_second);
     const int valid = walk.valid();
     wait_copies<1>();
+    publish_writes();
     barrier();  // all warps can read these keys, and no warp reads the values before them any more
     walk.advance();
     copy_k(unused);
     float s[8][4];
-    if (sees_any) {
-      multiply_transposed<kType, kWidth>(s, queries, k);
+    if (part) {
+      compute_scores<kType, kWidth>(s, queries, k);
       mask_scores(s, valid, sees_first, sees_second);
       update_softmax(state, s, sum, log2_scale);
     }
     wait_copies<1>();
+    publish_writes();
     barrier();  // all warps can read these values, and no warp reads the keys any more
     copy_v(k);
-    if (sees_any) accumulate_rows<kType, kWidth>(sum, s, v);
+    if (part) add_values<kType, kWidth>(sum, s, v);
     uint16_t* const read = v;
     v = k;
     k = unused;
@@ -164,12 +193,12 @@ FLAMINGO_DEVICE void visit_in_turns(Walk& walk, uint16_t* queries, Softmax& stat
 
 // With kSplits several thread blocks share the keys of a row tile. Each writes a part: an output of its own.
 template <Type kType, int kWidth, class Problem, bool kSplits = false>
-FLAMINGO_KERNEL(kThreads, kWidth != 64 ? kWideBlocks : Problem::kSavesStatistics ? kResamplerBlocks : 4)
+FLAMINGO_KERNEL(kThreads, kWidth != 64 ? kWideBlocks : Problem::kSavesStatistics ? kResamplerBlocks : kNarrowBlocks)
 attention_forward(const typename Problem::Params p) {
   uint16_t* queries = shared_memory();
   const int head = block_y(), key_head = Problem::key_head(p, head);
   const Rows rows = Problem::row_tile(p, block_x());
-  copy_tile<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
+  copy_operand<kWidth>(queries, p.q + rows.first * p.q_row + head * p.q_head, p.q_row, rows.valid);
   typename Problem::Walk walk(p, rows, key_head);
   if constexpr (kSplits) walk.take(block_z(), p.splits);
   const float log2_scale = p.scale * 1.4426950408889634f;

@@ -77,8 +77,8 @@ struct ResamplerParams : AttentionParams {
   float* part_lse;  // [splits, rows, heads]; forward
 };
 
-// Returns how many thread blocks shall share the work of one. It depends on shapes alone, so that results are the same
-// on all cards. `blocks`: blocks without a split; `visits`: tiles that one of them visits on average.
+// Returns how many thread blocks shall share the work of one. It depends on shapes alone, so that all cards add
+// the same parts. `blocks`: blocks without a split; `visits`: tiles that one of them visits on average.
 inline int wanted_splits(int64_t blocks, int64_t visits) {
   constexpr int64_t kEnoughBlocks = 384;  // about three for each multiprocessor of an H100
   constexpr int64_t kFewestVisits = 4;    // fewer would not pay for the sum of the parts

@@ -67,8 +67,8 @@ struct CrossAttention {
     if (row >= rows.valid) return {0, 0};
     const int last = read_index(p.last_media, rows.first + row);
     const int first = p.first_media.data && last >= 0 ? read_index(p.first_media, rows.first + row) : last;
-    FLAMINGO_ASSERT(last >= -1 && last < p.media && "media_index is out of range");
-    FLAMINGO_ASSERT((last < 0 || (first >= 0 && first <= last)) && "first_media is out of range");
+    FLAMINGO_CHECK(last >= -1 && last < p.media && "media_index is out of range");
+    FLAMINGO_CHECK((last < 0 || (first >= 0 && first <= last)) && "first_media is out of range");
     return last < 0 ? Range{0, 0} : Range{first * blocks_of_medium(p), (last + 1) * blocks_of_medium(p)};
   }
 
@@ -124,8 +124,8 @@ struct CrossAttention {
       int low = 0x7fffffff;
 #pragma unroll
       for (int i = 2; i < 4; ++i) {
-        FLAMINGO_ASSERT(end[i] >= 0 && end[i] <= p.media && "media_index is out of range");
-        FLAMINGO_ASSERT((end[i] == 0 || (begin[i] >= 0 && begin[i] < end[i])) && "first_media is out of range");
+        FLAMINGO_CHECK(end[i] >= 0 && end[i] <= p.media && "media_index is out of range");
+        FLAMINGO_CHECK((end[i] == 0 || (begin[i] >= 0 && begin[i] < end[i])) && "first_media is out of range");
         low = min(low, end[i] > 0 ? begin[i] : low);
       }
       seen_by_first = {begin[0], end[0]};
@@ -180,8 +180,8 @@ struct ResamplerAttention {
 
   static FLAMINGO_DEVICE Range blocks_of_tile(const Params& p, const Rows& rows) {
     const Range features = features_of(p, rows.first / p.latents);
-    FLAMINGO_ASSERT(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
-                    "cu_media is out of range or decreases");
+    FLAMINGO_CHECK(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
+                   "cu_media is out of range or decreases");
     return {0, (features.end - features.begin + kTile - 1) / kTile + tiles_of_medium(p)};
   }
 
@@ -229,8 +229,8 @@ struct ResamplerAttention {
     FLAMINGO_DEVICE Walk(const Params& params, const Rows& rows, int of_head) : p(params), head(of_head) {
       const int medium = rows.first / p.latents;
       const Range features = features_of(p, medium);
-      FLAMINGO_ASSERT(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
-                      "cu_media is out of range or decreases");
+      FLAMINGO_CHECK(features.begin >= 0 && features.begin <= features.end && features.end <= p.features &&
+                     "cu_media is out of range or decreases");
       const int blocks = (features.end - features.begin + kTile - 1) / kTile;
       row = medium * p.latents;
       feature = features.begin;

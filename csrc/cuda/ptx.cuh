@@ -1,8 +1,7 @@
 // Wraps each instruction of the kernels in a function. With FLAMINGO_EMULATOR and without nvcc the emulator defines the
 // same names, so that the tests run the kernels on a CPU.
 //
-// All of them exist from sm_80 on. At 64 latents a medium memory limits both attentions, so the matrix instructions of
-// later architectures would gain nothing.
+// All of them exist from sm_80 on, but those of warpgroup.cuh.
 #pragma once
 #include <stdint.h>
 
@@ -19,6 +18,16 @@
 #define FLAMINGO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FLAMINGO_ASSERT(condition) assert(condition)
 
+// Does the same in the kernels of the attentions. Those of sm_90a stop without a message, since ptxas makes a kernel that
+// calls a function wait after each product of a warpgroup.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLAMINGO_WARPGROUPS
+#define FLAMINGO_CHECK(condition) \
+  if (!(condition)) __trap()
+#else
+#define FLAMINGO_CHECK(condition) assert(condition)
+#endif
+
 namespace flamingo {
 namespace cuda {
 
@@ -27,12 +36,15 @@ FLAMINGO_DEVICE int block_x() { return blockIdx.x; }
 FLAMINGO_DEVICE int block_y() { return blockIdx.y; }
 FLAMINGO_DEVICE int block_z() { return blockIdx.z; }
 
+// The tiles that a warpgroup multiplies start at multiples of 1024 bytes.
 FLAMINGO_DEVICE uint16_t* shared_memory() {
-  extern __shared__ __align__(128) uint16_t memory[];
+  extern __shared__ __align__(1024) uint16_t memory[];
   return memory;
 }
 
 FLAMINGO_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+FLAMINGO_DEVICE void store_word(uint16_t* shared, uint32_t word) { *reinterpret_cast<uint32_t*>(shared) = word; }
 
 // Starts a copy of 16 bytes from global to shared memory, of zeros if not `valid` (then nothing is read).
 FLAMINGO_DEVICE void copy_16_async(void* shared, const void* global, bool valid) {

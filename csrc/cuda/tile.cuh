@@ -80,15 +80,23 @@ FLAMINGO_DEVICE void multiply_transposed(float (&s)[8][4], const uint16_t* a, co
   }
 }
 
+// Packs the columns [16 k, 16 k + 16) of accumulators as the left operand of a product.
+template <Type kType>
+FLAMINGO_DEVICE void pack_rows(uint32_t (&left)[4], const float (&w)[8][4], int k) {
+  left[0] = pack<kType>(w[2 * k][0], w[2 * k][1]);
+  left[1] = pack<kType>(w[2 * k][2], w[2 * k][3]);
+  left[2] = pack<kType>(w[2 * k + 1][0], w[2 * k + 1][1]);
+  left[3] = pack<kType>(w[2 * k + 1][2], w[2 * k + 1][3]);
+}
+
 // Computes sum [16 rows, kWidth] += w [16 rows, 64] * b [64, kWidth]; w are accumulators of this warp.
 template <Type kType, int kWidth>
 FLAMINGO_DEVICE void accumulate_rows(float (&sum)[kWidth / 8][4], const float (&w)[8][4], const uint16_t* b) {
   const int lane = lane_number();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const uint32_t left[4] = {pack<kType>(w[2 * k][0], w[2 * k][1]), pack<kType>(w[2 * k][2], w[2 * k][3]),
-                              pack<kType>(w[2 * k + 1][0], w[2 * k + 1][1]),
-                              pack<kType>(w[2 * k + 1][2], w[2 * k + 1][3])};
+    uint32_t left[4];
+    pack_rows<kType>(left, w, k);
 #pragma unroll
     for (int n = 0; n < kWidth / 16; ++n) {
       uint32_t right[4];
@@ -105,8 +113,8 @@ FLAMINGO_DEVICE void store_weights(uint16_t* tile, const float (&w)[8][4]) {
   const int row = fragment_row(), column = (lane_number() & 3) * 2;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    *reinterpret_cast<uint32_t*>(tile + Tile<64>::offset(row, n) + column) = pack<kType>(w[n][0], w[n][1]);
-    *reinterpret_cast<uint32_t*>(tile + Tile<64>::offset(row + 8, n) + column) = pack<kType>(w[n][2], w[n][3]);
+    store_word(tile + Tile<64>::offset(row, n) + column, pack<kType>(w[n][0], w[n][1]));
+    store_word(tile + Tile<64>::offset(row + 8, n) + column, pack<kType>(w[n][2], w[n][3]));
   }
 }
 

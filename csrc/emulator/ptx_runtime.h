@@ -29,7 +29,7 @@ T* global_at(uint64_t address, int count = 1) {
 }
 
 inline void* shared_at(uint32_t offset, uint32_t bytes) {
-  const size_t size = simt::machine.shared.size() - 128;
+  const size_t size = shared_bytes();
   if (offset % bytes || offset + bytes > size)
     simt::fail("shared memory at " + std::to_string(offset) + " of " + std::to_string(size));
   return reinterpret_cast<char*>(shared_memory()) + offset;
@@ -38,6 +38,18 @@ inline void* shared_at(uint32_t offset, uint32_t bytes) {
 inline uint32_t exchange_lanes(uint32_t x, uint32_t mask, uint32_t clamp, uint32_t members) {
   if (clamp != 31 || members != 0xffffffffu) simt::fail("an exchange among other lanes");
   return exchange(x, static_cast<int>(mask));
+}
+
+// Issues a product of a warpgroup whose left operand is in registers (four of them) or in shared memory. `transposed`:
+// whether the right operand is.
+template <Type kType, int kRegisters>
+void multiply_group_of(float* const (&sums)[kRegisters], const uint32_t (&a)[4], uint64_t right, bool transposed) {
+  issue_product(sums, kRegisters, {true, false, transposed, {a[0], a[1], a[2], a[3]}, 0, right, unpack<kType>});
+}
+template <Type kType, int kRegisters>
+void multiply_group_of(float* const (&sums)[kRegisters], uint64_t left, uint64_t right, bool left_transposed,
+                       bool transposed) {
+  issue_product(sums, kRegisters, {false, left_transposed, transposed, {}, left, right, unpack<kType>});
 }
 
 inline void lower(uint64_t address, int32_t x) { lower_to(global_at<int>(address), x); }

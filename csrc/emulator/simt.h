@@ -2,10 +2,10 @@
 // each thread.
 //
 // Warps run in random order and are interrupted at random points. Shared memory starts as NaN. An asynchronous copy
-// lands at once, as late as the wait for it allows, or either by chance. A kernel that relies on an order which the
-// hardware does not promise then computes something else. For mutation tests every barrier and wait can be switched
-// off by its place in the source. The emulator shows neither speed, bank conflicts and occupancy, nor reorderings of
-// memory accesses within a warp.
+// lands at once, as late as the wait for it allows, or either by chance. So does a product of a warpgroup, which reads
+// only copies that were published. A kernel that relies on an order which the hardware does not promise then computes
+// something else. For mutation tests every barrier, wait and fence can be switched off by its place in the source. The
+// emulator shows neither speed, bank conflicts and occupancy, nor reorderings of memory accesses within a warp.
 #pragma once
 #include <stdint.h>
 
@@ -21,6 +21,7 @@
 #define FLAMINGO_KERNEL(threads, blocks) void
 #define FLAMINGO_ASSERT(condition) \
   if (!(condition)) flamingo::simt::fail("device assertion: " #condition)
+#define FLAMINGO_CHECK(condition) FLAMINGO_ASSERT(condition)
 
 namespace flamingo {
 namespace simt {
@@ -47,12 +48,40 @@ struct Exchange {
   int integer;
 };
 
+// A product that a warpgroup computes, as the instruction describes it.
+struct GroupProduct {
+  bool left_in_registers, left_transposed, right_transposed;
+  uint32_t a[4];         // the left operand, if it is in registers
+  uint64_t left, right;  // tiles in shared memory
+  float (*unpack)(uint16_t);
+  size_t result;  // its number
+};
+
+struct GroupResult {
+  std::vector<float*> registers;  // NaN until the wait
+  std::vector<float> values;      // what they will hold
+};
+
+// The products of a thread between two waits.
+struct Group {
+  bool started = false;
+  std::vector<GroupResult> results;
+  std::vector<GroupProduct> products;
+  size_t computed = 0, committed = 0;
+};
+
+struct Written {
+  size_t at, bytes;
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   std::vector<char> stack;
   bool done = false, at_barrier = false;
   std::vector<std::vector<PendingCopy>> groups;  // committed groups, then the open one
   Exchange exchange;
+  std::vector<Written> unpublished;  // what no product can read yet
+  Group group;
 };
 
 struct Site {
@@ -60,6 +89,8 @@ struct Site {
   std::string file;
   int line;
 };
+
+constexpr size_t kSharedAlignment = 1024;
 
 struct Machine {
   Copies copies = Copies::kAtOnce;
@@ -72,6 +103,8 @@ struct Machine {
   std::vector<int> warp_arrived, warp_generation;
   int barrier_arrived = 0;
   std::vector<char> shared;
+  std::vector<char> published;  // shared memory as products of a warpgroup read it
+  std::vector<int> warp_products;  // how many products each warp has issued
   std::function<void()> kernel;
   void* scheduler = nullptr;
 
@@ -123,9 +156,16 @@ inline int block_x() { return simt::machine.block_x; }
 inline int block_y() { return simt::machine.block_y; }
 inline int block_z() { return simt::machine.block_z; }
 inline uint16_t* shared_memory() {
-  return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(simt::machine.shared.data()) + 127) & ~127ull);
+  const uintptr_t mask = simt::kSharedAlignment - 1;
+  return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(simt::machine.shared.data()) + mask) & ~mask);
+}
+inline size_t shared_bytes() { return simt::machine.shared.size() - simt::kSharedAlignment; }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - reinterpret_cast<const char*>(shared_memory()));
 }
 
+void store_word(uint16_t* shared, uint32_t word);
+void note_store(size_t at, size_t bytes);  // to shared memory
 void copy_16_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_for_copies(int pending, const char* file, int line);
@@ -194,6 +234,37 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     }
   });
   std::memcpy(c, mine.c, sizeof(c));
+}
+
+void publish(const char* file, int line);
+inline void publish_writes(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+#if defined(FLAMINGO_WARPGROUPS)
+  publish(file, line);
+#endif
+}
+void start_products(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void commit_products(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void finish_products(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void issue_product(float* const* registers, int count, const simt::GroupProduct& product);
+
+template <Type kType, int kColumns>
+void issue_product(float (&c)[kColumns][4], simt::GroupProduct product) {
+  float* registers[kColumns * 4];
+  for (int i = 0; i < kColumns * 4; ++i) registers[i] = &c[i / 4][i % 4];
+  product.unpack = unpack<kType>;
+  issue_product(registers, kColumns * 4, product);
+}
+template <Type kType>
+void multiply_group(float (&c)[8][4], uint64_t a, uint64_t b) {
+  issue_product<kType>(c, {false, false, false, {}, a, b});
+}
+template <Type kType, int kColumns>
+void multiply_group_transposed(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b) {
+  issue_product<kType>(c, {false, true, true, {}, a, b});
+}
+template <Type kType, int kColumns>
+void multiply_group(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
+  issue_product<kType>(c, {true, false, true, {a[0], a[1], a[2], a[3]}, 0, b});
 }
 
 uint32_t exchange(uint32_t x, int mask);

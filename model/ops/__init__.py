@@ -57,8 +57,8 @@ def masked_cross_attention(
 
     Raises:
         TypeError: An argument has the wrong type; the message names it.
-        ValueError: An argument does not fit the others; the message names it. On CUDA a ``media_index`` out of range is
-            a device-side assertion.
+        ValueError: An argument does not fit the others; the message names it. On CUDA a ``media_index`` out of range
+            stops the kernel: a device-side assertion, or an unspecified launch failure on compute capability 9.0.
         RuntimeError: ``backend="fused"``, and no kernel can be used.
     """
     q, k, v = autocast_inputs(q.device.type, q, k, v)

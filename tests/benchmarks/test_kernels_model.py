@@ -92,6 +92,26 @@ def test_a_wait_leaves_the_newest_groups_of_copies_on_their_way(kernel: sass.Ker
     assert all_but_one < all_groups - 300 / multiprocessor_model.CLOCK
 
 
+def group_kernel(left: str, end: str = "WARPGROUP.DEPBAR.LE gsb0, 0x0") -> sass.Kernel:
+    """Return the kernel with eight products of a warpgroup in place of one of a warp."""
+    products = "\n    ".join([f"HGMMA.64x64x16.F32.BF16 R24, {left}gdesc[UR8], R24"] * 8)
+    code = CODE.replace("HMMA.16816.F32.BF16 R4, R8, R12, R4", f"WARPGROUP.ARRIVE\n    {products}\n    {end}")
+    return sass.Kernel("kernel", 64, 0, sass._parse(disassembly(code))["kernel"])
+
+
+def test_products_of_a_warpgroup_count_and_take_their_time() -> None:
+    shared, registers = group_kernel(""), group_kernel("R8, ")
+    assert sass_paths.products_a_tile(shared, 64) == 8 * 8 / 32
+    paths = [sass_paths.issued(shared, 64, 3)] * 24
+    unwaited, waited = (
+        multiprocessor_model.seconds(kernel, paths, 1, 0.0) * multiprocessor_model.CLOCK / 24
+        for kernel in (group_kernel("", "NOP"), shared)
+    )
+    assert waited > unwaited + 100, "the warps wait for what they have issued"
+    many = multiprocessor_model.seconds(registers, paths, 8, 0.0) * multiprocessor_model.CLOCK / 24
+    assert 3 * 8 * 32 < many < waited, "64 x 64 x 16 multiply-adds take 32 cycles"
+
+
 def test_a_store_of_one_word_a_lane_sends_a_quarter_of_the_bytes() -> None:
     def with_store(modifiers: str) -> sass.Kernel:
         text = "\n    ".join([f"STG.E{modifiers} desc[UR4][R2.64], R4"] * 50)
@@ -174,7 +194,7 @@ def test_rows_are_marked_as_modeled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_the_paths_of_compiled_kernels_compute_all_products() -> None:
-    """A forward has two products of a tile, a backward of one kernel has five."""
+    """A forward has two products of a tile, a backward of one kernel has five; on sm_90a warpgroups compute some."""
     try:
         compiled = sass.compiled("masked_cross_attention_64_bf16", "sm_90a")
     except sass.ToolMissingError as error:

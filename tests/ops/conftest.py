@@ -38,3 +38,13 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulator:
     if reason is not None:
         pytest.skip(reason)
     return emulation.build(Path(tmp_path_factory.mktemp("emulator")))
+
+
+@pytest.fixture(scope="session")
+def group_emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[int, emulation.Emulator]:
+    """Build emulators with the kernels of sm_90a in bfloat16, by head_dim: warpgroups multiply their tiles."""
+    reason = emulation.why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    folders = {head_dim: tmp_path_factory.mktemp(f"warpgroups_{head_dim}") for head_dim in (64, 96, 128)}
+    return {head_dim: emulation.build(folder, only=head_dim, warpgroups=True) for head_dim, folder in folders.items()}

@@ -68,11 +68,11 @@ class _ResamplerParams(_AttentionParams):
 
 
 class Site(NamedTuple):
-    """Locate a barrier or a wait in the kernels' source.
+    """Locate a barrier, a wait or a fence in the kernels' source.
 
     Attributes:
         number: Number in the order of first use.
-        kind: "barrier" or "wait".
+        kind: "barrier", "wait", "publication", or "start", "commit" or "wait" with "of products" or "for products".
         file: Name of the source file.
         line: Line in the file.
     """
@@ -98,17 +98,19 @@ def why_unavailable() -> str | None:
     return None if shutil.which("g++") else "no g++ to build the emulator"
 
 
-def build(folder: Path, csrc: Path = CSRC, *, only: int | None = None) -> Emulator:
+def build(folder: Path, csrc: Path = CSRC, *, only: int | None = None, warpgroups: bool = False) -> Emulator:
     """Compile the emulator and the kernels into ``folder``.
 
     Args:
         folder: Folder for the library.
         csrc: Folder of the sources.
         only: The only head_dim to compile, in bfloat16; None compiles all, and float16.
+        warpgroups: Whether to compile the kernels of sm_90a, whose warpgroups multiply tiles.
     """
     library = folder / "libemulator.so"
     command = ["g++", "-std=c++17", "-O1" if only else "-O2", "-shared", "-fPIC", "-DFLAMINGO_EMULATOR", "-w"]
     command += [f"-DFLAMINGO_EMULATE_ONE={only}"] if only else []
+    command += ["-DFLAMINGO_WARPGROUPS"] if warpgroups else []
     sources = [str(csrc / "emulator" / name) for name in ("simt.cpp", "run_kernels.cpp")]
     result = subprocess.run([*command, "-o", str(library), *sources], capture_output=True, text=True, check=False)
     if result.returncode != 0:

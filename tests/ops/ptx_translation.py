@@ -21,6 +21,8 @@ _COMPARISONS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}  # unsigned
 _BINARY = {"add": "+", "sub": "-", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 _SPECIAL = {"%tid.x": "uint32_t(thread_number())"}
 _SPECIAL |= {f"%ctaid.{axis}": f"uint32_t(block_{axis}())" for axis in "xyz"}
+# A product of a warpgroup. The predicate in its scope says that it adds to what the sums hold.
+_GROUP_PRODUCT = re.compile(r"\{\s*\.reg \.pred adds;\s*setp\.ne\.b32 adds, 1, 0;\s*(wgmma[^;]*;)\s*\}")
 _ASSERTION = re.compile(r"\{\s*\.reg \.b32 temp_param_reg;.*?call\.uni\s*__assertfail.*?\}", re.DOTALL)
 
 
@@ -47,7 +49,7 @@ class _Kernel:
         self._name, self._number = name, number
 
     def translate(self, body: str) -> str:
-        body = _ASSERTION.sub("assertion_failed;", body)
+        body = _GROUP_PRODUCT.sub(r"\1", _ASSERTION.sub("assertion_failed;", body))
         registers = re.findall(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>", body)
         lines = [f"  {_DECLARED[kind]} {name}[{count}] = {{}};" for kind, name, count in registers]
         body = re.sub(r"\.(?:reg|pragma|loc|shared|local) [^;]*;", "", body)
@@ -76,11 +78,11 @@ class _Kernel:
         name, kind = words[0], words[-1]
         if name == "bra":
             return f"goto L{given[0][1:]}"
-        if name == "ret":
-            return "return"
+        if name in ("ret", "trap"):
+            return "return" if name == "ret" else 'simt::fail("device assertion")'
         if name in ("bar", "barrier"):
             return "barrier(__FILE__, __LINE__)"
-        for table in (self._memory, self._warp):
+        for table in (self._memory, self._warp, self._warpgroup):
             code = table(opcode, words, given)
             if code is not None:
                 return code
@@ -170,6 +172,8 @@ class _Kernel:
                 raise ValueError(words[1])
             pairs = enumerate(registers)
             moves = [f"{r} = at[{i}]" if is_load else f"at[{i}] = {_TYPES[kind]}({r})" for i, r in pairs]
+            if words[:2] == ["st", "shared"]:
+                moves.append(f"note_store({address}, {bytes_each * size})")
             return f"auto* at = {place}; " + "; ".join(moves)
         if name in ("atom", "red"):
             address, value = (self._address(given[-2]), self._operand(given[-1]))
@@ -212,6 +216,34 @@ class _Kernel:
                 f"float sum[4] = {{{', '.join(c)}}}; {left}; multiply<Type::{kind}>(sum, left, {', '.join(b)}); {moves}"
             )
         return None
+
+    def _warpgroup(self, opcode: str, words: Sequence[str], given: Sequence[str]) -> str | None:
+        """Return the statement of an instruction of a warpgroup, or None for others."""
+        simple = {
+            "fence.proxy.async.shared::cta": "publish",
+            "wgmma.fence.sync.aligned": "start_products",
+            "wgmma.commit_group.sync.aligned": "commit_products",
+            "wgmma.wait_group.sync.aligned": "finish_products",
+        }
+        if opcode in simple:
+            if given not in ([], ["0"]):
+                raise ValueError("a wait that leaves groups")
+            return f"{simple[opcode]}(__FILE__, __LINE__)"
+        if not opcode.startswith("wgmma.mma_async.sync.aligned.m64n"):
+            return None
+        sums, left, right, adds, *signs = given
+        shape = re.fullmatch(r"m64n(\d+)k16", words[4])
+        registers = ", ".join(f"&{register}" for register in self._operands(sums))
+        if shape is None or int(shape[1]) != 2 * len(self._operands(sums)) or [adds, *signs[:2]] != ["adds", "1", "1"]:
+            raise ValueError("another product of a warpgroup")
+        kind = "kBFloat16" if "bf16" in words else "kFloat16"
+        begin = f"float* const sums[] = {{{registers}}}; "
+        operand = self._operand(left) if not left.startswith("{") else "left"
+        if operand == "left":
+            begin += f"const uint32_t left[4] = {{{', '.join(self._operands(left))}}}; "
+        return (
+            f"{begin}multiply_group_of<Type::{kind}>(sums, {operand}, {self._operand(right)}, {', '.join(signs[2:])})"
+        )
 
     def _operand(self, word: str) -> str:
         if register := re.fullmatch(r"%(p|r|rd|f|rs)(\d+)", word):

@@ -60,7 +60,10 @@ def test_no_spills_no_local_memory_and_budgets_kept(name: str, architecture: str
     assert set(numbers) == {0}, report
     kernels = sass.read_kernels(report, code)
     used = instructions(kernels)
-    assert {"HMMA", "LDSM", "LDGSTS"} <= used, "tensor cores, matrix loads and asynchronous copies are used"
+    products = {"sm_80": {"HMMA", "LDSM"}, "sm_90a": {"HGMMA"}}
+    assert {"LDGSTS", *products[architecture]} <= used, "tensor cores and asynchronous copies are used"
+    assert not (products["sm_80"] | products["sm_90a"]) - products[architecture] & used, "and all products alike"
+    assert "serialized" not in report, "ptxas lets products of a warpgroup run one after the other"
     assert not {name for name in used if name.startswith(("LDL", "STL"))}
     assert_within_budget(name, architecture, kernels)
 

@@ -303,13 +303,15 @@ def test_a_changed_kernel_is_caught(name: str, small_emulator: Emulator, tmp_pat
     assert is_caught(build_mutant(tmp_path, *MUTANTS[name]), seeds=1)
 
 
-def build_mutant(folder: Path, file: str, original: str, replacement: str, head_dim: int = 64) -> Emulator:
+def build_mutant(
+    folder: Path, file: str, original: str, replacement: str, head_dim: int = 64, *, warpgroups: bool = False
+) -> Emulator:
     shutil.copytree(emulation.CSRC, folder / "csrc")
     source = folder / "csrc" / "cuda" / file
     text = source.read_text()
     assert original in text, "the mutant no longer fits the source"
     source.write_text(text.replace(original, replacement))
-    return emulation.build(folder, folder / "csrc", only=head_dim)
+    return emulation.build(folder, folder / "csrc", only=head_dim, warpgroups=warpgroups)
 
 
 @functools.cache
@@ -324,7 +326,7 @@ MUTANTS_OF_TURNS = {
     "values in the place of the next keys": ("attention_forward.cuh", "copy_v(k);", "copy_v(unused);"),
     "keys over the values in use": ("attention_forward.cuh", "copy_k(unused);", "copy_k(v);"),
     "tiles not exchanged": ("attention_forward.cuh", "unused = read;", "unused = k;"),
-    "a barrier that not all warps reach": ("attention_forward.cuh", "copy_k(unused);", "if (!sees_any) continue;"),
+    "a barrier that not all warps reach": ("attention_forward.cuh", "copy_k(unused);", "if (!part) continue;"),
 }
 
 
@@ -344,6 +346,100 @@ def test_every_barrier_and_every_wait_of_turns_is_needed(tmp_path: Path) -> None
     for site in sites:
         wide.skipped_site = site.number
         assert is_caught(wide, seeds=3, cases=wide_cases), site
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_warpgroups(group_emulators: dict[int, Emulator], head_dim: int) -> None:
+    groups, options = group_emulators[head_dim], {"head_dim": head_dim, "dtype": torch.bfloat16}
+    cross = ((64, PACKED, False), (5, UNORDERED, False), (70, PACKED[:130], True))
+    resampled = ((64, [200, 0, 63], 1), (7, [64, 65, 1], 1), (70, [30, 140], 3))
+    for seed, (num_latents, index, so_far) in enumerate(cross):
+        groups.seed, groups.copies = seed, list(COPIES)[seed]
+        more = {"num_media": 8, "num_latents": num_latents, "so_far": so_far, "seed": seed}
+        check(groups, expect(cross_case(index, **more, **options)))
+    for seed, (num_latents, lengths, splits) in enumerate(resampled):
+        groups.seed, groups.copies, groups.splits = seed, list(COPIES)[seed], splits
+        check(groups, expect(resampler_case(lengths, num_latents=num_latents, seed=seed, **options)))
+    groups.splits = 1
+
+
+def test_warpgroups_do_not_depend_on_the_order_of_warps(group_emulators: dict[int, Emulator]) -> None:
+    case, groups, runs = resampler_case([400], dtype=torch.bfloat16), group_emulators[64], []
+    for seed in range(3):
+        groups.seed = seed
+        runs.append(groups.resampler(*case))
+    for results in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], results, strict=True))
+
+
+@functools.cache
+def group_cases() -> list[Expected]:
+    """Return cases of head_dim 64 for all kernels, with several visits of each loop and rows that see some keys."""
+    options = {"num_heads": 1, "dtype": torch.bfloat16}
+    text = [cross_case(LONG_TEXT[60:300], num_media=4, **options)]
+    text += [cross_case(LONG_TEXT[:130], num_media=4, num_latents=140, so_far=True, **options)]
+    media = [resampler_case([200, 60], num_latents=30, **options), resampler_case([70], num_latents=200, **options)]
+    return [expect(case) for case in (*text, *media)]
+
+
+@functools.cache
+def wide_group_cases() -> list[Expected]:
+    options = {"num_heads": 1, "head_dim": 128, "dtype": torch.bfloat16}
+    return [*wide_cases(), expect(cross_case(LONG_TEXT[60:300], num_media=4, **options))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_instruction_that_orders_warpgroups_is_needed(
+    group_emulators: dict[int, Emulator], head_dim: int
+) -> None:
+    groups, cases = group_emulators[head_dim], group_cases if head_dim == 64 else wide_group_cases
+    assert all(passes(groups, 0, copies, cases) for copies in COPIES)
+    sites = groups.sites()
+    assert {site.kind.partition(" ")[0] for site in sites} == {"start", "commit", "wait", "publication", "barrier"}
+    assert len(sites) >= 29
+    try:
+        for site in sites:
+            groups.skipped_site = site.number
+            assert is_caught(groups, seeds=3, cases=cases), site
+    finally:
+        groups.skipped_site = -1
+
+
+MUTANTS_OF_WARPGROUPS = {
+    "eight rows too close": ("warpgroup.cuh", "kEightRows = 64", "kEightRows = 56"),
+    "panels too close": ("warpgroup.cuh", "kPanelUnits = kPanel / 8", "kPanelUnits = kPanel / 16"),
+    "the second panel not used": ("warpgroup.cuh", "k / 4 * (kPanel / 8) + k % 4 * 2", "k % 4 * 2"),
+    "the same columns again": ("warpgroup.cuh", "k % 4 * 2;", "0;"),
+    "the same values again": ("warpgroup.cuh", "left[k], right + k * kSixteenRows", "left[k], right"),
+    "the same weights again": ("warpgroup.cuh", "left + k * kSixteenRows,", "left,"),
+    "gradients of keys and values exchanged": (
+        "attention_backward.cuh",
+        "(s, v, a, t, w, b);\n  } else",
+        "(t, v, a, s, w, b);\n  } else",
+    ),
+    "columns of the first panel in the second": ("warpgroup.cuh", "matrix + 64", "matrix"),
+    "scores on top of the last ones": ("warpgroup.cuh", "  clear(s);\n", ""),
+    "a second product not committed": (
+        "warpgroup.cuh",
+        "  issue_keys<kType, kWidth>(t, w, b);\n  commit_products();",
+        "  commit_products();\n  start_products();\n  issue_keys<kType, kWidth>(t, w, b);",
+    ),
+    "published before the copies arrive": (
+        "attention_forward.cuh",
+        "wait_copies<1>();\n    publish_writes();",
+        "publish_writes();\n    wait_copies<1>();",
+    ),
+    "a warp stays away": ("attention_forward.cuh", "return kWarpgroups || any_lane", "return any_lane"),
+    "rows as mma.sync reads them": ("attention_forward.cuh", "copy_panels<kWidth>(", "copy_tile<kWidth>("),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS_OF_WARPGROUPS)
+def test_a_changed_kernel_of_warpgroups_is_caught(name: str, tmp_path: Path) -> None:
+    mutant = build_mutant(tmp_path, *MUTANTS_OF_WARPGROUPS[name], 128, warpgroups=True)
+    assert is_caught(mutant, seeds=1, cases=wide_cases)
 
 
 @functools.cache

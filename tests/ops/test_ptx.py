@@ -86,6 +86,21 @@ MUTANTS = {
 }
 
 
+MUTANTS_OF_WARPGROUPS = {
+    "copies not published": lambda ptx: ptx.replace("fence.proxy.async.shared::cta;", ""),
+    "no wait for products": lambda ptx: ptx.replace("wgmma.wait_group.sync.aligned 0;", ""),
+    "values not transposed": lambda ptx: re.sub(r"(wgmma\.mma_async[^;]*, adds, 1, 1), 1;", r"\1, 0;", ptx),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS_OF_WARPGROUPS)
+def test_changed_ptx_of_warpgroups_is_caught(name: str) -> None:
+    change = MUTANTS_OF_WARPGROUPS[name]
+    original = make_ptx(OPS[0], 64, torch.bfloat16, "sm_90a")
+    assert change(original) != original, "the mutant no longer fits what nvcc emits"
+    assert is_caught(PtxEmulator(64, torch.bfloat16, "sm_90a", change), seeds=1)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_changed_ptx_is_caught(name: str) -> None:
     original = make_ptx(OPS[0], 64, torch.bfloat16, "sm_80")

@@ -2,7 +2,8 @@
 
 Each of the four schedulers issues one instruction a cycle, from a warp whose stall has passed and whose scoreboards
 are free. The units for products, special functions and shared memory take instructions at their rates; memory delivers
-at its bandwidth. Nothing was calibrated on a card: the times are those of a model, and may be wrong by a quarter.
+at its bandwidth. A product of a warpgroup starts when all four warps of a block have issued it. Nothing was calibrated
+on a card: the times are those of a model, and may be wrong by a quarter.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ _WARPS, _ACCESS_BYTES = 4, 512  # warps of a block; 16 bytes a lane
 _START, _MEMORY_LATENCY, _L2_LATENCY, _BARRIER, _QUEUE = 250, 650, 280, 20, 24  # cycles
 _UNITS = {
     "HMMA": "product",
+    "HGMMA": "group product",
     **dict.fromkeys(("FFMA", "FMUL", "FADD", "HFMA2"), "float"),
     **dict.fromkeys(("MUFU", "I2F", "F2I", "F2F"), "special"),
     **dict.fromkeys(("LDC", "ULDC", "S2R", "S2UR", "CS2R", "REDUX", "VOTE", "R2UR"), "slow"),
     **dict.fromkeys(("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "NOP", "CALL", "RET"), "control"),
-    **dict.fromkeys(("BAR", "DEPBAR", "LDGDEPBAR"), "synchronize"),
+    **dict.fromkeys(("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP"), "synchronize"),
+    **dict.fromkeys(("MEMBAR", "FENCE"), "fence"),
 }
 _INTERVAL = {"product": 6, "float": 1, "special": 8, "slow": 2, "control": 2, "synchronize": 1}
-_INTERVAL |= {"integer": 2, "integer product": 2}
-_LATENCY = {"product": 33, "float": 4, "special": 18, "slow": 24, "integer": 6, "integer product": 6}
+_INTERVAL |= {"integer": 2, "integer product": 2, "group product": 1, "fence": 2}
+_LATENCY = {"fence": 20, "product": 33, "float": 4, "special": 18, "slow": 24, "integer": 6, "integer product": 6}
 # Cycles that the shared path to memory is busy, and cycles until the result exists.
 _MEMORY = {"LDSM": (4, 29), "LDGSTS": (4, 0), "LDG": (2, 0), "STG": (4, 20), "STS": (1, 10), "LDS": (1, 23)}
 _MEMORY |= {"SHFL": (1, 23)}
+# Products of warpgroups: multiply-adds and bytes of shared memory in a cycle; cycles until the end of one is seen.
+_GROUP_MULTIPLY_ADDS, _SHARED_BYTES, _GROUP_LATENCY, _LOOK_AGAIN = 2048, 128, 32, 8
+_GROUP_ROWS, _GROUP_DEPTH = 64, 16
 
 
 @dataclass
@@ -45,12 +51,15 @@ class _Warp:
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
     copies_arrive: float = 0.0
     groups_arrive: list[float] = field(default_factory=list)  # of committed copies
+    group_products: int = 0  # that it has issued
 
 
 @dataclass
 class _Block:
     running: int = _WARPS
     waiting: list[int] = field(default_factory=list)  # warps at the barrier
+    group_products: list[int] = field(default_factory=list)  # for each product, the warps that have issued it
+    group_end: float = 0.0  # when the products that all warps have issued are done
 
 
 def resident_blocks(kernel: Kernel, shared_bytes: int, architecture: str) -> int:
@@ -117,12 +126,17 @@ class _Multiprocessor:
             cycle = max(cycle, *(warp.scoreboards[k] for k in range(6) if instruction.waits_for >> k & 1))
         if instruction.name == "DEPBAR":
             cycle = max(cycle, *warp.groups_arrive[: len(warp.groups_arrive) - _pending_groups(instruction)][-1:], 0.0)
+        if instruction.name == "WARPGROUP" and instruction.modifiers.startswith(".DEPBAR"):
+            issued = warp.block.group_products[warp.group_products - 1] if warp.group_products else _WARPS
+            cycle = max(cycle, warp.block.group_end) if issued == _WARPS else max(cycle, wanted + _LOOK_AGAIN)
         return max(cycle, self._path_free - _QUEUE) if unit == "memory" else cycle
 
     def _issue(self, now: float, warp: _Warp, scheduler: int, i: int) -> None:
         instruction, unit = self._code[i], self._units[i]
         self._last_issue[scheduler] = now
         done, operands_read = now + _LATENCY.get(unit, 0), now + 12
+        if instruction.name == "HGMMA":
+            self._multiply_in_group(now, warp, instruction)
         if unit != "memory":
             self._unit_free[scheduler][unit] = now + _INTERVAL[unit]
         else:
@@ -143,6 +157,23 @@ class _Multiprocessor:
             warp.scoreboards[instruction.write_barrier] = max(warp.scoreboards[instruction.write_barrier], done)
         if instruction.read_barrier < 6:
             warp.scoreboards[instruction.read_barrier] = max(warp.scoreboards[instruction.read_barrier], operands_read)
+
+    def _multiply_in_group(self, now: float, warp: _Warp, instruction: Instruction) -> None:
+        """Note that a warp issues a product of its group, HGMMA.64x128x16 with the left operand in registers or not."""
+        block, columns = warp.block, int(instruction.modifiers.split("x")[1])
+        warp.group_products += 1
+        if warp.group_products > len(block.group_products):
+            block.group_products.append(0)
+        block.group_products[warp.group_products - 1] += 1
+        if block.group_products[warp.group_products - 1] < _WARPS:
+            return
+        start = max(now, *(free.get("product", 0.0) for free in self._unit_free))
+        read = columns if instruction.text.split(", ")[1].startswith("R") else columns + _GROUP_ROWS
+        self._path_free = max(start, self._path_free) + read * _GROUP_DEPTH * 2 / _SHARED_BYTES
+        end = max(start + _GROUP_ROWS * columns * _GROUP_DEPTH / _GROUP_MULTIPLY_ADDS, self._path_free)
+        for free in self._unit_free:
+            free["product"] = end
+        block.group_end = max(block.group_end, end + _GROUP_LATENCY)
 
     def _copied(self, now: float) -> float:
         """Return when the bytes of a copy are in shared memory."""

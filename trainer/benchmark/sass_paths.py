@@ -1,9 +1,9 @@
 """Find the instructions that a warp issues in a kernel, from its machine code.
 
-A kernel of csrc/ visits tiles in a main loop: it holds matrix products (HMMA) and a barrier (BAR). ``issued`` follows
-the longest way through the code, with each inner loop as often as its work needs. It assumes that branches which
-diverge, calls (failed assertions, divisions with a tiny divisor), early exits and the reads of the mode "all media so
-far" are not taken. The last visit of the main loop copies no further tile.
+A kernel of csrc/ visits tiles in a main loop: it holds matrix products (HMMA, or HGMMA of a warpgroup) and a barrier
+(BAR). ``issued`` follows the longest way through the code, with each inner loop as often as its work needs. It assumes
+that branches which diverge, calls (failed assertions, divisions with a tiny divisor), early exits and the reads of the
+mode "all media so far" are not taken. The last visit of the main loop copies no further tile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from trainer.benchmark.sass import Instruction, Kernel
 
 TILE, THREADS = 64, 128  # kTile and kThreads of csrc/cuda/params.h
+_PRODUCTS = {"HMMA", "HGMMA"}
 _NEVER = -(10**9)
 
 
@@ -27,7 +28,7 @@ class Loop:
 
 def main_loops(kernel: Kernel) -> list[Loop]:
     """Return the loops over tiles, in the order of their addresses."""
-    loops = [loop for loop in _loops(kernel) if {"HMMA", "BAR"} <= _names(kernel, loop)]
+    loops = [loop for loop in _loops(kernel) if "BAR" in _names(kernel, loop) and _PRODUCTS & _names(kernel, loop)]
     innermost = [x for x in loops if not any(x != y and x.first <= y.first and y.last <= x.last for y in loops)]
     return sorted(innermost, key=lambda loop: loop.first)
 
@@ -74,8 +75,15 @@ def issued(kernel: Kernel, head_dim: int, tiles: int) -> list[int]:
 def products_a_tile(kernel: Kernel, head_dim: int) -> float:
     """Return how many products of a tile a visit of all main loops computes; 2 in a forward."""
     mains = main_loops(kernel)
-    count = sum(kernel.code[i].name == "HMMA" for i in issued(kernel, head_dim, 2)) / 2
+    count = sum(_eights(kernel.code[i]) for i in issued(kernel, head_dim, 2)) / 2
     return count / (head_dim // 2) if mains else 0.0
+
+
+def _eights(instruction: Instruction) -> int:
+    """Return how many products of [16, 16] and [16, 8] an instruction computes for its warp."""
+    if instruction.name == "HGMMA":  # such as .64x128x16.F32.BF16
+        return int(instruction.modifiers.split("x")[1]) // 8
+    return int(instruction.name == "HMMA")
 
 
 def _optional_reads(kernel: Kernel) -> set[int]:
@@ -88,7 +96,7 @@ def _optional_reads(kernel: Kernel) -> set[int]:
         if branch.target is not None and branch.conditional and i < branch.target <= i + 40:
             between = range(i + 1, branch.target)
             reads = {j for j in between if code[j].name == "LDG" and ".128" not in code[j].modifiers}
-            found |= reads if all(code[j].name not in ("LDGSTS", "HMMA") for j in between) else set()
+            found |= reads if all(code[j].name not in ("LDGSTS", "HMMA", "HGMMA") for j in between) else set()
     return found
 
 
