@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import ops
+from model.ops import self_check
 from tests.ops.cases import (
     PACKED,
     UNORDERED,
@@ -53,6 +54,12 @@ def test_resampler(dtype: torch.dtype, head_dim: int) -> None:
             "device": "cuda",
         }
         check_fused(expect(resampler_case(lengths, **options)))
+
+
+@TYPES
+@HEAD_DIMS
+def test_the_comparison_before_the_first_use_finds_nothing(dtype: torch.dtype, head_dim: int) -> None:
+    assert self_check.compare(self_check.fused(), torch.device("cuda", 0), dtype, head_dim) is None
 
 
 def test_cross_attention_at_training_sizes() -> None:
