@@ -17,7 +17,8 @@ from tests.ops.cases import PACKED, UNORDERED, cross_case, expect, resampler_cas
 from tests.ops.ptx_emulator import OPS, PtxEmulator, make_ptx
 from tests.ops.ptx_translation import UnknownInstructionError, translate
 from tests.ops.test_cuda_source import find_nvcc
-from tests.ops.test_emulator import check, is_caught
+from tests.ops.test_emulator import check
+from tests.ops.test_emulator_mutations import is_caught
 
 pytestmark = pytest.mark.slow
 ARCHITECTURES = ("sm_80", "sm_90a")
