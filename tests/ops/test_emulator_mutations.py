@@ -6,7 +6,7 @@ import faulthandler
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from tests.ops.cases import (
     expect,
     resampler_case,
 )
-from tests.ops.emulator import COPIES, EmulationError, Emulator
+from tests.ops.emulator import COPIES, EmulationError, Emulator, Site
 from tests.ops.test_emulator import check
 
 # These inputs make every loop of the kernels run at least four times.
@@ -66,6 +66,21 @@ def is_caught(emulator: Emulator, seeds: int, cases: Callable[[], list[Expected]
     return os.waitpid(child, 0)[1] != 0
 
 
+def not_needed(
+    emulator: Emulator, sites: Iterable[Site], cases: Callable[[], list[Expected]] = long_cases
+) -> list[Site]:
+    """Return the sites without which every run passes, each switched off by itself."""
+
+    def is_needed(site: Site) -> bool:
+        emulator.skipped_site = site.number
+        return is_caught(emulator, seeds=3, cases=cases)
+
+    try:
+        return [site for site in sites if not is_needed(site)]
+    finally:
+        emulator.skipped_site = -1
+
+
 @pytest.fixture(scope="module")
 def small_emulator(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Emulator:
     """Build bfloat16 of head_dim 64 alone, so that its list of sites is complete after one run."""
@@ -79,13 +94,7 @@ def test_every_barrier_and_every_wait_is_needed(small_emulator: Emulator) -> Non
     sites = small_emulator.sites()
     assert {site.kind for site in sites} == {"barrier", "wait"}
     assert len(sites) >= 7
-    unnoticed = []
-    for site in sites:
-        small_emulator.skipped_site = site.number
-        if not is_caught(small_emulator, seeds=3):
-            unnoticed.append(site)
-    small_emulator.skipped_site = -1
-    assert unnoticed == []
+    assert not_needed(small_emulator, sites) == []
 
 
 MUTANTS = {
@@ -158,9 +167,7 @@ def test_every_barrier_and_every_wait_of_turns_is_needed(tmp_path: Path) -> None
     assert all(passes(wide, 0, copies, wide_cases) for copies in COPIES)
     sites = [site for site in wide.sites() if site.file == "attention_forward.cuh"]
     assert len(sites) == 4
-    for site in sites:
-        wide.skipped_site = site.number
-        assert is_caught(wide, seeds=3, cases=wide_cases), site
+    assert not_needed(wide, sites, wide_cases) == []
 
 
 @functools.cache
@@ -189,12 +196,7 @@ def test_every_instruction_that_orders_warpgroups_is_needed(
     sites = groups.sites()
     assert {site.kind.partition(" ")[0] for site in sites} == {"start", "commit", "wait", "publication", "barrier"}
     assert len(sites) >= 29
-    try:
-        for site in sites:
-            groups.skipped_site = site.number
-            assert is_caught(groups, seeds=3, cases=cases), site
-    finally:
-        groups.skipped_site = -1
+    assert not_needed(groups, sites, cases) == []
 
 
 MUTANTS_OF_WARPGROUPS = {
@@ -279,11 +281,10 @@ def test_every_barrier_and_every_wait_of_splits_is_needed(small_emulator: Emulat
     small_emulator.splits = 2
     try:
         assert not is_caught(small_emulator, seeds=1, cases=split_cases)
-        for site in (site for site in small_emulator.sites() if site.file.startswith("attention_")):
-            small_emulator.skipped_site = site.number
-            assert is_caught(small_emulator, seeds=3, cases=split_cases), site
+        sites = [site for site in small_emulator.sites() if site.file.startswith("attention_")]
+        assert not_needed(small_emulator, sites, split_cases) == []
     finally:
-        small_emulator.splits, small_emulator.skipped_site = 1, -1
+        small_emulator.splits = 1
 
 
 MUTANTS_OF_SHARED_HEADS = {
