@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +17,12 @@ from model.language_model import InputRow, LanguageModel, OutputRow, read_sizes,
 from model.lm_probes import find_decoder_blocks
 from model.loading_errors import explain_loading
 from model.lora import add_adapters
-from model.parameters import Gather, no_gather
+from model.parameters import Gather, Partition, Redraw, no_gather
 from model.perceiver_resampler import build_resampler
 from model.quantization import quantize_language_model
 from model.tokens import FlamingoTokenizer, SpecialTokenIds, load_tokenizer
 from model.trainable_parts import set_trainable
 from model.vision_encoder import VisionEncoder, build_tower
-
-Partition = Callable[[], AbstractContextManager[Any]]
-Redraw = Callable[[nn.Module, Callable[[], nn.Module]], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

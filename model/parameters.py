@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+Partition = Callable[[], AbstractContextManager[Any]]
+Redraw = Callable[[nn.Module, Callable[[], nn.Module]], None]
 
 
 def no_gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -14,8 +14,8 @@ no derivative. With hundreds of tokens in a micro-batch, turning codes back take
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from model.config import QuantizationMethod
-from model.parameters import Gather, full_shape, no_gather
+from model.parameters import Gather, Partition, full_shape, no_gather
 
 BLOCKS: dict[QuantizationMethod, int] = {"int8": 128, "nf4": 64}  # numbers of a row that share a scale
 _LARGEST: dict[QuantizationMethod, int] = {"int8": 127, "nf4": 1}  # what the largest number of a block is scaled to
@@ -199,7 +199,7 @@ def quantize_language_model(
     blocks: Iterable[nn.Module],
     method: QuantizationMethod,
     gather: Gather = no_gather,
-    partition: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    partition: Partition = nullcontext,
 ) -> QuantizationError | None:
     """Replace the linear layers of a causal LM's blocks by quantized ones, in place.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from model.parameters import Gather, no_gather
+from model.parameters import Gather, Partition, Redraw, no_gather
 from trainer.config.run_config import OptimizerConfig
 from trainer.deepspeed_engine import partitioned_linear
 from trainer.deepspeed_engine.checkpoint_internals import (
@@ -44,8 +44,6 @@ from trainer.deepspeed_engine.swap_internals import shared_parameter_swapper
 from trainer.runtime.cpu_matmul import CpuMatmul, use_cpu_matmul
 from trainer.runtime.distributed import World
 
-Partition = Callable[[], AbstractContextManager[Any]]
-
 
 @dataclass(frozen=True)
 class PartitionedBuild:
@@ -61,7 +59,7 @@ class PartitionedBuild:
     gather: Gather
     partition: Partition
     overwrite: Gather = no_gather
-    redraw: Callable[[nn.Module, Callable[[], nn.Module]], None] | None = None
+    redraw: Redraw | None = None
 
 
 @contextmanager
@@ -102,6 +100,20 @@ def overwritten_parameters(parameters: Sequence[nn.Parameter]) -> AbstractContex
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0) if partitioned else nullcontext()
 
 
+def copy_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into parameters, whether or not ZeRO-3 partitioned them; a collective if it did.
+
+    Args:
+        parameters: Parameters by name.
+        state: A tensor for each of them. Of partitioned parameters rank 0's are taken, and others may have none.
+    """
+    for name, parameter in parameters.items():
+        writes = not is_partitioned(parameter) or torch.distributed.get_rank() == 0
+        with torch.no_grad(), overwritten_parameters([parameter]):
+            if writes:
+                parameter.copy_(state[name])
+
+
 def _redraw(alive: HfDeepSpeedConfig, model: nn.Module, build: Callable[[], nn.Module]) -> None:
     """Give a model the weights that ``build`` draws while transformers partitions nothing."""
     drawn: dict[str, nn.Parameter] = {}
@@ -111,10 +123,7 @@ def _redraw(alive: HfDeepSpeedConfig, model: nn.Module, build: Callable[[], nn.M
             drawn = dict(build().named_parameters())
         finally:
             set_hf_deepspeed_config(alive)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad(), overwritten_parameters([parameter]):
-            if drawn:
-                parameter.copy_(drawn[name])
+    copy_parameters(dict(model.named_parameters()), drawn)
 
 
 @dataclass(frozen=True)

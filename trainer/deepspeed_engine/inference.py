@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.config.deepspeed_json import offload_section
 from trainer.config.run_config import OffloadConfig
 from trainer.deepspeed_engine.engine import move_buffers
-from trainer.deepspeed_engine.internals import is_partitioned
 
 
 def inference_json(offload_param: OffloadConfig, dtype: str) -> dict[str, Any]:
@@ -31,23 +29,6 @@ def inference_json(offload_param: OffloadConfig, dtype: str) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": zero,
     }
-
-
-def copy_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into parameters, whether or not ZeRO-3 partitioned them; a collective if it did.
-
-    Args:
-        parameters: Parameters by name.
-        state: A tensor for each of them; rank 0's are taken.
-    """
-    for name, parameter in parameters.items():
-        if not is_partitioned(parameter):
-            with torch.no_grad():
-                parameter.copy_(state[name])
-            continue
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if torch.distributed.get_rank() == 0:
-                parameter.copy_(state[name])
 
 
 def start_inference(module: nn.Module, settings: dict[str, Any], device: torch.device) -> None:

@@ -15,8 +15,8 @@ from model.flamingo import Flamingo
 from model.parameters import explain_difference, frozen_digests, trainable_parameters
 from model.pretrained import describe_export, from_pretrained, read_trained
 from trainer.config.evaluation_config import EvaluationConfig
-from trainer.deepspeed_engine.engine import partitioned_loading
-from trainer.deepspeed_engine.inference import copy_parameters, inference_json, start_inference
+from trainer.deepspeed_engine.engine import copy_parameters, partitioned_loading
+from trainer.deepspeed_engine.inference import inference_json, start_inference
 from trainer.evaluation.ranks import Ranks
 from trainer.hub.weights_digest import weights_digest
 
