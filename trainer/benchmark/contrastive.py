@@ -1,9 +1,10 @@
 """``python -m trainer.benchmark contrastive``: measure a contrastive step and the loader's augmentation.
 
 A step has one batch of 64 pairs in 4 micro-batches, a ViT of 4 blocks of width 192 at 64 pixels and a text tower of 4
-blocks. Ours is the engine's step under ZeRO-1. The baseline (``tests/benchmarks/accumulation_baseline.py``) is
-open_clip's step with ``--accum-freq 4``, and torch's AdamW. Both are in one process and take turns. "error of the
-temperature's gradient" compares the gradient of ``logit_scale`` with that of one full batch.
+blocks. Ours is the engine's step under ZeRO-1, with the trainer's settings of DeepSpeed. The baseline
+(``tests/benchmarks/accumulation_baseline.py``) is open_clip's step with ``--accum-freq 4``, and torch's AdamW. Both are
+in one process and take turns. "error of the temperature's gradient" compares the gradient of ``logit_scale`` with that
+of one full batch.
 
 The loader decodes a JPEG, crops, flips, changes colors and resizes to 224 pixels, on one core; the baseline is
 open_clip's transform for training with the same changes.
@@ -31,7 +32,8 @@ from torch import Tensor
 from trainer.benchmark.result_file import Measurement
 from trainer.config.contrastive_config import ContrastiveLossConfig
 from trainer.config.data_config import AugmentConfig, DataConfig
-from trainer.config.run_config import ContrastiveRunConfig, OptimizerConfig, TrainingConfig
+from trainer.config.deepspeed_json import deepspeed_json
+from trainer.config.run_config import ContrastiveRunConfig, DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from trainer.data.batch import Batch
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.deepspeed_engine.engine import Engine
@@ -42,17 +44,11 @@ from trainer.tasks.contrastive.towers import ContrastiveTowers
 
 BENCHMARK, BASELINE = "contrastive", "open_clip"
 ROWS, MICRO_BATCHES, CONTEXT, SIZE = 64, 4, 16, 64
-REPEATS, WARM_UP = 15, 1
+STEPS, REPEATS, WARM_UP = 45, 15, 1
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64},
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 1000, "width": 128, "heads": 4, "layers": 4},
-}
-_SETTINGS = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_clipping": 0.0,
-    "steps_per_print": 10**9,
-    "zero_optimization": {"stage": 1},
 }
 
 
@@ -61,12 +57,19 @@ def run(device: str) -> Iterator[Measurement]:
     world = initialize(timeout_seconds=600)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        data, training = DataConfig(()), TrainingConfig(steps=1)
-        config = ContrastiveRunConfig(run_dir=Path(folder), data=data, training=training, architecture=ARCHITECTURE)
+        data, training = DataConfig(()), TrainingConfig(steps=1, dtype="float32")
+        config = ContrastiveRunConfig(
+            run_dir=Path(folder),
+            data=data,
+            training=training,
+            optimizer=OptimizerConfig(weight_decay=0.0, clip_grad_norm="none"),
+            deepspeed=DeepSpeedConfig(zero_stage=1),
+            architecture=ARCHITECTURE,
+        )
         write_architecture(config, Path(folder))
         clip = build_clip(Path(folder))
     batches = _batches()
-    yield from _steps(clip, batches, world)
+    yield from _steps(config, clip, batches, world)
     yield from _augmentation()
 
 
@@ -81,7 +84,7 @@ def _batches() -> list[Batch]:
     return made
 
 
-def _steps(clip: Any, batches: list[Batch], world: World) -> Iterator[Measurement]:
+def _steps(config: ContrastiveRunConfig, clip: Any, batches: list[Batch], world: World) -> Iterator[Measurement]:
     baseline = importlib.import_module("tests.benchmarks.accumulation_baseline")
     theirs = copy.deepcopy(clip).to(world.device)
     towers = ContrastiveTowers(clip)
@@ -90,7 +93,7 @@ def _steps(clip: Any, batches: list[Batch], world: World) -> Iterator[Measuremen
     exact = _full_gradient(theirs, inputs)
     baseline.accumulate(theirs, inputs)
     wrong = abs(float(theirs.logit_scale.grad) / exact - 1)
-    engine = Engine(towers, OptimizerConfig(weight_decay=0.0, clip_grad_norm="none"), _SETTINGS, world)
+    engine = Engine(towers, config.optimizer, deepspeed_json(config), world)
     step = ContrastiveStep(ContrastiveLossConfig(), mask_duplicates=False, merged=False)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
     ours = _ours_gradient(clip, batches, world)
@@ -104,7 +107,7 @@ def _steps(clip: Any, batches: list[Batch], world: World) -> Iterator[Measuremen
         baseline.accumulate(theirs, inputs)
         optimizer.step()
 
-    mine, other = _in_turn(our_step, their_step)
+    mine, other = _in_turn(our_step, their_step, STEPS)
     yield Measurement.compared(BENCHMARK, "step", "time", "s", mine, BASELINE, other, 1.0)
     error = max(abs(ours / exact - 1), torch.finfo(torch.float32).eps)  # nothing is more exact
     measure = "error of the temperature's gradient"
@@ -143,10 +146,10 @@ def _full_gradient(clip: Any, inputs: list[tuple[Tensor, Tensor]]) -> float:
     return gradient
 
 
-def _in_turn(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
+def _in_turn(first: Callable[[], object], second: Callable[[], object], repeats: int = REPEATS) -> tuple[float, float]:
     """Return the median seconds of two functions that are called in turn."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(WARM_UP + REPEATS):
+    for number in range(WARM_UP + repeats):
         for function, kept in zip((first, second), seconds, strict=True):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
