@@ -5,7 +5,6 @@ The last tests check the checks: changed PTX must be caught.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -23,7 +22,6 @@ from tests.ops.test_emulator_mutations import is_caught
 pytestmark = pytest.mark.slow
 ARCHITECTURES = ("sm_80", "sm_90a")
 INSTANTIATIONS = [(head_dim, dtype) for head_dim in (64, 96, 128) for dtype in (torch.bfloat16, torch.float16)]
-WHOLE_SWEEP = os.environ.get("PTX_SWEEP") == "1"  # all cases with both policies of copies: 20 minutes
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +40,10 @@ def _tools() -> Iterator[None]:
 def test_compiled_kernels_are_as_exact_as_plain_torch(head_dim: int, dtype: torch.dtype, architecture: str) -> None:
     emulator = PtxEmulator(head_dim, dtype, architecture)
     same = {"head_dim": head_dim, "dtype": dtype}
-    cross = [(64, PACKED, False), (70, UNORDERED, True)]
-    resampled = [(7, [64, 65, 1]), (70, [30, 140])]
-    if WHOLE_SWEEP:
-        cross += [(5, PACKED, False), (70, UNORDERED, False), (64, [-1] * 5, False), (64, [7], False)]
-        cross += [(64, PACKED, True), (64, UNORDERED, True)]
-        resampled += [(64, [300, 0, 63]), (64, [0])]
-    for copies in ("as late as allowed", "by chance") if WHOLE_SWEEP else ("by chance",):
+    cross = [(64, PACKED, False), (5, PACKED, False), (70, UNORDERED, False), (64, [-1] * 5, False), (64, [7], False)]
+    cross += [(64, PACKED, True), (64, UNORDERED, True), (70, UNORDERED, True)]
+    resampled = [(7, [64, 65, 1]), (70, [30, 140]), (64, [300, 0, 63]), (64, [0])]
+    for copies in ("as late as allowed", "by chance"):
         emulator.copies = copies
         for seed, (num_latents, index, so_far) in enumerate(cross):
             emulator.seed = seed
