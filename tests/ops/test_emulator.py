@@ -139,6 +139,15 @@ def test_a_medium_of_6404_keys(emulator: Emulator) -> None:
     check(emulator, expect(cross_case([0, -1, 0], num_media=1, **options)))
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_more_media_than_a_grid_has_blocks_in_y(emulator: Emulator) -> None:
+    """A grid has 65,535; the kernel that owns keys is then launched twice."""
+    index = [0, 0, 7, 65_534, 65_535, 65_536, 65_536]
+    case = cross_case(index, num_media=65_537, num_latents=1, num_heads=1, dtype=torch.bfloat16)
+    check(emulator, expect(case))
+
+
 @pytest.mark.parametrize("so_far", [False, True], ids=["one medium", "so far"])
 @pytest.mark.parametrize("index", [PACKED, UNORDERED, [-1] * 5], ids=["packed", "unordered", "blind"])
 def test_the_ranges_of_tokens_are_those_of_the_cpu(
