@@ -19,8 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -29,16 +28,15 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from torch import Tensor
 
+from trainer.benchmark.contrastive_step import random_engine
 from trainer.benchmark.result_file import Measurement
 from trainer.config.contrastive_config import ContrastiveLossConfig
 from trainer.config.data_config import AugmentConfig, DataConfig
-from trainer.config.deepspeed_json import deepspeed_json
 from trainer.config.run_config import ContrastiveRunConfig, DeepSpeedConfig, OptimizerConfig, TrainingConfig
 from trainer.data.batch import Batch
 from trainer.data.samples.image_decoder import ImageDecoder
 from trainer.deepspeed_engine.engine import Engine
 from trainer.runtime.distributed import World, initialize
-from trainer.tasks.contrastive.architecture import build_clip, write_architecture
 from trainer.tasks.contrastive.exact_step import ContrastiveStep
 from trainer.tasks.contrastive.towers import ContrastiveTowers
 
@@ -55,21 +53,15 @@ ARCHITECTURE: dict[str, Any] = {
 def run(device: str) -> Iterator[Measurement]:
     """Yield the measurements."""
     world = initialize(timeout_seconds=600)
-    torch.manual_seed(0)
-    with TemporaryDirectory() as folder:
-        data, training = DataConfig(()), TrainingConfig(steps=1, dtype="float32")
-        config = ContrastiveRunConfig(
-            run_dir=Path(folder),
-            data=data,
-            training=training,
-            optimizer=OptimizerConfig(weight_decay=0.0, clip_grad_norm="none"),
-            deepspeed=DeepSpeedConfig(zero_stage=1),
-            architecture=ARCHITECTURE,
-        )
-        write_architecture(config, Path(folder))
-        clip = build_clip(Path(folder))
-    batches = _batches()
-    yield from _steps(config, clip, batches, world)
+    config = ContrastiveRunConfig(
+        run_dir=Path("unused"),
+        data=DataConfig(()),
+        training=TrainingConfig(steps=1, dtype="float32"),
+        optimizer=OptimizerConfig(weight_decay=0.0, clip_grad_norm="none"),
+        deepspeed=DeepSpeedConfig(zero_stage=1),
+        architecture=ARCHITECTURE,
+    )
+    yield from _steps(random_engine(config, world), _batches(), world)
     yield from _augmentation()
 
 
@@ -84,19 +76,17 @@ def _batches() -> list[Batch]:
     return made
 
 
-def _steps(config: ContrastiveRunConfig, clip: Any, batches: list[Batch], world: World) -> Iterator[Measurement]:
+def _steps(engine: Engine, batches: list[Batch], world: World) -> Iterator[Measurement]:
     baseline = importlib.import_module("tests.benchmarks.accumulation_baseline")
-    theirs = copy.deepcopy(clip).to(world.device)
-    towers = ContrastiveTowers(clip)
-    inputs = [_normalized(towers, batch) for batch in batches]
-    inputs = [(image.to(world.device), caption.to(world.device)) for image, caption in inputs]
+    towers = cast(ContrastiveTowers, engine.module)
+    theirs = copy.deepcopy(towers.clip)
+    inputs = [_normalized(towers, batch.to(world.device)) for batch in batches]
     exact = _full_gradient(theirs, inputs)
     baseline.accumulate(theirs, inputs)
     wrong = abs(float(theirs.logit_scale.grad) / exact - 1)
-    engine = Engine(towers, config.optimizer, deepspeed_json(config), world)
     step = ContrastiveStep(ContrastiveLossConfig(), mask_duplicates=False, merged=False)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
-    ours = _ours_gradient(clip, batches, world)
+    ours = _ours_gradient(towers.clip, batches, world)
 
     def our_step() -> None:
         step(engine, batches, {"pairs": 1 / ROWS})
